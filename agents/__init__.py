@@ -1,0 +1,1 @@
+"""Client side: adapters for LangGraph tool loops."""

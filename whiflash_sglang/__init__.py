@@ -1,0 +1,1 @@
+"""WhiFlash for SGLang: a decode round routed between two drafters, per request."""

@@ -1,0 +1,3 @@
+"""Out-of-tree CPU platform for SGLang."""
+def activate():
+    return None

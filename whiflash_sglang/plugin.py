@@ -1,0 +1,5 @@
+"""Entry point that SGLang calls in every process."""
+
+
+def register() -> None:
+    pass

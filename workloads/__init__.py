@@ -1,0 +1,1 @@
+"""Client side: agent traces, their replay, and the demo world."""
