@@ -1,0 +1,202 @@
+"""Every flag of ours, its default, its bounds, and the variable through which it reaches spawned processes.
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_arguments(parser)
+    config = WhiFlashConfig.from_namespace(parser.parse_args())     # ConfigError names flag, value and mend
+    config.to_environ(os.environ)                                   # the launcher
+    config = WhiFlashConfig.from_environ(os.environ)                # the scheduler process
+
+A config that exists is valid: it is checked once, when it is made, and is frozen from then on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import asdict, dataclass, fields
+from typing import TypeVar
+
+from whiflash_sglang.errors import ConfigError
+
+ENVIRONMENT_VARIABLE = "WHIFLASH_CONFIG"
+
+Number = TypeVar("Number", int, float)
+
+DRAFTERS = {"df-e3": ("df", "e3"), "df": ("df",), "e3": ("e3",)}
+ROUTERS = "entropy, fixed:e3, fixed:df, alternate, random:SEED or off"
+MAX_EAGLE_STEPS = 15
+
+FLAG_DRAFTERS = "--whiflash-drafters"
+FLAG_DFLASH = "--speculative-draft-model-path"
+FLAG_EAGLE = "--whiflash-eagle-draft"
+FLAG_ROUTER = "--whiflash-router"
+FLAG_THRESHOLD = "--whiflash-entropy-threshold"
+FLAG_STEPS = "--whiflash-eagle-steps"
+
+
+@dataclass(frozen=True)
+class WhiFlashConfig:
+    """What the operator asked for. Paths are local folders or hub ids."""
+
+    drafters: str = "df-e3"
+    dflash_draft: str | None = None
+    eagle_draft: str | None = None
+    router: str = "entropy"
+    entropy_threshold: float = 0.5  # nats; above it `e3` drafts, else `df`
+    eagle_steps: int = 5  # draft tokens of one EAGLE-3 chain
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @property
+    def drafter_names(self) -> tuple[str, ...]:
+        """The drafters to load, in the order that every table and report uses; none when the router is `off`."""
+        return () if self.router == "off" else DRAFTERS[self.drafters]
+
+    @property
+    def draft_paths(self) -> dict[str, str]:
+        """Drafter name -> checkpoint, for the drafters to load."""
+        paths = {"df": self.dflash_draft, "e3": self.eagle_draft}
+        return {name: path for name in self.drafter_names if (path := paths[name]) is not None}
+
+    def validate(self) -> None:
+        if self.drafters not in DRAFTERS:
+            raise ConfigError(FLAG_DRAFTERS, self.drafters, "unknown drafters", f"use one of {', '.join(DRAFTERS)}")
+        self._validate_router()
+        self._validate_paths()
+        self._validate_numbers()
+
+    def _validate_router(self) -> None:
+        kind, colon, argument = self.router.partition(":")
+        names = DRAFTERS[self.drafters]
+        if kind not in ("entropy", "fixed", "alternate", "random", "off"):
+            raise ConfigError(FLAG_ROUTER, self.router, "unknown router", f"use {ROUTERS}")
+        if colon and kind not in ("fixed", "random"):
+            raise ConfigError(FLAG_ROUTER, self.router, f"`{kind}` takes no argument", f"use `{kind}`")
+        if kind == "fixed" and argument not in names:
+            choices = " or ".join(f"fixed:{name}" for name in names)
+            problem = f"{FLAG_DRAFTERS} {self.drafters} has no drafter `{argument}`"
+            raise ConfigError(FLAG_ROUTER, self.router, problem, f"use {choices}")
+        if kind == "random" and not (argument.isascii() and argument.isdigit()):
+            raise ConfigError(FLAG_ROUTER, self.router, "the seed must be a whole number >= 0", "use e.g. random:0")
+        if kind in ("entropy", "alternate", "random") and len(names) == 1:
+            problem = f"nothing to choose between, {FLAG_DRAFTERS} {self.drafters} is one drafter"
+            raise ConfigError(FLAG_ROUTER, self.router, problem, f"use fixed:{names[0]} or {FLAG_DRAFTERS} df-e3")
+
+    def _validate_paths(self) -> None:
+        flags = {"df": (FLAG_DFLASH, self.dflash_draft, "DFlash"), "e3": (FLAG_EAGLE, self.eagle_draft, "EAGLE-3")}
+        if self.router == "off":
+            return  # no drafter is loaded; paths may stay on the command line, so that policies compare by one word
+        for name, (flag, path, title) in flags.items():
+            needed = name in self.drafter_names
+            asked = f"{FLAG_DRAFTERS} {self.drafters}"
+            if needed and not path:
+                mend = f"give the {title} drafter's folder or hub id, or choose other drafters"
+                raise ConfigError(flag, None, f"missing, but {asked} needs it", mend)
+            if path and not needed:
+                mend = f"drop it or use {FLAG_DRAFTERS} df-e3"
+                raise ConfigError(flag, path, f"given, but {asked} would not load it", mend)
+
+    def _validate_numbers(self) -> None:
+        threshold = self.entropy_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+            raise ConfigError(FLAG_THRESHOLD, threshold, "not a number", "give nats, e.g. 0.5")
+        if not math.isfinite(threshold) or threshold < 0:
+            mend = "give nats, e.g. 0.5; for one drafter always use fixed:df or fixed:e3"
+            raise ConfigError(FLAG_THRESHOLD, threshold, "must be a finite number >= 0", mend)
+        steps = self.eagle_steps
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise ConfigError(FLAG_STEPS, steps, "not a whole number", "give draft tokens a round, e.g. 5")
+        if not 1 <= steps <= MAX_EAGLE_STEPS:
+            raise ConfigError(FLAG_STEPS, steps, "out of bounds", f"use 1 to {MAX_EAGLE_STEPS}")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> WhiFlashConfig:
+        known = {field.name for field in fields(cls)}
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(ENVIRONMENT_VARIABLE, text, f"no JSON ({error})", _START_MEND) from error
+        if not isinstance(content, dict) or set(content) != known:
+            raise ConfigError(ENVIRONMENT_VARIABLE, text, f"must have exactly the fields {sorted(known)}", _START_MEND)
+        return cls(**content)
+
+    def to_environ(self, environ: MutableMapping[str, str]) -> None:
+        environ[ENVIRONMENT_VARIABLE] = self.to_json()
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> WhiFlashConfig:
+        if ENVIRONMENT_VARIABLE not in environ:
+            raise ConfigError(ENVIRONMENT_VARIABLE, None, "not set in this process", _START_MEND)
+        return cls.from_json(environ[ENVIRONMENT_VARIABLE])
+
+    @classmethod
+    def from_namespace(cls, namespace: argparse.Namespace) -> WhiFlashConfig:
+        """The config that the parsed flags of `add_arguments` ask for."""
+        drafters = namespace.whiflash_drafters
+        if drafters not in DRAFTERS:
+            raise ConfigError(FLAG_DRAFTERS, drafters, "unknown drafters", f"use one of {', '.join(DRAFTERS)}")
+        names = DRAFTERS[drafters]
+        default_router = cls.router if len(names) > 1 else f"fixed:{names[0]}"
+        return cls(
+            drafters=drafters,
+            dflash_draft=namespace.speculative_draft_model_path,
+            eagle_draft=namespace.whiflash_eagle_draft,
+            router=default_router if namespace.whiflash_router is None else namespace.whiflash_router,
+            entropy_threshold=_number(float, FLAG_THRESHOLD, namespace.whiflash_entropy_threshold),
+            eagle_steps=_number(int, FLAG_STEPS, namespace.whiflash_eagle_steps),
+        )
+
+
+_START_MEND = "start the server with `python -m whiflash_sglang.launch_server`"
+
+
+def _number(kind: Callable[[str], Number], flag: str, text: str) -> Number:
+    try:
+        return kind(text)
+    except ValueError as error:
+        what, example = ("number", "0.5 (nats)") if kind is float else ("whole number", "5")
+        raise ConfigError(flag, text, f"not a {what}", f"give e.g. {example}") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add our flags, in one group. Values stay text here; `WhiFlashConfig.from_namespace` judges them."""
+    group = parser.add_argument_group("WhiFlash")
+    group.add_argument(
+        FLAG_DRAFTERS,
+        metavar="{df-e3,df,e3}",
+        default=WhiFlashConfig.drafters,
+        help="drafters to load: DFlash (df), EAGLE-3 (e3) or both (default: %(default)s)",
+    )
+    group.add_argument(
+        FLAG_DFLASH,
+        "--speculative-draft-model",
+        metavar="PATH",
+        default=None,
+        help="DFlash drafter, a folder or hub id",
+    )
+    group.add_argument(FLAG_EAGLE, metavar="PATH", default=None, help="EAGLE-3 drafter, a folder or hub id")
+    group.add_argument(
+        FLAG_ROUTER,
+        metavar="ROUTER",
+        default=None,
+        help=f"who drafts, asked for every request in every round: {ROUTERS}. `off` serves without speculation "
+        "(default: entropy, or fixed:NAME with one drafter)",
+    )
+    group.add_argument(
+        FLAG_THRESHOLD,
+        metavar="NATS",
+        default=str(WhiFlashConfig.entropy_threshold),
+        help="router entropy: above it EAGLE-3 drafts, else DFlash (default: %(default)s)",
+    )
+    group.add_argument(
+        FLAG_STEPS,
+        metavar="K",
+        default=str(WhiFlashConfig.eagle_steps),
+        help=f"draft tokens of one EAGLE-3 chain, 1 to {MAX_EAGLE_STEPS} (default: %(default)s)",
+    )
