@@ -1,0 +1,92 @@
+"""The platform object that SGLang finds through the entry point `sglang.srt.platforms`.
+
+SGLang asks it for the device, the memory pool, the slot allocator and the attention backend. The attention backend
+keeps the name `torch_native`: SGLang takes its plain-PyTorch branches (slot tables, positions) for that name only, so
+our backend is registered in the place of the one that carries it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+ATTENTION_BACKEND = "torch_native"
+
+
+class WhiFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """A CPU, served by plain PyTorch."""
+
+    _enum = PlatformEnum.OOT
+
+    def __init__(self) -> None:
+        # Compiling SGLang's small helpers takes minutes and a C++ compiler, and gains nothing on a CPU. The
+        # variable is read when torch._dynamo is first imported, here and in the processes that are spawned.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+    def get_device(self, device_id: int = 0) -> str:
+        return "cpu"
+
+    def is_pin_memory_available(self, device: torch.device | str | None = None) -> bool:
+        return False
+
+    def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
+        """Refuse what has no CPU implementation here, and name the attention backend."""
+        refuse_unsupported_flags(server_args)
+        # On x86 SGLang has by now filled in `intel_amx`, whose kernels are a separate build.
+        server_args.attention_backend = ATTENTION_BACKEND
+
+    def get_default_attention_backend(self) -> str:
+        return ATTENTION_BACKEND
+
+    def get_mha_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        return MHATokenToKVPool
+
+    def get_paged_allocator_cls(self) -> type:
+        return _slot_allocator
+
+    def init_backend(self) -> None:
+        """Called once in every process that runs a model: put our attention backend in its place."""
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        register_attention_backend(ATTENTION_BACKEND)(_create_attention_backend)
+
+
+def _create_attention_backend(model_runner):
+    from whiflash_sglang.cpu.attention import CpuAttentionBackend
+
+    return CpuAttentionBackend(model_runner)
+
+
+def _slot_allocator(size: int, *, page_size: int, dtype: torch.dtype, device: str, kvcache, need_sort: bool):
+    """SGLang's allocator of single slots; its signature has no page size because it is always 1."""
+    from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+
+    return TokenToKVPoolAllocator(size, dtype, device, kvcache, need_sort)
+
+
+def refuse_unsupported_flags(server_args: ServerArgs) -> None:
+    """Raise for a flag that would fail later, inside a forward, with a message about a kernel."""
+    if server_args.page_size not in (None, 1):
+        raise ValueError(
+            f"--page-size {server_args.page_size} needs accelerator kernels; on a CPU leave it out or use --page-size 1"
+        )
+    if server_args.tp_size != 1 or server_args.pp_size != 1:
+        raise ValueError(
+            f"--tp-size {server_args.tp_size} --pp-size {server_args.pp_size}: "
+            "this CPU platform runs one process; leave both at 1"
+        )
+    if server_args.attention_backend not in (None, ATTENTION_BACKEND, "intel_amx"):
+        raise ValueError(
+            f"--attention-backend {server_args.attention_backend} needs an accelerator; "
+            f"on a CPU leave it out or use --attention-backend {ATTENTION_BACKEND}"
+        )

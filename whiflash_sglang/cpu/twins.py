@@ -1,0 +1,103 @@
+"""Torch versions of what SGLang has only for accelerators, put in place through SGLang's own hook registry.
+
+    from whiflash_sglang.cpu import twins
+    twins.install()         # from the plugin entry point, where our CPU platform is the active one
+
+Each twin says why it is needed. `HookRegistry` also rebinds the names under which other modules imported a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+def install() -> None:
+    """Register every twin; SGLang applies them once all plugins have been called."""
+    for target, twin, hook_type in TWINS:
+        HookRegistry.register(target, twin, hook_type)
+
+
+def assign_req_to_token_pool(
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    batch_size: int,
+) -> None:
+    """Write each request's new slots, back to back in `out_cache_loc`, to positions start..end of its table row.
+
+    Example: starts [2, 5], ends [4, 6], slots [7, 8, 9] put 7, 8 at 2, 3 of the first row and 9 at 5 of the second.
+    """
+    rows, positions = expand_ranges(req_pool_indices, start_offset, end_offset)
+    req_to_token[rows, positions] = out_cache_loc[: rows.shape[0]].to(req_to_token.dtype)
+
+
+def assign_extend_cache_locs(
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    batch_size: int,
+    draft_token_num: int,
+    device: torch.device | str,
+) -> torch.Tensor:
+    """The reverse: read the slots at positions start..end of each request's row, back to back, as int64.
+
+    The result has `batch_size * draft_token_num` entries as SGLang's has; every range is that long or shorter.
+    """
+    rows, positions = expand_ranges(req_pool_indices, start_offset, end_offset)
+    slots = torch.zeros(batch_size * draft_token_num, dtype=torch.int64)
+    slots[: rows.shape[0]] = req_to_token[rows, positions].to(torch.int64)
+    return slots
+
+
+def expand_ranges(row_ids: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row id and position of every entry of the ranges, back to back: ids [4, 9], 2..4 and 5..6 give
+    [4, 4, 9] and [2, 3, 5]."""
+    lengths = (ends - starts).to(torch.int64)
+    firsts = lengths.cumsum(0) - lengths  # where each range begins in the output
+    offsets = torch.arange(int(lengths.sum())) - firsts.repeat_interleave(lengths)
+    positions = starts.to(torch.int64).repeat_interleave(lengths) + offsets
+    return row_ids.to(torch.int64).repeat_interleave(lengths), positions
+
+
+def record_stream(original: Callable, tensor: torch.Tensor, stream: torch.Stream) -> None:
+    """Nothing to record: memory of a CPU tensor is not handed on while a stream still reads it."""
+    if tensor.device.type != "cpu":
+        original(tensor, stream)
+
+
+def extend_forward_kwargs(original: Callable, runner: ModelRunner, batch: ForwardBatch, pp_proxy_tensors) -> dict:
+    """Pass given embeddings on in the model's own dtype; SGLang rounds them to bfloat16, whatever the model's is."""
+    kwargs = original(runner, batch, pp_proxy_tensors)
+    if batch.input_embeds is not None and batch.replace_embeds is None:
+        kwargs["input_embeds"] = batch.input_embeds.to(runner.dtype)
+    return kwargs
+
+
+TWINS: tuple[tuple[str, Callable, HookType], ...] = (
+    # Triton kernels: reserving a request's next slots, and reading them back for a verify or a draft block.
+    ("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_req_to_token_pool, HookType.REPLACE),
+    (
+        "sglang.kernels.ops.speculative.cache_locs.assign_extend_cache_locs_func",
+        assign_extend_cache_locs,
+        HookType.REPLACE,
+    ),
+    # Raises for a CPU tensor; the overlapped scheduler calls it on request indices.
+    ("torch.Tensor.record_stream", record_stream, HookType.AROUND),
+    # Rounds a draft block's embeddings, so that float32 would not be float32.
+    (
+        "sglang.srt.model_executor.model_runner.ModelRunner._extend_forward_kwargs",
+        extend_forward_kwargs,
+        HookType.AROUND,
+    ),
+)
