@@ -1,5 +1,23 @@
-"""Entry point that SGLang calls in every process."""
+"""Entry point `sglang.srt.plugins`: SGLang calls `register` in every process that it starts."""
+
+from __future__ import annotations
+
+import os
+
+from whiflash_sglang.config import ENVIRONMENT_VARIABLE
 
 
 def register() -> None:
-    pass
+    """Register the algorithm, the hooks and, where our CPU platform is the active one, its torch twins."""
+    from sglang.srt.platforms import current_platform
+
+    from whiflash_sglang.cpu import twins
+    from whiflash_sglang.cpu.platform import WhiFlashCpuPlatform
+
+    if isinstance(current_platform, WhiFlashCpuPlatform):
+        twins.install()
+    if ENVIRONMENT_VARIABLE in os.environ:
+        from whiflash_sglang import host
+
+        host.register_algorithm()
+        host.install_hooks()

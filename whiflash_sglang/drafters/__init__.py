@@ -1,1 +1,23 @@
-"""Drafters."""
+"""Drafters: one a file, made by name. Both files keep the same order of methods, so that they can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from whiflash_sglang.drafters.runner import DraftRunner
+
+
+def _df(runner: DraftRunner, **kwargs: Any) -> Any:
+    from whiflash_sglang.drafters.dflash import DFlashDrafter
+
+    return DFlashDrafter(runner, **kwargs)
+
+
+def _e3(runner: DraftRunner, **kwargs: Any) -> Any:
+    from whiflash_sglang.drafters.eagle3 import Eagle3Drafter
+
+    return Eagle3Drafter(runner, **kwargs)
+
+
+DRAFTERS: dict[str, Callable[..., Any]] = {"df": _df, "e3": _e3}

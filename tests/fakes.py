@@ -1,0 +1,135 @@
+"""A target, drafters and a little server in pure torch: what the round promises can be checked without any model.
+
+The fake target is a hash: its next token depends on the whole text so far, its features at a position on the text up to
+there. A fake drafter keeps a KV pool that stores, in each slot, what was ingested; when it drafts it checks that every
+committed entry is exactly the one that belongs there, and then proposes text that is right now and then.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from whiflash_sglang.types import Context, Proposal, Rows, Verified
+
+VOCAB = 11
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """The fake model: a token after a text. A small vocabulary, so that guesses are right now and then."""
+    state = 17
+    for token in tokens[-6:]:
+        state = (state * 31 + token * 7 + 3) % 10007
+    return (state // 3) % VOCAB
+
+
+def feature(tokens: Sequence[int]) -> float:
+    """What the fake target's hidden state at the last token of `tokens` is: a number that names the text."""
+    state = len(tokens)
+    for token in tokens:
+        state = (state * 131 + token + 1) % 1000003
+    return float(state)
+
+
+def plain_greedy(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class World:
+    """Texts by request slot, and the KV slots that hold them: what the server around a round would keep."""
+
+    def __init__(self, num_slots: int, max_len: int):
+        self.texts: dict[int, list[int]] = {}  # committed tokens and the anchor
+        self.table = torch.arange(num_slots * max_len).view(num_slots, max_len)
+
+    def rows(self, slots: Sequence[int], max_width: int) -> Rows:
+        lens = torch.tensor([len(self.texts[slot]) - 1 for slot in slots])  # the anchor has no KV yet
+        index = torch.tensor(slots)
+        window = lens[:, None] + torch.arange(-1, max_width)
+        anchors = torch.tensor([self.texts[slot][-1] for slot in slots])
+        return Rows(index, anchors, lens, self.table[index[:, None], window], None)
+
+    def prefill_context(self, slots: Sequence[int]) -> Context:
+        """All committed positions of the given requests, as a prefill would hand them to the drafters."""
+        features, following, positions, kv_slots, last = [], [], [], [], []
+        for slot in slots:
+            text = self.texts[slot]
+            for position in range(len(text) - 1):
+                features.append([feature(text[: position + 1])])
+                following.append(text[position + 1])
+                positions.append(position)
+                kv_slots.append(int(self.table[slot, position]))
+            last.append(len(positions) - 1)
+        return Context(
+            torch.tensor(features, dtype=torch.float64),
+            torch.tensor(following),
+            torch.tensor(positions),
+            torch.tensor(kv_slots),
+            torch.tensor(slots),
+            torch.tensor(last),
+        )
+
+
+class FakeTarget:
+    def __init__(self, world: World):
+        self.world = world
+        self.widths: list[int] = []
+
+    def verify(self, rows: Rows, proposal: Proposal) -> Verified:
+        num_rows, width = proposal.tokens.shape
+        self.widths.append(width)
+        logits = torch.zeros(num_rows, width, VOCAB)
+        features = torch.zeros(num_rows, width, 1, dtype=torch.float64)
+        for row in range(num_rows):
+            text = self.world.texts[int(rows.slots[row])][:-1]
+            for column in range(width):
+                text = [*text, int(proposal.tokens[row, column])]
+                logits[row, column, next_token(text)] = 5.0
+                features[row, column] = feature(text)
+        return Verified(logits.argmax(-1), logits, features)
+
+
+class FakeDrafter:
+    """Refuses to draft from a context that is not exactly the committed text."""
+
+    def __init__(self, name: str, num_drafts: int, world: World, skill: float, seed: int = 0):
+        self.name = name
+        self.num_drafts = num_drafts
+        self.world = world
+        self.skill = skill
+        self.random = random.Random(f"{name}{seed}")
+        self.entries: dict[int, tuple[float, int, int]] = {}  # KV slot -> feature, next token, position
+        self.last_feature: dict[int, float] = {}
+
+    def ingest(self, context: Context) -> None:
+        for i, kv_slot in enumerate(context.kv_slots.tolist()):
+            entry = (float(context.features[i, 0]), int(context.next_tokens[i]), int(context.positions[i]))
+            self.entries[kv_slot] = entry
+        for slot, last in zip(context.slots.tolist(), context.last.tolist(), strict=True):
+            self.last_feature[slot] = float(context.features[last, 0])
+
+    def draft(self, rows: Rows) -> torch.Tensor:
+        return torch.tensor([self.draft_row(rows, row) for row in range(len(rows.slots))])
+
+    def draft_row(self, rows: Rows, row: int) -> list[int]:
+        slot = int(rows.slots[row])
+        text = self.world.texts[slot]
+        assert int(rows.anchors[row]) == text[-1]
+        assert int(rows.prefix_lens[row]) == len(text) - 1
+        for position in range(len(text) - 1):
+            kv_slot = int(self.world.table[slot, position])
+            assert self.entries[kv_slot] == (feature(text[: position + 1]), text[position + 1], position)
+        assert self.last_feature[slot] == feature(text[:-1])
+        drafts: list[int] = []
+        for _ in range(self.num_drafts):
+            right = next_token([*text, *drafts])
+            drafts.append(right if self.random.random() < self.skill else self.random.randrange(VOCAB))
+        # Like a real drafter, leave the proposal's own entries in the slots behind the committed ones.
+        for column in range(1, rows.kv_slots.shape[1]):
+            self.entries[int(rows.kv_slots[row, column])] = (-1.0, -1, -1)
+        return drafts

@@ -1,0 +1,80 @@
+"""Routing policies: each row by itself, undraftable rows left out, decisions that can be repeated."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from whiflash_sglang.config import WhiFlashConfig
+from whiflash_sglang.router import create_router
+from whiflash_sglang.router.entropy import entropy
+from whiflash_sglang.types import Plan, Rows
+
+
+def config(router: str, threshold: float = 0.5) -> WhiFlashConfig:
+    return WhiFlashConfig(dflash_draft="d", eagle_draft="e", router=router, entropy_threshold=threshold)
+
+
+def rows(slots: list[int], lens: list[int], draftable: list[bool] | None = None) -> Rows:
+    n = len(slots)
+    flags = None if draftable is None else torch.tensor(draftable)
+    zeros = torch.zeros(n, dtype=torch.int64)
+    return Rows(torch.tensor(slots), zeros, torch.tensor(lens), torch.zeros(n, 9, dtype=torch.int64), flags)
+
+
+def choices(plan: Plan, n: int) -> list[str]:
+    names = ["none"] * n
+    for name, index in plan.items():
+        assert len(index) > 0
+        for row in index.tolist():
+            assert names[row] == "none", "a row may stand in one entry only"
+            names[row] = name
+    return names
+
+
+@pytest.mark.parametrize("router", ["fixed:e3", "fixed:df", "alternate", "random:7", "entropy"])
+def test_rows_that_may_not_be_drafted_for_are_left_out(router: str) -> None:
+    plan = create_router(config(router), 8).route(rows([1, 2, 3], [5, 6, 7], [True, False, True]))
+    names = choices(plan, 3)
+    assert names[1] == "none"
+    assert "none" not in (names[0], names[2])
+
+
+def test_fixed() -> None:
+    assert choices(create_router(config("fixed:e3"), 4).route(rows([0, 1], [3, 3])), 2) == ["e3", "e3"]
+
+
+def test_alternate_switches_every_round_of_a_request() -> None:
+    router = create_router(config("alternate"), 8)
+    first = choices(router.route(rows([4, 5], [3, 3])), 2)
+    alone = choices(router.route(rows([5], [4])), 1)
+    second = choices(router.route(rows([4, 5], [4, 5])), 2)
+    assert first[0] != second[0]
+    assert first[1] != alone[0] != second[1]
+
+
+def test_random_is_fair_and_repeats_itself() -> None:
+    batch = rows(list(range(8)) * 200, [n // 8 for n in range(1600)])
+    first = choices(create_router(config("random:1"), 8).route(batch), 1600)
+    assert first == choices(create_router(config("random:1"), 8).route(batch), 1600)
+    assert first != choices(create_router(config("random:2"), 8).route(batch), 1600)
+    assert 0.45 < first.count("e3") / 1600 < 0.55
+    # Neighbouring rounds of a request are independent: about half of them switch.
+    of_slot_0 = first[::8]
+    assert 0.35 < sum(a != b for a, b in zip(of_slot_0, of_slot_0[1:], strict=False)) / 199 < 0.65
+
+
+def test_entropy_splits_a_batch_at_the_threshold() -> None:
+    router = create_router(config("entropy", threshold=0.5), 8)
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])  # ln 4 nats and about 0
+    router.observe(torch.tensor([6, 2]), logits)
+    assert choices(router.route(rows([2, 6], [3, 3])), 2) == ["df", "e3"]
+
+
+def test_entropy_value() -> None:
+    probabilities = torch.tensor([0.5, 0.25, 0.25, 0.0])
+    logits = probabilities.log()  # -inf for a masked token must not turn it into NaN
+    assert entropy(logits[None]).item() == pytest.approx(-sum(p * math.log(p) for p in (0.5, 0.25, 0.25)), abs=1e-6)
+    assert entropy(torch.tensor([[1000.0, 0.0]])).item() == pytest.approx(0.0, abs=1e-6)

@@ -1,0 +1,89 @@
+"""EAGLE-3: an autoregressive chain of K steps of a one-layer model (checkpoint format: SafeAILab EAGLE-3).
+
+Entry i of its KV cache is made of the target's fused features of position i and the embedding of token i + 1; the
+output of entry i predicts token i + 2. With L committed positions and the anchor at position L:
+
+    step 1   entry L - 1: features of L - 1, anchor             -> draft for position L + 1
+    step 2   entry L:     own hidden state of step 1, draft 1   -> draft for position L + 2
+    ...
+
+Entry i lives in the KV slot of position i. K and V of an entry need no attention (one layer), so that all but the entry
+that is drafted from are ingested KV-only. An entry depends on the token after it: in a shared prefix the last one would
+belong to another branch, which is why SGLang's radix tree is keyed by bigrams when this drafter is present (host.py).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from whiflash_sglang.drafters.runner import (
+    DraftBlock,
+    DraftRunner,
+    columns_of,
+    kv_rows,
+    project,
+    select_columns,
+)
+from whiflash_sglang.types import Context, Rows
+
+
+class Eagle3Drafter:
+    name = "e3"
+
+    def __init__(self, runner: DraftRunner, captured: tuple[int, ...], num_slots: int, num_drafts: int):
+        self.runner = runner
+        self.num_drafts = num_drafts
+        columns = columns_of(runner.spec.layer_ids, captured, runner.spec.target_hidden_size)
+        self.columns = None if columns is None else columns.to(runner.device)
+        model = runner.model
+        self.layer = model.model.layers[0]
+        self.token_ids = None if model.hot_token_id is None else model.hot_token_id.to(runner.device)  # [draft vocab]
+        # Features of the last committed position, by request slot: the next round's first step starts from them.
+        self.anchor_features = torch.zeros(num_slots, runner.spec.hidden_size, dtype=model.model.fc.weight.dtype)
+        self.anchor_features = self.anchor_features.to(runner.device)
+
+    def ingest(self, context: Context) -> None:
+        fused = self.fuse(select_columns(context.features, self.columns))  # [n, hidden]
+        self.anchor_features[context.slots] = fused[context.last]
+        layer, attention = self.layer, self.layer.self_attn
+        embeds = self.runner.model.model.embed_tokens(context.next_tokens)
+        x = torch.cat([layer.input_layernorm(embeds), layer.hidden_norm(fused)], dim=-1)  # [n, 2 * hidden]
+        weight, bias = kv_rows(attention.qkv_proj.weight, attention.qkv_proj.bias, attention.q_size)
+        k, v = project(x, weight, bias).split([attention.kv_size, attention.kv_size], dim=-1)
+        k = k.contiguous()
+        _, k = attention.rotary_emb(context.positions, torch.empty_like(k), k)
+        self.runner.write_kv(attention.attn, context.kv_slots, k, v)
+
+    def draft(self, rows: Rows) -> torch.Tensor:
+        tokens, hidden = rows.anchors, self.anchor_features[rows.slots]  # [rows], [rows, hidden]
+        drafts = []
+        for step in range(self.num_drafts):
+            entry = rows.prefix_lens - 1 + step  # [rows]; entries 0 .. entry - 1 are cached
+            output = self.runner.forward(
+                rows,
+                DraftBlock(
+                    size=1,
+                    input_ids=tokens,
+                    positions=entry,
+                    kv_slots=rows.kv_slots[:, step].contiguous(),
+                    prefix_lens=entry,
+                    hidden_states=hidden,
+                ),
+            )
+            hidden = output.hidden_states
+            tokens = output.next_token_logits.argmax(dim=-1)
+            if self.token_ids is not None:
+                tokens = self.token_ids[tokens]
+            drafts.append(tokens)
+        return torch.stack(drafts, dim=1)  # [rows, K]
+
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """Captured features [n, layers * hidden] through the drafter's `fc`, and the norms some put before it."""
+        model = self.runner.model.model
+        features = features.to(model.fc.weight.dtype)
+        if model.input_norm is not None:
+            features = model.input_norm(features)
+        if model.fc_norm is not None:
+            chunks = features.chunk(model.num_aux_hidden_states, dim=-1)
+            features = torch.cat([norm(chunk) for norm, chunk in zip(model.fc_norm, chunks, strict=True)], dim=-1)
+        return model.fc(features)

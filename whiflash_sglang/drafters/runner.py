@@ -1,0 +1,108 @@
+"""What both drafters need of SGLang: a loaded draft model, its KV pool, and forwards of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+
+from whiflash_sglang.checkpoints import DrafterSpec
+from whiflash_sglang.types import Rows
+
+
+class DraftRunner(NamedTuple):
+    """A draft model as SGLang runs it, and the target's parts that it borrows."""
+
+    spec: DrafterSpec
+    worker: Any  # TpModelWorker
+    algorithm: Any  # CustomSpecAlgo
+    target_model: torch.nn.Module
+
+    @property
+    def model(self) -> Any:
+        return self.worker.model_runner.model
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.worker.model_runner.device)
+
+    def forward(self, rows: Rows, block: DraftBlock) -> Any:
+        """Run the draft model on a block of queries a row; LogitsProcessorOutput, flat over rows.
+
+        The queries see the row's first `block.prefix_lens` entries and the block (causally or not, as the model's
+        attention layers say); their own KV is written to `block.kv_slots`.
+        """
+        # The mode that every attention backend implements as "a few queries behind a cached prefix".
+        seq_lens_cpu = block.prefix_lens.cpu()
+        batch = ForwardBatch(
+            forward_mode=ForwardMode.TARGET_VERIFY,
+            batch_size=len(rows.slots),
+            input_ids=block.input_ids,
+            req_pool_indices=rows.slots,
+            seq_lens=block.prefix_lens,
+            out_cache_loc=block.kv_slots,
+            seq_lens_sum=int(seq_lens_cpu.sum()),
+            seq_lens_cpu=seq_lens_cpu,
+            positions=block.positions,
+            input_embeds=block.input_embeds,
+            spec_algorithm=self.algorithm,
+            spec_info=BlockInfo(block.input_ids, block.positions, block.size, hidden_states=block.hidden_states),
+            capture_hidden_mode=CaptureHiddenMode.FULL,
+        )
+        return self.worker.model_runner.forward(batch).logits_output
+
+    def write_kv(self, attention: RadixAttention, kv_slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store K and V [n, kv_heads * head_dim] of one layer at `kv_slots` [n]."""
+        shape = (-1, attention.tp_k_head_num, attention.head_dim)
+        self.worker.model_runner.token_to_kv_pool.set_kv_buffer(
+            attention, kv_slots, k.view(shape), v.view(shape), attention.k_scale, attention.v_scale
+        )
+
+
+class DraftBlock(NamedTuple):
+    """`size` queries for each row, flat over rows."""
+
+    size: int
+    input_ids: torch.Tensor  # [rows * size] int64
+    positions: torch.Tensor  # [rows * size] int64
+    kv_slots: torch.Tensor  # [rows * size] int64
+    prefix_lens: torch.Tensor  # [rows] int64, cached entries that the block attends to
+    input_embeds: torch.Tensor | None = None  # [rows * size, hidden], for models without an embedding of their own
+    hidden_states: torch.Tensor | None = None  # [rows * size, hidden], EAGLE-3's features
+
+
+@dataclass
+class BlockInfo(DFlashVerifyInput):
+    """SGLang's description of a linear chain of queries, with the features that its EAGLE-3 model looks for there."""
+
+    hidden_states: torch.Tensor | None = None
+
+
+def columns_of(layer_ids: tuple[int, ...], captured: tuple[int, ...], hidden_size: int) -> torch.Tensor | None:
+    """Columns of the captured features [captures * hidden] that belong to `layer_ids`, in their order; None: all.
+
+    captured (1, 9, 17), hidden 2, layer_ids (1, 17) -> columns 0 1 4 5
+    """
+    if layer_ids == captured:
+        return None
+    starts = torch.tensor([captured.index(layer) * hidden_size for layer in layer_ids])
+    return (starts[:, None] + torch.arange(hidden_size)).reshape(-1)
+
+
+def select_columns(features: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
+    """`features` [n, captures * hidden] restricted to a drafter's own captured layers."""
+    return features if columns is None else features.index_select(-1, columns)
+
+
+def kv_rows(weight: torch.Tensor, bias: torch.Tensor | None, q_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The K and V rows of a fused QKV projection, as views."""
+    return weight[q_size:], None if bias is None else bias[q_size:]
+
+
+def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return F.linear(x, weight, bias)

@@ -1,0 +1,222 @@
+"""The one door to SGLang's private and unstable names: the registered algorithm, the hooks with their reasons, builders.
+
+Every hook is installed by `install()`, which runs in each process that SGLang spawns, and does nothing where the server
+was not started with a WhiFlash configuration in its environment.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.speculative.spec_registry import CustomSpecAlgo
+
+from whiflash_sglang.checkpoints import DrafterSpec, load_drafter_spec, load_target_spec
+from whiflash_sglang.config import WhiFlashConfig
+from whiflash_sglang.drafters.runner import DraftRunner
+
+ALGORITHM = "WHIFLASH"
+
+
+class WhiFlashAlgorithm(CustomSpecAlgo):
+    """What the scheduler asks of a speculative algorithm.
+
+    It counts as one of the DFlash family, as SGLang's verify of a linear chain, its draft input (`DFlashDraftInputV2`)
+    and the room for draft KV in the memory budget are chosen by that.
+    """
+
+    def is_dflash(self) -> bool:
+        return True
+
+    def is_dflash_family(self) -> bool:
+        return True
+
+    def supports_target_verify_for_draft(self) -> bool:
+        return True
+
+    def need_topk(self) -> bool:
+        return False
+
+    def carries_draft_hidden_states(self) -> bool:
+        return False
+
+    def create_future_map(
+        self,
+        device: torch.device,
+        req_to_token_pool: Any,
+        needs_cpu_seq_lens: bool = True,
+        needs_confidence_relay: bool = False,
+    ) -> Any:
+        from sglang.srt.managers.overlap_utils import FutureMap
+
+        return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
+
+    def handle_server_args(self, server_args: Any) -> None:
+        """Settle what follows from the algorithm; runs inside SGLang's own argument resolution."""
+        if server_args.enable_mixed_chunk:
+            raise ValueError("--enable-mixed-chunk is not supported with WHIFLASH: leave the flag out.")
+        if server_args.pp_size != 1:
+            raise ValueError(f"--pp-size {server_args.pp_size} is not supported with WHIFLASH: use --tp-size instead.")
+        server_args.speculative_eagle_topk = 1
+        server_args.speculative_num_steps = 1
+        # The round reads accept counts on the host between steps; overlap would need them to stay on the device.
+        server_args.disable_overlap_schedule = True
+
+
+def register_algorithm() -> None:
+    """Make `--speculative-algorithm WHIFLASH` known to SGLang in this process."""
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+    from sglang.srt.speculative.spec_registry import get_spec
+
+    if get_spec(ALGORITHM) is not None:
+        return
+
+    @SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=False, spec_class=WhiFlashAlgorithm)
+    def _worker_class(server_args: Any) -> type:
+        from whiflash_sglang.worker import WhiFlashWorker
+
+        return WhiFlashWorker
+
+
+def install_hooks() -> None:
+    """Register the hooks; SGLang applies them once all plugins are loaded."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    components = "sglang.srt.model_executor.model_runner_components"
+    # Captured layers: SGLang knows the layers of one drafter; ours need the union of both.
+    HookRegistry.register(
+        f"{components}.spec_aux_hidden_state.resolve_spec_aux_hidden_state_config", _capture_union, HookType.AROUND
+    )
+    # Radix keys: EAGLE-3's entry at a position depends on the next token, so that with it a prefix is shared only
+    # together with its next token (bigram keys, as SGLang does it for its own EAGLE).
+    HookRegistry.register("sglang.srt.mem_cache.registry.create_tree_cache", _bigram_keys, HookType.BEFORE)
+    # Live figures: /server_info shows the scheduler's internal state, and has no place for a plugin's own.
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _add_figures, HookType.AFTER)
+
+
+def _capture_union(
+    original: Any, *, server_args: Any, spec_algorithm: Any, is_draft_worker: bool, **kwargs: Any
+) -> Any:
+    if is_draft_worker or not isinstance(spec_algorithm, WhiFlashAlgorithm):
+        return original(
+            server_args=server_args, spec_algorithm=spec_algorithm, is_draft_worker=is_draft_worker, **kwargs
+        )
+    from sglang.srt.model_executor.model_runner_components.spec_aux_hidden_state import SpecAuxHiddenStateConfig
+
+    specs = drafter_specs(active_config(), server_args)
+    target = load_target_spec(server_args.model_path)
+    return SpecAuxHiddenStateConfig(
+        dflash_use_aux_hidden_state=True,
+        dflash_target_layer_ids=list(captured_layers(specs.values())),
+        # SGLang budgets draft KV in units of target layers.
+        dflash_draft_num_layers=math.ceil(sum(spec.kv_size for spec in specs.values()) / target.kv_size_per_layer),
+    )
+
+
+def _bigram_keys(context: Any) -> None:
+    if "e3" in active_config().drafter_names and context.server_args.speculative_algorithm == ALGORITHM:
+        context.params.is_eagle = True
+
+
+def _add_figures(result: Any, scheduler: Any, *args: Any) -> Any:
+    totals = getattr(scheduler.draft_worker, "totals", None)
+    if totals is not None:
+        result.internal_state["whiflash"] = totals.snapshot()
+    return result
+
+
+def active_config() -> WhiFlashConfig:
+    """The configuration that the launcher put into the environment of this process."""
+    return WhiFlashConfig.from_environ(os.environ)
+
+
+def drafter_specs(config: WhiFlashConfig, server_args: Any) -> dict[str, DrafterSpec]:
+    """The drafters' checkpoints by name, checked against the target's."""
+    target = load_target_spec(Path(server_args.model_path))
+    paths = {"df": config.dflash_draft, "e3": config.eagle_draft}
+    return {name: load_drafter_spec(Path(str(paths[name])), name, target) for name in config.drafter_names}
+
+
+def captured_layers(specs: Iterable[DrafterSpec]) -> tuple[int, ...]:
+    """Target layers whose outputs are captured: the sorted union of what the drafters need."""
+    return tuple(sorted({layer for spec in specs for layer in spec.layer_ids}))
+
+
+def build_draft_runner(
+    spec: DrafterSpec, server_args: Any, gpu_id: int, ps: Any, nccl_port: int, target_worker: Any
+) -> DraftRunner:
+    """Load one drafter with SGLang's own model and loader, beside the target."""
+    from sglang.srt.speculative.draft_worker_common import build_draft_tp_worker
+
+    args = copy.deepcopy(server_args)
+    args.override("whiflash.drafter", speculative_draft_model_path=str(spec.path))
+    target_runner = target_worker.model_runner
+    bundle = build_draft_tp_worker(
+        server_args=args,
+        gpu_id=gpu_id,
+        ps=replace(ps, pp_rank=0),
+        nccl_port=nccl_port,
+        target_model_config=target_runner.model_config,
+        algo_label=ALGORITHM,
+        # SGLang allows drafters only GPU backends; on a CPU the platform's own serves them as it serves the target.
+        attention_backend_override=None if torch.cuda.is_available() else server_args.attention_backend,
+    )
+    if spec.kind == "e3":
+        _share_embedding(bundle.draft_model, target_runner.model)
+    return DraftRunner(spec, bundle.draft_worker, target_runner.spec_algorithm, target_runner.model)
+
+
+def _share_embedding(draft_model: Any, target_model: Any) -> None:
+    """EAGLE-3 uses the target's embedding, and its head too where the checkpoint has none of its own."""
+    embedding, head = target_model.get_embed_and_head()
+    if draft_model.load_lm_head_from_target:
+        draft_model.set_embed_and_head(embedding, head)
+    else:
+        draft_model.set_embed(embedding)
+
+
+def prompt_token(request: Any, position: int) -> int | None:
+    """The token of a request's known text at `position`, None at its end (where the next token is being sampled)."""
+    prompt = request.origin_input_ids
+    if position < len(prompt):
+        return int(prompt[position])
+    position -= len(prompt)
+    return int(request.output_ids[position]) if position < len(request.output_ids) else None
+
+
+def print_start_block(
+    config: WhiFlashConfig,
+    specs: dict[str, DrafterSpec],
+    target_worker: Any,
+    runners: dict[str, DraftRunner],
+    width: int,
+) -> None:
+    """One block that says what is being served, and what it costs."""
+    runner = target_worker.model_runner
+    tokens, lost = kv_tokens_lost(runner, runners.values())
+    drafters = "; ".join(f"{name} {spec.path} (layers {list(spec.layer_ids)})" for name, spec in specs.items())
+    backends = {"target": runner.server_args.attention_backend}
+    backends |= {name: r.worker.model_runner.server_args.attention_backend for name, r in runners.items()}
+    lines = {
+        "target": runner.server_args.model_path,
+        "drafters": drafters,
+        "router": config.router
+        + (f" (threshold {config.entropy_threshold} nats)" if config.router == "entropy" else ""),
+        "verify width": f"{width} (anchor and up to {width - 1} drafts)",
+        "KV tokens": f"{tokens}, and {lost} more would fit without the draft pools",
+        "attention": ", ".join(f"{name} {backend}" for name, backend in backends.items()),
+    }
+    print("WhiFlash\n" + "\n".join(f"  {key:<13}{value}" for key, value in lines.items()), flush=True)
+
+
+def kv_tokens_lost(target_runner: Any, runners: Iterable[DraftRunner]) -> tuple[int, int]:
+    """KV tokens the pools hold, and how many more the memory of the draft pools would hold for the target alone."""
+    tokens = target_runner.max_total_num_tokens
+    draft_bytes = sum(sum(r.worker.model_runner.token_to_kv_pool.get_kv_size_bytes()) for r in runners)
+    return tokens, int(tokens * draft_bytes / sum(target_runner.token_to_kv_pool.get_kv_size_bytes()))

@@ -1,0 +1,36 @@
+"""`entropy`: WhiFlash's first policy (arXiv 2606.07710).
+
+H is the entropy, in nats, of the target's distribution at the last verified position, the one that the anchor was
+chosen from. H > threshold: the text is open, the autoregressive drafter `e3` drafts; else the block drafter `df`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from whiflash_sglang.router.split import split
+from whiflash_sglang.types import Plan, Rows
+
+
+class EntropyRouter:
+    names = ("df", "e3")
+
+    def __init__(self, threshold: float, num_slots: int):
+        self.threshold = threshold
+        self.entropy = torch.zeros(num_slots)  # by request slot, nats
+
+    def route(self, rows: Rows) -> Plan:
+        return split(rows, self.names, (self.entropy[rows.slots] > self.threshold).to(torch.int64))
+
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor) -> None:
+        self.entropy = self.entropy.to(logits.device)
+        self.entropy[slots] = entropy(logits)
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of softmax(logits) over the last dimension; float32 [...]."""
+    logits = logits.float()
+    # H = log Z - E[logit]: one softmax and no 0 * -inf, as p log p would give for a masked token.
+    probabilities = logits.softmax(dim=-1)
+    expected = torch.where(probabilities > 0, probabilities * logits, 0.0).sum(dim=-1)
+    return torch.logsumexp(logits, dim=-1) - expected

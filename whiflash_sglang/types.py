@@ -1,0 +1,91 @@
+"""The words of a decode round, and the records that one step hands to the next.
+
+target          the big model; its greedy or sampled text is what the user gets, exactly
+drafter         a small model that proposes tokens: `e3` (EAGLE-3, a chain of K steps) or `df` (DFlash, one block)
+round           route -> draft -> verify -> accept -> commit
+bonus token     the one token a round always yields: the target's own choice after the accepted drafts. It has no KV yet
+anchor          the bonus token of the previous round; the first token of this round's verify window
+committed       positions whose tokens are final and whose target KV is written: 0 .. prefix_len - 1 (without the anchor)
+verify width    tokens a row in the verify forward: the anchor and up to width - 1 drafts; one width a batch
+acceptance length (AL)  tokens committed by a round, bonus included; accepted drafts = AL - 1
+feature         the target's captured hidden states at a position, concatenated over the captured layers
+request slot    row of SGLang's request table; per-request state of ours is keyed by it
+KV slot         index into the KV pool. Every drafter has a pool of its own and uses the target's KV slots
+
+Worked example, width 4, committed tokens `the cat` (prefix_len 2), anchor `sat`:
+
+    position          2      3     4     5
+    verify window     sat    on    a     mat      drafts: on, a, mat
+    prediction        on     the   mat   .        the target's choice after each
+    accepted          on                          one draft; `the` != `a` ends it
+    committed tokens  on     the                  AL 2; `the` is the bonus token and the next anchor
+    new prefix_len 4: positions 2 and 3 (`sat on`) now have KV
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+Plan = Mapping[str, torch.Tensor]
+"""Drafter name -> row indices, int64 [n]. A row that stands in no entry is not drafted for in this round."""
+
+
+class Rows(NamedTuple):
+    """The requests of one decode batch, one row each."""
+
+    slots: torch.Tensor  # [rows] int64, request slots
+    anchors: torch.Tensor  # [rows] int64, bonus tokens of the last round
+    prefix_lens: torch.Tensor  # [rows] int64, committed positions
+    kv_slots: (
+        torch.Tensor
+    )  # [rows, 1 + max_width] int64, KV slots of positions prefix_len - 1 .. prefix_len + max_width - 1
+    draftable: torch.Tensor | None  # [rows] bool, or None where all rows may be drafted for
+
+    def pick(self, index: torch.Tensor) -> Rows:
+        """The rows at `index` [n], in that order."""
+        draftable = None if self.draftable is None else self.draftable[index]
+        return Rows(self.slots[index], self.anchors[index], self.prefix_lens[index], self.kv_slots[index], draftable)
+
+
+class Proposal(NamedTuple):
+    """What is to be verified. Columns beyond 1 + num_drafts are padding, which is never accepted."""
+
+    tokens: torch.Tensor  # [rows, width] int64; column 0 is the anchor
+    num_drafts: torch.Tensor  # [rows] int64, 0 .. width - 1
+
+
+class Verified(NamedTuple):
+    """What the target says to a proposal."""
+
+    predictions: torch.Tensor  # [rows, width] int64; column j is the target's token after window column j
+    logits: torch.Tensor  # [rows, width, vocab]
+    features: torch.Tensor  # [rows, width, captures * hidden]
+
+
+class Accepted(NamedTuple):
+    """What a round commits."""
+
+    tokens: torch.Tensor  # [rows, width] int64; columns 0 .. num_committed - 1 are the new tokens, the rest is padding
+    num_committed: torch.Tensor  # [rows] int64, acceptance length, 1 .. width
+    bonus: torch.Tensor  # [rows] int64, the last committed token of each row
+
+
+class Context(NamedTuple):
+    """Positions for a drafter to ingest, flat over requests."""
+
+    features: torch.Tensor  # [n, captures * hidden]
+    next_tokens: torch.Tensor  # [n] int64, the token at position + 1
+    positions: torch.Tensor  # [n] int64
+    kv_slots: torch.Tensor  # [n] int64
+    slots: torch.Tensor  # [requests] int64, request slots
+    last: torch.Tensor  # [requests] int64, index into n of each request's last committed position
+
+
+class RoundResult(NamedTuple):
+    plan: Plan
+    num_drafts: torch.Tensor  # [rows] int64
+    accepted: Accepted
+    new_prefix_lens: torch.Tensor  # [rows] int64

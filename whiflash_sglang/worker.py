@@ -1,0 +1,203 @@
+"""The WHIFLASH speculative worker: SGLang's calls in, rounds out. No algorithm lives here.
+
+SGLang's scheduler calls `forward_batch_generation` with a prefill batch (whole prompts or chunks of them) or with a
+decode batch (one round). What survives between calls is the bonus token and the length, in `batch.spec_info`; features
+and routing statistics belong to drafters and router, keyed by request slot.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.draft_worker_common import make_draft_input_v2
+
+from whiflash_sglang import host
+from whiflash_sglang.config import WhiFlashConfig
+from whiflash_sglang.drafters import DRAFTERS
+from whiflash_sglang.observe import Totals
+from whiflash_sglang.round import DecodeRound, Drafter
+from whiflash_sglang.router import create_router
+from whiflash_sglang.target import SGLangTarget, draftable
+from whiflash_sglang.types import Context, RoundResult, Rows
+
+
+class WhiFlashWorker(BaseSpecWorker):
+    """Holds the target worker and one draft worker for each drafter; built by SGLang's scheduler."""
+
+    def __init__(self, server_args: Any, gpu_id: int, ps: Any, nccl_port: int, target_worker: Any):
+        super().__init__()
+        self.config: WhiFlashConfig = host.active_config()
+        self.specs = host.drafter_specs(self.config, server_args)
+        self._target_worker = target_worker
+        self.runners = {
+            name: host.build_draft_runner(spec, server_args, gpu_id, ps, nccl_port, target_worker)
+            for name, spec in self.specs.items()
+        }
+        # SGLang asks for "the" draft worker when it reports memory; the first drafter's stands for both.
+        self._draft_worker = next(iter(self.runners.values())).worker
+        self.show_start_block = ps.tp_rank == 0
+
+    def alloc_memory_pool(
+        self, memory_pool_config: Any = None, req_to_token_pool: Any = None, token_to_kv_pool_allocator: Any = None
+    ) -> None:
+        for runner in self.runners.values():
+            runner.worker.alloc_memory_pool(
+                memory_pool_config=memory_pool_config,
+                req_to_token_pool=req_to_token_pool,
+                token_to_kv_pool_allocator=token_to_kv_pool_allocator,
+            )
+        self.req_to_token_pool = req_to_token_pool
+        self.token_to_kv_pool_allocator = token_to_kv_pool_allocator
+
+    def init_attention_backends(self) -> None:
+        for runner in self.runners.values():
+            runner.worker.init_attention_backends()
+
+    def init_cuda_graphs(self) -> None:
+        for runner in self.runners.values():
+            runner.worker.init_cuda_graphs()
+        self.assemble()
+
+    def assemble(self) -> None:
+        """The last step of start-up: everything is allocated, so the round can be put together."""
+        num_slots = self.req_to_token_pool.req_to_token.shape[0]
+        captured = host.captured_layers(self.specs.values())
+        self.totals = Totals(self.config.drafter_names, num_slots)
+        self.target = SGLangTarget(self._target_worker)
+        self.drafters: dict[str, Drafter] = {
+            name: DRAFTERS[name](runner, captured=captured, num_slots=num_slots, num_drafts=self.config.eagle_steps)
+            for name, runner in self.runners.items()
+        }
+        self.max_width = 1 + max(drafter.num_drafts for drafter in self.drafters.values())
+        timed_target = _Timed(self.target, self.totals, verify="verify")
+        timed = {name: _Timed(d, self.totals, draft="draft", ingest="ingest") for name, d in self.drafters.items()}
+        self.round = DecodeRound(create_router(self.config, num_slots), timed, timed_target)
+        if self.show_start_block:
+            host.print_start_block(self.config, self.specs, self._target_worker, self.runners, self.max_width)
+
+    @property
+    def spec_v2_attn_backends(self) -> tuple[Any, ...]:
+        workers = [self._target_worker, *(runner.worker for runner in self.runners.values())]
+        return tuple(worker.model_runner.attn_backend for worker in workers)
+
+    def forward_batch_generation(
+        self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None
+    ) -> GenerationBatchResult:
+        with torch.inference_mode():
+            if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+                return self.prefill(batch)
+            if batch.forward_mode.is_idle():
+                return self.idle(batch)
+            return self.decode(batch)
+
+    def prefill(self, batch: Any) -> GenerationBatchResult:
+        """Run the target over the prompts and bring every drafter up to date, so that the slots may be shared."""
+        with self.totals.timed("prefill"):
+            result = self._target_worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.FULL)
+        logits_output = result.logits_output
+        context = prefill_context(batch, logits_output.hidden_states, result.next_token_ids)
+        for drafter in self.round.drafters.values():
+            drafter.ingest(context)
+        logits = logits_output.next_token_logits
+        # Sampling turns SGLang's logits into probabilities in place; their logarithms have the same softmax.
+        self.round.router.observe(context.slots, logits if batch.sampling_info.is_all_greedy else logits.log())
+        self.totals.start(context.slots)
+        logits_output.hidden_states = None  # large, and of no use to the host
+        result.new_seq_lens = batch.seq_lens
+        result.next_draft_input = make_draft_input_v2(bonus_tokens=result.next_token_ids, new_seq_lens=batch.seq_lens)
+        return result
+
+    def decode(self, batch: Any) -> GenerationBatchResult:
+        """One round for every request of the batch."""
+        with self.totals.timed("round"):
+            self.target.bind(batch)
+            rows = decode_rows(batch, self.req_to_token_pool.req_to_token, self.max_width)
+            result = self.round.run(rows)
+        self.totals.count(rows, result)
+        return batch_result(result)
+
+    def idle(self, batch: Any) -> GenerationBatchResult:
+        """A rank without requests in a data-parallel step."""
+        empty = torch.empty(0, dtype=torch.int64, device=batch.device)
+        return GenerationBatchResult(
+            next_token_ids=empty,
+            accept_lens=empty.to(torch.int32),
+            next_draft_input=make_draft_input_v2(bonus_tokens=empty, new_seq_lens=empty),
+            speculative_num_draft_tokens=self.max_width,
+            new_seq_lens=empty,
+        )
+
+
+class _Timed:
+    """A drafter or target whose named methods add their wall time to the totals."""
+
+    def __init__(self, part: Any, totals: Totals, **names: str):
+        self._part = part
+        for method, name in names.items():
+            setattr(self, method, _timed(getattr(part, method), totals, name))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._part, name)
+
+
+def _timed(method: Any, totals: Totals, name: str) -> Any:
+    def call(*args: Any) -> Any:
+        span: AbstractContextManager[None] = totals.timed(name)
+        with span:
+            return method(*args)
+
+    return call
+
+
+def decode_rows(batch: Any, req_to_token: torch.Tensor, max_width: int) -> Rows:
+    """The decode batch as rows. SGLang has reserved KV slots for the whole window already."""
+    slots = batch.req_pool_indices.to(torch.int64)
+    prefix_lens = batch.seq_lens.to(torch.int64)
+    window = torch.arange(-1, max_width, device=slots.device)  # from the last committed position on
+    kv_slots = req_to_token[slots[:, None], prefix_lens[:, None] + window].to(torch.int64)
+    return Rows(slots, batch.spec_info.bonus_tokens, prefix_lens, kv_slots, draftable(batch))
+
+
+def prefill_context(batch: Any, features: torch.Tensor, next_token_ids: torch.Tensor) -> Context:
+    """What the drafters ingest after a prefill: every position that this batch computed, flat over requests.
+
+    `features` [tokens, captures * hidden]. The token after the last position of a request is the one just sampled, or,
+    where a long prompt is prefilled in chunks, the next one of the prompt.
+    """
+    device = features.device
+    lens = torch.tensor(batch.extend_lens, dtype=torch.int64)
+    starts = torch.tensor(batch.prefix_lens, dtype=torch.int64)
+    ends = lens.cumsum(0)  # [requests], flat end of each request
+    positions = torch.arange(int(ends[-1])) + (starts - ends + lens).repeat_interleave(lens)
+    next_tokens = batch.input_ids.roll(-1).to(torch.int64)
+    last = (ends - 1).to(device)
+    next_tokens[last] = next_token_ids.to(torch.int64)
+    for i, request in enumerate(batch.reqs):
+        following = host.prompt_token(request, batch.prefix_lens[i] + batch.extend_lens[i])
+        if following is not None:
+            next_tokens[last[i]] = following
+    return Context(
+        features=features,
+        next_tokens=next_tokens,
+        positions=positions.to(device),
+        kv_slots=batch.out_cache_loc.to(torch.int64),
+        slots=batch.req_pool_indices.to(torch.int64),
+        last=last,
+    )
+
+
+def batch_result(result: RoundResult) -> GenerationBatchResult:
+    """A round as SGLang wants it: one stride for all rows, `accept_lens` with the bonus token."""
+    tokens = result.accepted.tokens
+    return GenerationBatchResult(
+        next_token_ids=tokens.reshape(-1),
+        accept_lens=result.accepted.num_committed.to(torch.int32),
+        next_draft_input=make_draft_input_v2(bonus_tokens=result.accepted.bonus, new_seq_lens=result.new_prefix_lens),
+        speculative_num_draft_tokens=tokens.shape[1],
+        new_seq_lens=result.new_prefix_lens,
+    )
