@@ -236,24 +236,38 @@ def _check_dflash_tensors(checkpoint: Checkpoint, spec: DrafterSpec, tensors: Ma
 
 
 def _check_eagle3_tensors(checkpoint: Checkpoint, spec: DrafterSpec, tensors: Mapping[str, TensorInfo]) -> None:
-    # The one layer is called `midlayer` in the published format; SGLang reads `layers.0` as well.
-    layer = "layers.0" if any("layers.0." in name for name in tensors) else "midlayer"
-    shapes = _layer_shapes(checkpoint, spec, input_width=2 * spec.hidden_size)
-    shapes["hidden_norm.weight"] = (spec.hidden_size,)
+    tensors = {_published_eagle3_name(name): info for name, info in tensors.items()}
+    config, hidden, features = checkpoint.config, spec.hidden_size, len(spec.layer_ids) * spec.target_hidden_size
+    layer = _layer_shapes(checkpoint, spec, input_width=2 * hidden) | {"hidden_norm.weight": (hidden,)}
     expected: dict[str, Shape] = {
-        "fc.weight": (spec.hidden_size, len(spec.layer_ids) * spec.target_hidden_size),
-        **{f"{layer}.{name}": shape for name, shape in shapes.items()},
-        "norm.weight": (spec.hidden_size,),
+        "fc.weight": (hidden, features),
+        **{f"midlayer.{name}": shape for name, shape in layer.items()},
+        "norm.weight": (hidden,),
     }
-    if checkpoint.config.get("draft_vocab_size") is not None:
-        expected["lm_head.weight"] = (spec.draft_vocab_size, spec.hidden_size)
+    if config.get("norm_before_fc") or _section(checkpoint, "eagle_config").get("norm_before_fc"):
+        expected["input_norm.weight"] = (features,)
+    if config.get("fc_norm") or config.get("use_aux_norm"):
+        expected |= {f"fc_norm.{i}.weight": (spec.target_hidden_size,) for i in range(len(spec.layer_ids))}
+    if config.get("draft_vocab_size") is not None:
+        expected["lm_head.weight"] = (spec.draft_vocab_size, hidden)
     if spec.draft_vocab_size < spec.vocab_size:
         expected["d2t"] = (spec.draft_vocab_size,)
     if "t2d" in tensors:
         expected["t2d"] = (spec.vocab_size,)
     _check_shapes(checkpoint, expected, tensors)
+    if "lm_head.weight" in tensors and config.get("tie_word_embeddings"):
+        problem = "config.json: tie_word_embeddings is true, so that SGLang would ignore the drafter's lm_head.weight"
+        raise checkpoint.error(problem, "set it to false")
     if "d2t" in tensors:
         _check_draft_vocabulary(checkpoint, spec, tensors["d2t"])
+
+
+def _published_eagle3_name(name: str) -> str:
+    """The published name of a tensor; SGLang reads a second spelling of some."""
+    name = re.sub(r"^layers\.0\.", "midlayer.", name.removeprefix("model."))
+    for index, old in enumerate(("low", "mid", "high")):
+        name = name.replace(f"aux_norm_{old}.", f"fc_norm.{index}.")
+    return name
 
 
 def _layer_shapes(checkpoint: Checkpoint, spec: DrafterSpec, input_width: int) -> dict[str, Shape]:
@@ -275,13 +289,12 @@ def _layer_shapes(checkpoint: Checkpoint, spec: DrafterSpec, input_width: int) -
 
 
 def _check_shapes(checkpoint: Checkpoint, expected: Mapping[str, Shape], tensors: Mapping[str, TensorInfo]) -> None:
-    plain = {re.sub(r"^model\.", "", name): info for name, info in tensors.items()}
-    if missing := [name for name in expected if name not in plain]:
+    if missing := [name for name in expected if name not in tensors]:
         listed = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise checkpoint.error(f"the weights lack {listed}", _WHOLE_CHECKPOINT)
     for name, shape in expected.items():
-        if plain[name].shape != shape:
-            problem = f"{name} has shape {list(plain[name].shape)}, expected {list(shape)}"
+        if tensors[name].shape != shape:
+            problem = f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
             raise checkpoint.error(problem, _OTHER_DRAFTER)
 
 

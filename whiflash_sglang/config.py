@@ -164,8 +164,8 @@ def _number(kind: Callable[[str], Number], flag: str, text: str) -> Number:
         raise ConfigError(flag, text, f"not a {what}", f"give e.g. {example}") from error
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add our flags, in one group. Values stay text here; `WhiFlashConfig.from_namespace` judges them."""
+def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add our flags, in one group, which is returned. Values stay text here; `WhiFlashConfig.from_namespace` judges them."""
     group = parser.add_argument_group("WhiFlash")
     group.add_argument(
         FLAG_DRAFTERS,
@@ -200,3 +200,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=str(WhiFlashConfig.eagle_steps),
         help=f"draft tokens of one EAGLE-3 chain, 1 to {MAX_EAGLE_STEPS} (default: %(default)s)",
     )
+    return group

@@ -1,0 +1,246 @@
+"""Serve a model with WHIFLASH: our flags first, then every flag of SGLang's own server, unchanged.
+
+    python -m whiflash_sglang.launch_server --model-path Qwen/Qwen3-8B \\
+        --speculative-draft-model-path DFLASH --whiflash-eagle-draft EAGLE3 [SGLang's flags]
+    python -m whiflash_sglang.launch_server --demo --port 30000
+
+Checkpoints are judged before SGLang is started. `--whiflash-router off` starts SGLang without speculation: the
+baseline that everything is compared with. The scheduler is a spawned process; our configuration reaches it through the
+environment, and importing this module must stay free of side effects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from whiflash_sglang import hub
+from whiflash_sglang.checkpoints import FLAG_TARGET, load_drafter_spec, load_target_spec
+from whiflash_sglang.config import (
+    ENVIRONMENT_VARIABLE,
+    FLAG_DFLASH,
+    FLAG_EAGLE,
+    FLAG_ROUTER,
+    FLAG_STEPS,
+    WhiFlashConfig,
+    add_arguments,
+)
+from whiflash_sglang.errors import ConfigError, WhiFlashError
+
+ALGORITHM = "WHIFLASH"
+DEMO_MODELS = Path(__file__).parent / "demo_models"
+# Come before the operator's own flags, and so give way to them: argparse takes the last value of a flag.
+DEMO_DEFAULTS = (
+    "--served-model-name=whiflash-demo",
+    "--host=127.0.0.1",
+    "--dtype=float32",
+    "--context-length=8192",
+    "--max-total-tokens=65536",
+    "--max-running-requests=16",
+    "--sampling-backend=pytorch",
+    "--reasoning-parser=qwen3",
+    "--tool-call-parser=qwen25",
+    "--enable-cache-report",
+    "--skip-server-warmup",
+)
+
+FLAG_ALGORITHM = "--speculative-algorithm"
+FLAG_WIDTH = "--speculative-num-draft-tokens"
+# SGLang's flags that say what ours say. They would have no effect, so they are refused.
+REPLACED_FLAGS = {
+    "--speculative-num-steps": FLAG_STEPS,
+    "--speculative-eagle-topk": f"{FLAG_STEPS} (a chain has no branches)",
+    "--speculative-dflash-block-size": f"{FLAG_WIDTH} (the block size is the checkpoint's)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if importlib.util.find_spec("sglang") is None:
+        raise SystemExit("error: SGLang is not installed; run `pip install 'whiflash-sglang[server]'` or `make`")
+    if "-h" in argv or "--help" in argv:
+        print_help()
+        return
+    try:
+        config, sglang_argv = build_argv(argv)
+    except WhiFlashError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    os.environ.pop(ENVIRONMENT_VARIABLE, None)
+    if config.router == "off":
+        # Nothing of ours is registered in a process that finds no configuration.
+        print(f"{FLAG_ROUTER} off: SGLang without speculation; its speculative flags are left out", flush=True)
+    else:
+        config.to_environ(os.environ)
+    serve(sglang_argv, algorithm=None if config.router == "off" else ALGORITHM)
+
+
+def build_argv(argv: Sequence[str]) -> tuple[WhiFlashConfig, list[str]]:
+    """Our configuration and SGLang's command line. Reads checkpoints, and fetches them if they are hub ids."""
+    flags, rest = build_parser().parse_known_args(list(argv))
+    _refuse_what_sglang_would_misread(flags, rest)
+    if flags.demo:
+        _fill_demo_models(flags)
+    config = WhiFlashConfig.from_namespace(flags)
+    defaults = list(DEMO_DEFAULTS) if flags.demo else []
+    if flags.model_path is None:
+        raise ConfigError(FLAG_TARGET, None, "missing", "give the target model's folder or hub id, or --demo")
+    if config.router == "off":
+        return config, [
+            *defaults,
+            *_pass_on(FLAG_TARGET, flags.model_path),
+            *_shared(flags),
+            *_without_speculation(rest),
+        ]
+
+    target_path = hub.resolve(
+        FLAG_TARGET, flags.model_path, revision=flags.revision, cache_dir=flags.download_dir, patterns=hub.WHOLE_TARGET
+    )
+    config = _with_local_drafters(config, flags)
+    if target_path != flags.model_path:
+        defaults += _pass_on("--served-model-name", flags.model_path)
+    speculation = [
+        *_pass_on(FLAG_ALGORITHM, ALGORITHM),
+        *_pass_on(FLAG_DFLASH, next(iter(config.draft_paths.values()))),
+        *_pass_on(FLAG_WIDTH, str(_verify_width(config, target_path, flags.speculative_num_draft_tokens))),
+    ]
+    return config, [*defaults, *_pass_on(FLAG_TARGET, target_path), *_shared(flags), *rest, *speculation]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Our flags, and those of SGLang's that decide about ours."""
+    parser = argparse.ArgumentParser(
+        prog="python -m whiflash_sglang.launch_server",
+        usage="%(prog)s --model-path TARGET [WhiFlash's flags] [SGLang's flags]",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    add_arguments(parser).add_argument(
+        "--demo",
+        action="store_true",
+        help="serve the bundled models with defaults for a CPU; every flag given beside it wins",
+    )
+    hidden = argparse.SUPPRESS
+    parser.add_argument(FLAG_TARGET, "--model", default=None, help=hidden)
+    parser.add_argument("--revision", default=None, help=hidden)
+    parser.add_argument("--download-dir", default=None, help=hidden)
+    parser.add_argument("--speculative-draft-model-revision", default=None, help=hidden)
+    parser.add_argument(FLAG_ALGORITHM, default=None, help=hidden)
+    parser.add_argument(FLAG_WIDTH, default=None, help=hidden)
+    return parser
+
+
+def print_help() -> None:
+    """Our flags, then the whole of SGLang's own help."""
+    from sglang.srt.server_args import ServerArgs
+
+    print(build_parser().format_help())
+    print("---- SGLang's flags " + "-" * 60)
+    parser = argparse.ArgumentParser(prog="python -m whiflash_sglang.launch_server", usage=argparse.SUPPRESS)
+    ServerArgs.add_cli_args(parser)
+    parser.print_help()
+
+
+def serve(sglang_argv: Sequence[str], algorithm: str | None) -> None:
+    """Run SGLang's server in this process until it ends, then end what it started."""
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    server_args = prepare_server_args(list(sglang_argv))
+    if server_args.speculative_algorithm != algorithm:
+        named = f"{FLAG_ALGORITHM} {server_args.speculative_algorithm}"
+        raise SystemExit(f"error: --config sets {named}, the command line asks for {algorithm}; drop it from the file")
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _refuse_what_sglang_would_misread(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+    algorithm = flags.speculative_algorithm
+    if algorithm is not None and algorithm.upper() != ALGORITHM:
+        mend = "drop the flag, or use `python -m sglang.launch_server`"
+        raise ConfigError(FLAG_ALGORITHM, algorithm, f"this launcher serves {ALGORITHM} only", mend)
+    own = [flag for action in build_parser()._actions for flag in action.option_strings]
+    for token in rest:
+        name = token.partition("=")[0]
+        if name in REPLACED_FLAGS:
+            raise ConfigError(name, None, f"has no effect with {ALGORITHM}", f"use {REPLACED_FLAGS[name]}")
+        # SGLang's parser accepts abbreviations, which would slip past the checks here.
+        if name.startswith(("--spec", "--whiflash")) and (full := [flag for flag in own if flag.startswith(name)]):
+            raise ConfigError(name, None, "abbreviated flag", f"write out {' or '.join(full)}")
+        if name.startswith("--whiflash"):
+            raise ConfigError(name, None, "unknown flag", "see --help")
+
+
+def _fill_demo_models(flags: argparse.Namespace) -> None:
+    """Put the bundled models where the operator named none."""
+    if not (DEMO_MODELS / "target" / "config.json").is_file():
+        mend = "rebuild them with `python scripts/train_demo_models.py`, or give your own models without --demo"
+        raise ConfigError("--demo", None, f"the bundled models are not in {DEMO_MODELS}", mend)
+    flags.model_path = flags.model_path or str(DEMO_MODELS / "target")
+    if flags.speculative_draft_model_path is None and flags.whiflash_drafters != "e3":
+        flags.speculative_draft_model_path = str(DEMO_MODELS / "dflash")
+    if flags.whiflash_eagle_draft is None and flags.whiflash_drafters != "df":
+        flags.whiflash_eagle_draft = str(DEMO_MODELS / "eagle3")
+
+
+def _with_local_drafters(config: WhiFlashConfig, flags: argparse.Namespace) -> WhiFlashConfig:
+    """The config with hub ids replaced by the folders they were fetched to."""
+
+    def resolve(flag: str, path: str | None, revision: str | None) -> str | None:
+        if path is None:
+            return None
+        return hub.resolve(flag, path, revision=revision, cache_dir=flags.download_dir, patterns=hub.WHOLE_DRAFTER)
+
+    dflash = resolve(FLAG_DFLASH, config.dflash_draft, flags.speculative_draft_model_revision)
+    return replace(config, dflash_draft=dflash, eagle_draft=resolve(FLAG_EAGLE, config.eagle_draft, None))
+
+
+def _verify_width(config: WhiFlashConfig, target_path: str, asked: str | None) -> int:
+    """Tokens of a verify window: the anchor and the longest draft that any of the drafters makes."""
+    target = load_target_spec(target_path)
+    specs = [load_drafter_spec(path, name, target) for name, path in config.draft_paths.items()]
+    width = max(spec.block_size or 1 + config.eagle_steps for spec in specs)
+    if asked is None:
+        return width
+    if not (asked.isascii() and asked.isdigit()):
+        raise ConfigError(FLAG_WIDTH, asked, "not a whole number", f"drop the flag or use {width}")
+    if int(asked) < width:
+        problem = f"the drafters need a verify width of {width} (the DFlash block, or {FLAG_STEPS} + 1)"
+        raise ConfigError(FLAG_WIDTH, asked, problem, f"drop the flag or use at least {width}")
+    return int(asked)
+
+
+def _pass_on(flag: str, value: str) -> list[str]:
+    return [f"{flag}={value}"]
+
+
+def _shared(flags: argparse.Namespace) -> list[str]:
+    """SGLang's flags that were looked at here and are passed on as they were."""
+    shared = {"--revision": flags.revision, "--download-dir": flags.download_dir}
+    return [argument for flag, value in shared.items() if value is not None for argument in _pass_on(flag, value)]
+
+
+def _without_speculation(rest: Sequence[str]) -> list[str]:
+    """`rest` less every `--speculative-...` flag and its values."""
+    kept: list[str] = []
+    dropping = False
+    for token in rest:
+        if token.startswith("-"):
+            dropping = token.startswith("--speculative-")
+        if not dropping:
+            kept.append(token)
+    return kept
+
+
+if __name__ == "__main__":
+    main()
