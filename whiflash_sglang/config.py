@@ -165,7 +165,7 @@ def _number(kind: Callable[[str], Number], flag: str, text: str) -> Number:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add our flags, in one group, which is returned. Values stay text here; `WhiFlashConfig.from_namespace` judges them."""
+    """Add our flags as one group and return it. Values stay text: `WhiFlashConfig.from_namespace` judges them."""
     group = parser.add_argument_group("WhiFlash")
     group.add_argument(
         FLAG_DRAFTERS,
