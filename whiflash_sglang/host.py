@@ -1,7 +1,7 @@
-"""The one door to SGLang's private and unstable names: the registered algorithm, the hooks with their reasons, builders.
+"""The one door to SGLang's private and unstable names: the registered algorithm, the hooks and why, the builders.
 
-Every hook is installed by `install()`, which runs in each process that SGLang spawns, and does nothing where the server
-was not started with a WhiFlash configuration in its environment.
+The plugin calls `register_algorithm` and `install_hooks` in each process that SGLang spawns, where the launcher has
+left a WhiFlash configuration in the environment.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import copy
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from whiflash_sglang.checkpoints import DrafterSpec, load_drafter_spec, load_target_spec
@@ -69,6 +69,30 @@ class WhiFlashAlgorithm(CustomSpecAlgo):
         server_args.disable_overlap_schedule = True
 
 
+@dataclass
+class WhiFlashDraftInput(DFlashDraftInputV2):
+    """What survives between rounds: each request's bonus token and length; and how room for the next one is made."""
+
+    def prepare_for_decode(self, batch: Any) -> None:
+        # SGLang counts tokens for penalties only where it decodes one at a time. Rows with penalties are not drafted
+        # for (target.py), so that exactly one token, the last, is new.
+        if batch.sampling_info.penalizer_orchestrator.is_required:
+            batch.cumulate_penalty_output_tokens()
+        super().prepare_for_decode(batch)
+
+
+def draft_input(bonus_tokens: torch.Tensor, new_seq_lens: torch.Tensor) -> WhiFlashDraftInput:
+    """SGLang's carrier of state between steps, for requests with the given bonus tokens and lengths [rows]."""
+    nothing = bonus_tokens.new_empty((len(bonus_tokens), 0))  # the fields of other algorithms
+    return WhiFlashDraftInput(
+        topk_p=nothing,
+        topk_index=nothing,
+        bonus_tokens=bonus_tokens.to(torch.int64),
+        new_seq_lens=new_seq_lens.to(torch.int64),
+        hidden_states=nothing,
+    )
+
+
 def register_algorithm() -> None:
     """Make `--speculative-algorithm WHIFLASH` known to SGLang in this process."""
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -101,21 +125,25 @@ def install_hooks() -> None:
 
 
 def _capture_union(
-    original: Any, *, server_args: Any, spec_algorithm: Any, is_draft_worker: bool, **kwargs: Any
+    original: Any, *, server_args: Any, model_config: Any, spec_algorithm: Any, is_draft_worker: bool
 ) -> Any:
     if is_draft_worker or not isinstance(spec_algorithm, WhiFlashAlgorithm):
         return original(
-            server_args=server_args, spec_algorithm=spec_algorithm, is_draft_worker=is_draft_worker, **kwargs
+            server_args=server_args,
+            model_config=model_config,
+            spec_algorithm=spec_algorithm,
+            is_draft_worker=is_draft_worker,
         )
     from sglang.srt.model_executor.model_runner_components.spec_aux_hidden_state import SpecAuxHiddenStateConfig
 
     specs = drafter_specs(active_config(), server_args)
-    target = load_target_spec(server_args.model_path)
+    target_layer = model_config.get_total_num_kv_heads() * model_config.head_dim
+    draft_layers = sum(spec.num_layers * spec.num_kv_heads * spec.head_dim for spec in specs.values())
     return SpecAuxHiddenStateConfig(
         dflash_use_aux_hidden_state=True,
         dflash_target_layer_ids=list(captured_layers(specs.values())),
         # SGLang budgets draft KV in units of target layers.
-        dflash_draft_num_layers=math.ceil(sum(spec.kv_size for spec in specs.values()) / target.kv_size_per_layer),
+        dflash_draft_num_layers=math.ceil(draft_layers / target_layer),
     )
 
 
@@ -138,9 +166,8 @@ def active_config() -> WhiFlashConfig:
 
 def drafter_specs(config: WhiFlashConfig, server_args: Any) -> dict[str, DrafterSpec]:
     """The drafters' checkpoints by name, checked against the target's."""
-    target = load_target_spec(Path(server_args.model_path))
-    paths = {"df": config.dflash_draft, "e3": config.eagle_draft}
-    return {name: load_drafter_spec(Path(str(paths[name])), name, target) for name in config.drafter_names}
+    target = load_target_spec(server_args.model_path)
+    return {name: load_drafter_spec(path, name, target) for name, path in config.draft_paths.items()}
 
 
 def captured_layers(specs: Iterable[DrafterSpec]) -> tuple[int, ...]:
@@ -155,7 +182,7 @@ def build_draft_runner(
     from sglang.srt.speculative.draft_worker_common import build_draft_tp_worker
 
     args = copy.deepcopy(server_args)
-    args.override("whiflash.drafter", speculative_draft_model_path=str(spec.path))
+    args.override("whiflash.drafter", speculative_draft_model_path=spec.path)
     target_runner = target_worker.model_runner
     bundle = build_draft_tp_worker(
         server_args=args,
@@ -203,11 +230,11 @@ def print_start_block(
     drafters = "; ".join(f"{name} {spec.path} (layers {list(spec.layer_ids)})" for name, spec in specs.items())
     backends = {"target": runner.server_args.attention_backend}
     backends |= {name: r.worker.model_runner.server_args.attention_backend for name, r in runners.items()}
+    threshold = f" (threshold {config.entropy_threshold} nats)" if config.router == "entropy" else ""
     lines = {
         "target": runner.server_args.model_path,
         "drafters": drafters,
-        "router": config.router
-        + (f" (threshold {config.entropy_threshold} nats)" if config.router == "entropy" else ""),
+        "router": config.router + threshold,
         "verify width": f"{width} (anchor and up to {width - 1} drafts)",
         "KV tokens": f"{tokens}, and {lost} more would fit without the draft pools",
         "attention": ", ".join(f"{name} {backend}" for name, backend in backends.items()),

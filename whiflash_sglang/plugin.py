@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 
+from whiflash_sglang import cpu
 from whiflash_sglang.config import ENVIRONMENT_VARIABLE
 
 
 def register() -> None:
     """Register the algorithm, the hooks and, where our CPU platform is the active one, its torch twins."""
-    from sglang.srt.platforms import current_platform
+    if cpu.activate() is not None:
+        from whiflash_sglang.cpu import twins
 
-    from whiflash_sglang.cpu import twins
-    from whiflash_sglang.cpu.platform import WhiFlashCpuPlatform
-
-    if isinstance(current_platform, WhiFlashCpuPlatform):
         twins.install()
     if ENVIRONMENT_VARIABLE in os.environ:
         from whiflash_sglang import host

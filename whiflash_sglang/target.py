@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 
@@ -69,16 +70,16 @@ class SGLangTarget:
 
     def adjust(self, logits: torch.Tensor, sampling: Any) -> torch.Tensor:
         """Logits with the request's own adjustments; the target's are left as they are, for the router's entropy."""
-        if sampling.penalizer_orchestrator.is_required:
-            self.batch.cumulate_penalty_output_tokens()
-        elif sampling.logit_bias is None and not self.batch.has_grammar:
+        if sampling.logit_bias is None and not changes_with_text(self.batch):
             return logits
         logits = logits.clone()
         if self.batch.has_grammar:
             sampling.grammars = [request.grammar for request in self.batch.reqs]
             sampling.update_regex_vocab_mask()
-        first = logits[:, 0].contiguous()
+        first = logits[:, 0].clone()
         sampling.apply_logits_bias(first)
+        if sampling.has_custom_logit_processor:
+            apply_custom_logit_processor(first, sampling)
         if sampling.logit_bias is not None:
             logits += sampling.logit_bias[:, None]
         logits[:, 0] = first
@@ -87,14 +88,20 @@ class SGLangTarget:
 
 def draftable(batch: Any) -> torch.Tensor | None:
     """Rows [rows] bool whose logits need no adjustment that changes within a verify window; None: all of them."""
-    sampling = batch.sampling_info
-    if not (sampling.penalizer_orchestrator.is_required or batch.has_grammar or sampling.has_custom_logit_processor):
+    if not changes_with_text(batch):
         return None
-    flags = [not _changes_with_text(request) for request in batch.reqs]
+    flags = [not _request_changes_with_text(request) for request in batch.reqs]
     return torch.tensor(flags, device=batch.seq_lens.device)
 
 
-def _changes_with_text(request: Any) -> bool:
+def changes_with_text(batch: Any) -> bool:
+    """Whether any request has logit adjustments that depend on its text so far."""
+    sampling = batch.sampling_info
+    has_penalties = sampling.acc_additive_penalties is not None or sampling.acc_scaling_penalties is not None
+    return has_penalties or batch.has_grammar or sampling.has_custom_logit_processor
+
+
+def _request_changes_with_text(request: Any) -> bool:
     params = request.sampling_params
     return (
         request.grammar is not None

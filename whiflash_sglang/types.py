@@ -5,7 +5,7 @@ drafter         a small model that proposes tokens: `e3` (EAGLE-3, a chain of K 
 round           route -> draft -> verify -> accept -> commit
 bonus token     the one token a round always yields: the target's own choice after the accepted drafts. It has no KV yet
 anchor          the bonus token of the previous round; the first token of this round's verify window
-committed       positions whose tokens are final and whose target KV is written: 0 .. prefix_len - 1 (without the anchor)
+committed       positions whose tokens are final and have target KV: 0 .. prefix_len - 1 (without the anchor)
 verify width    tokens a row in the verify forward: the anchor and up to width - 1 drafts; one width a batch
 acceptance length (AL)  tokens committed by a round, bonus included; accepted drafts = AL - 1
 feature         the target's captured hidden states at a position, concatenated over the captured layers

@@ -14,7 +14,6 @@ import torch
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
-from sglang.srt.speculative.draft_worker_common import make_draft_input_v2
 
 from whiflash_sglang import host
 from whiflash_sglang.config import WhiFlashConfig
@@ -109,7 +108,7 @@ class WhiFlashWorker(BaseSpecWorker):
         self.totals.start(context.slots)
         logits_output.hidden_states = None  # large, and of no use to the host
         result.new_seq_lens = batch.seq_lens
-        result.next_draft_input = make_draft_input_v2(bonus_tokens=result.next_token_ids, new_seq_lens=batch.seq_lens)
+        result.next_draft_input = host.draft_input(bonus_tokens=result.next_token_ids, new_seq_lens=batch.seq_lens)
         return result
 
     def decode(self, batch: Any) -> GenerationBatchResult:
@@ -127,7 +126,7 @@ class WhiFlashWorker(BaseSpecWorker):
         return GenerationBatchResult(
             next_token_ids=empty,
             accept_lens=empty.to(torch.int32),
-            next_draft_input=make_draft_input_v2(bonus_tokens=empty, new_seq_lens=empty),
+            next_draft_input=host.draft_input(bonus_tokens=empty, new_seq_lens=empty),
             speculative_num_draft_tokens=self.max_width,
             new_seq_lens=empty,
         )
@@ -197,7 +196,7 @@ def batch_result(result: RoundResult) -> GenerationBatchResult:
     return GenerationBatchResult(
         next_token_ids=tokens.reshape(-1),
         accept_lens=result.accepted.num_committed.to(torch.int32),
-        next_draft_input=make_draft_input_v2(bonus_tokens=result.accepted.bonus, new_seq_lens=result.new_prefix_lens),
+        next_draft_input=host.draft_input(bonus_tokens=result.accepted.bonus, new_seq_lens=result.new_prefix_lens),
         speculative_num_draft_tokens=tokens.shape[1],
         new_seq_lens=result.new_prefix_lens,
     )
