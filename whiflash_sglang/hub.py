@@ -21,8 +21,8 @@ def resolve(
     flag: str, path: str, *, revision: str | None = None, cache_dir: str | None = None, patterns: Sequence[str]
 ) -> str:
     """The local folder of checkpoint `path`, fetched if it is a hub id that is not in the cache yet."""
-    if Path(path).expanduser().is_dir():
-        return str(Path(path).expanduser())
+    if path and Path(path).is_dir():
+        return path
     if not _HUB_ID.fullmatch(path):
         raise CheckpointError(flag, path, "no such folder", "give a folder that holds a checkpoint, or a hub id")
     import httpx

@@ -1,0 +1,44 @@
+# `make demo` and `make test` set up .venv first, once; it is set up anew when the lock or pyproject.toml changes.
+#   make PYTHON=/path/to/python3.12 demo     another interpreter (3.11 or 3.12)
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PORT ?= 30000
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test check format lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+setup: $(INSTALLED)  ## create .venv with the locked server environment (about 9 GB)
+
+$(INSTALLED): pyproject.toml requirements/server.lock scripts/setup_venv.sh
+	@PYTHON='$(PYTHON)' bash scripts/setup_venv.sh $(VENV)
+	@touch $@
+
+demo: $(INSTALLED)  ## serve the bundled models, replay the bundled traces under every policy, print the comparison
+	@$(BIN)/python scripts/demo.py
+
+serve: $(INSTALLED)  ## serve the bundled models on 127.0.0.1:$(PORT)
+	@$(BIN)/python -m whiflash_sglang.launch_server --demo --port $(PORT)
+
+test: $(INSTALLED)  ## all tests, real servers on this CPU included; needs no network
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## lint, formatting, types of the core
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(INSTALLED)  ## let ruff fix what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+lock: $(INSTALLED)  ## resolve requirements/server.lock anew from pyproject.toml
+	@bash scripts/lock.sh $(BIN)/uv
+
+clean:  ## remove .venv, caches and run outputs
+	rm -rf $(VENV) .runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,239 @@
+"""The launcher's command line: what reaches SGLang, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_models
+from whiflash_sglang import launch_server
+from whiflash_sglang.config import ENVIRONMENT_VARIABLE, WhiFlashConfig
+from whiflash_sglang.errors import CheckpointError, ConfigError, WhiFlashError
+from whiflash_sglang.launch_server import build_argv
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.TinyModels:
+    return tiny_models.build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def both(tiny: tiny_models.TinyModels) -> list[str]:
+    """A whole command line with both drafters."""
+    paths = {"--model-path": tiny.target, "--speculative-draft-model-path": tiny.dflash}
+    paths["--whiflash-eagle-draft"] = tiny.eagle3
+    return [part for flag, path in paths.items() for part in (flag, str(path))]
+
+
+@pytest.fixture
+def demo(tiny: tiny_models.TinyModels, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand-ins for the bundled models."""
+    monkeypatch.setattr(launch_server, "DEMO_MODELS", tiny.target.parent)
+    return tiny.target.parent
+
+
+def value(argv: list[str], flag: str) -> str | None:
+    """What argparse would take for `flag`: the last value."""
+    found = [argument.partition("=")[2] for argument in argv if argument.startswith(f"{flag}=")]
+    found += [argv[i + 1] for i, argument in enumerate(argv) if argument == flag]
+    return found[-1] if found else None
+
+
+def test_both_drafters_and_sglangs_own_flags(tiny: tiny_models.TinyModels, both: list[str]) -> None:
+    config, argv = build_argv([*both, "--port", "31000", "--dtype=float32", "--disable-radix-cache"])
+    assert config == WhiFlashConfig("df-e3", str(tiny.dflash), str(tiny.eagle3), "entropy")
+    assert value(argv, "--model-path") == str(tiny.target)
+    assert value(argv, "--speculative-algorithm") == "WHIFLASH"
+    assert value(argv, "--speculative-draft-model-path") == str(tiny.dflash)
+    assert value(argv, "--speculative-num-draft-tokens") == "8"
+    assert argv[1:5] == ["--port", "31000", "--dtype=float32", "--disable-radix-cache"]
+    assert not any(argument.startswith("--whiflash") for argument in argv)
+
+
+def test_one_drafter_fills_sglangs_draft_path(tiny: tiny_models.TinyModels) -> None:
+    target = ["--model-path", str(tiny.target)]
+    config, argv = build_argv([*target, "--whiflash-drafters", "e3", "--whiflash-eagle-draft", str(tiny.eagle3)])
+    assert (config.router, value(argv, "--speculative-draft-model-path")) == ("fixed:e3", str(tiny.eagle3))
+    assert value(argv, "--speculative-num-draft-tokens") == "6"
+    config, argv = build_argv([*target, "--whiflash-drafters=df", f"--speculative-draft-model={tiny.dflash}"])
+    assert (config.router, value(argv, "--speculative-draft-model-path")) == ("fixed:df", str(tiny.dflash))
+
+
+@pytest.mark.parametrize(
+    ("flags", "width"),
+    [
+        ([], "8"),
+        (["--whiflash-eagle-steps", "3"], "8"),
+        (["--whiflash-eagle-steps", "12"], "13"),
+        (["--speculative-num-draft-tokens", "10"], "10"),
+    ],
+)
+def test_the_verify_width_holds_the_longest_draft(both: list[str], flags: list[str], width: str) -> None:
+    assert value(build_argv([*both, *flags])[1], "--speculative-num-draft-tokens") == width
+
+
+def test_router_off_is_sglang_without_any_speculative_flag(both: list[str], tiny: tiny_models.TinyModels) -> None:
+    speculative = [
+        "--speculative-attention-mode",
+        "decode",
+        "--speculative-adaptive",
+        "--speculative-algorithm=WHIFLASH",
+    ]
+    _, argv = build_argv([*both, "--whiflash-router", "off", *speculative, "--port", "31000"])
+    assert argv == [f"--model-path={tiny.target}", "--port", "31000"]
+
+
+def test_router_off_reads_no_drafter() -> None:
+    _, argv = build_argv(["--model", "org/name", "--whiflash-router", "off", "--revision", "v1"])
+    assert argv == ["--model-path=org/name", "--revision=v1"]
+
+
+def test_hub_ids_become_folders_and_the_model_keeps_its_name(
+    both: list[str], tiny: tiny_models.TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = {"org/target": str(tiny.target), "org/eagle": str(tiny.eagle3), "org/dflash": str(tiny.dflash)}
+    asked = []
+
+    def resolve(flag: str, path: str, *, revision: str | None, cache_dir: str | None, patterns: tuple) -> str:
+        asked.append((flag, revision, cache_dir))
+        return fetched[path]
+
+    monkeypatch.setattr(launch_server.hub, "resolve", resolve)
+    flags = ["--revision", "t1", "--speculative-draft-model-revision", "d1", "--download-dir", "/data"]
+    models = [
+        "--model-path=org/target",
+        "--speculative-draft-model-path=org/dflash",
+        "--whiflash-eagle-draft=org/eagle",
+    ]
+    config, argv = build_argv([*models, *flags])
+    assert asked == [
+        ("--model-path", "t1", "/data"),
+        ("--speculative-draft-model-path", "d1", "/data"),
+        ("--whiflash-eagle-draft", None, "/data"),
+    ]
+    assert config.draft_paths == {"df": str(tiny.dflash), "e3": str(tiny.eagle3)}
+    assert value(argv, "--model-path") == str(tiny.target)
+    assert value(argv, "--served-model-name") == "org/target"
+    assert value(argv, "--revision") == "t1"
+
+
+def test_demo_serves_the_bundled_models(demo: Path) -> None:
+    config, argv = build_argv(["--demo"])
+    assert config.draft_paths == {"df": str(demo / "dflash"), "e3": str(demo / "eagle3")}
+    assert value(argv, "--model-path") == str(demo / "target")
+    assert value(argv, "--host") == "127.0.0.1"
+    assert value(argv, "--dtype") == "float32"
+    assert "--enable-cache-report" in argv
+
+
+def test_flags_given_beside_demo_win(demo: Path, tiny: tiny_models.TinyModels) -> None:
+    given = [
+        "--dtype",
+        "bfloat16",
+        "--context-length=4096",
+        "--model-path",
+        str(tiny.target),
+        "--whiflash-drafters",
+        "df",
+    ]
+    config, argv = build_argv(["--demo", *given])
+    assert config.drafter_names == ("df",)
+    assert argv.index("--dtype") > argv.index("--dtype=float32")
+    assert value(argv, "--context-length") == "4096"
+
+
+def test_demo_without_speculation_keeps_the_demos_defaults(demo: Path) -> None:
+    _, argv = build_argv(["--demo", "--whiflash-router", "off"])
+    assert argv[:-1] == list(launch_server.DEMO_DEFAULTS)
+    assert argv[-1] == f"--model-path={demo / 'target'}"
+
+
+def test_demo_without_its_models_says_how_to_make_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_server, "DEMO_MODELS", tmp_path)
+    with pytest.raises(ConfigError, match=r"--demo: .*scripts/train_demo_models\.py"):
+        build_argv(["--demo"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--speculative-algorithm", "EAGLE3"], "--speculative-algorithm EAGLE3: this launcher serves WHIFLASH only"),
+        (["--speculative-algo", "EAGLE3"], "--speculative-algo: abbreviated flag; write out --speculative-algorithm"),
+        (["--whiflash-rout=off"], "--whiflash-rout: abbreviated flag; write out --whiflash-router"),
+        (["--whiflash-budget", "3"], "--whiflash-budget: unknown flag; see --help"),
+        (
+            ["--speculative-num-steps", "3"],
+            "--speculative-num-steps: has no effect with WHIFLASH; use --whiflash-eagle",
+        ),
+        (["--speculative-eagle-topk=4"], "--speculative-eagle-topk: has no effect"),
+        (
+            ["--speculative-num-draft-tokens", "4"],
+            "--speculative-num-draft-tokens 4: the drafters need a verify width of 8",
+        ),
+        (["--speculative-num-draft-tokens", "many"], "--speculative-num-draft-tokens many: not a whole number"),
+        (["--whiflash-router", "neutral"], "--whiflash-router neutral: unknown router"),
+    ],
+)
+def test_flags_that_are_refused(both: list[str], flags: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        build_argv([*both, *flags])
+    assert said in str(refusal.value)
+
+
+def test_a_missing_target_is_named() -> None:
+    with pytest.raises(ConfigError, match="--model-path: missing; give the target model's folder or hub id, or --demo"):
+        build_argv(["--whiflash-router", "off"])
+
+
+def test_a_missing_drafter_is_found_before_sglang_starts(both: list[str]) -> None:
+    with pytest.raises(CheckpointError, match="--whiflash-eagle-draft /nowhere: no such folder"):
+        build_argv([*both, "--whiflash-eagle-draft", "/nowhere"])
+
+
+def test_the_error_is_one_line_and_ends_the_process(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        launch_server.main(["--whiflash-router", "neutral"])
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: --whiflash-router neutral") and captured.err.count("\n") == 1
+    assert isinstance(end.value.__cause__, WhiFlashError)
+
+
+def test_only_a_speculating_server_leaves_a_configuration_behind(
+    both: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plugin registers nothing where it finds none, so that `off` is SGLang as it is: the honest baseline."""
+    served = []
+    monkeypatch.setattr(launch_server, "serve", lambda argv, algorithm: served.append(algorithm))
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "left by another server")
+    launch_server.main([*both, "--whiflash-router", "off"])
+    assert ENVIRONMENT_VARIABLE not in os.environ
+    assert "without speculation" in capsys.readouterr().out
+    launch_server.main(both)
+    assert WhiFlashConfig.from_environ(os.environ).router == "entropy"
+    assert served == [None, "WHIFLASH"]
+
+
+def test_our_flags_come_first_in_one_group() -> None:
+    text = launch_server.build_parser().format_help()
+    assert text.count("WhiFlash:") == 1
+    for flag in ("--whiflash-drafters", "--whiflash-eagle-draft", "--whiflash-router", "--whiflash-entropy-threshold"):
+        assert flag in text
+    assert "--demo" in text and "--download-dir" not in text
+
+
+def test_help_goes_on_with_sglangs_own() -> None:
+    command = [sys.executable, "-m", "whiflash_sglang.launch_server", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert 0 < text.index("--whiflash-router") < text.index("--tensor-parallel-size")
+
+
+def test_importing_the_launcher_loads_neither_sglang_nor_torch() -> None:
+    """Spawned processes import the main module again."""
+    program = "import sys, whiflash_sglang.launch_server; print([m for m in ('torch', 'sglang') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
