@@ -155,9 +155,9 @@ def serve(sglang_argv: Sequence[str], algorithm: str | None) -> None:
 
     load_plugins()
     server_args = prepare_server_args(list(sglang_argv))
-    if server_args.speculative_algorithm != algorithm:
-        named = f"{FLAG_ALGORITHM} {server_args.speculative_algorithm}"
-        raise SystemExit(f"error: --config sets {named}, the command line asks for {algorithm}; drop it from the file")
+    if server_args.speculative_algorithm != algorithm:  # only a --config file can have said otherwise
+        found, asked = server_args.speculative_algorithm, algorithm or "no speculation"
+        raise SystemExit(f"error: {FLAG_ALGORITHM} {found} in --config, but the flags ask for {asked}; drop it there")
     try:
         run_server(server_args)
     finally:
