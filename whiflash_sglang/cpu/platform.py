@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 ATTENTION_BACKEND = "torch_native"
 
+# Under this key SGLang finds the forms of layers that were registered for this platform; the others run natively.
+DISPATCH_KEY = "whiflash_cpu"
+
 
 class WhiFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """A CPU, served by plain PyTorch."""
@@ -53,6 +56,9 @@ class WhiFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_paged_allocator_cls(self) -> type:
         return _slot_allocator
+
+    def get_dispatch_key_name(self) -> str:
+        return DISPATCH_KEY
 
     def init_backend(self) -> None:
         """Called once in every process that runs a model: put our attention backend in its place."""

@@ -1,4 +1,5 @@
-"""Torch versions of what SGLang has only for accelerators, put in place through SGLang's own hook registry.
+"""Torch versions of what SGLang has only for accelerators, or in a form that is slow on a CPU, put in place through
+SGLang's own hook registry.
 
     from whiflash_sglang.cpu import twins
     twins.install()         # from the plugin entry point, where our CPU platform is the active one
@@ -14,13 +15,20 @@ from typing import TYPE_CHECKING
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from whiflash_sglang.cpu import layers, processes
+from whiflash_sglang.cpu.platform import DISPATCH_KEY
+
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+LINEAR = "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod"
+WEIGHT_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+
 
 def install() -> None:
     """Register every twin; SGLang applies them once all plugins have been called."""
+    layers.register(DISPATCH_KEY)
     for target, twin, hook_type in TWINS:
         HookRegistry.register(target, twin, hook_type)
 
@@ -100,4 +108,12 @@ TWINS: tuple[tuple[str, Callable, HookType], ...] = (
         extend_forward_kwargs,
         HookType.AROUND,
     ),
+    # Linear layers pack their weights in every call.
+    (f"{LINEAR}.process_weights_after_loading", layers.pack_weight, HookType.AFTER),
+    (f"{LINEAR}.apply", layers.linear_forward, HookType.REPLACE),
+    (f"{WEIGHT_UPDATER}.update_weights_from_tensor", layers.pack_again, HookType.AFTER),
+    (f"{WEIGHT_UPDATER}.update_weights_from_distributed", layers.pack_again, HookType.AFTER),
+    (f"{WEIGHT_UPDATER}.update_weights_from_ipc", layers.pack_again, HookType.AFTER),
+    # Spawned processes import the whole server once more each.
+    ("sglang.srt.entrypoints.engine._set_envs_and_config", processes.choose_start_method, HookType.AFTER),
 )

@@ -1,0 +1,116 @@
+"""Cheaper torch forms of the layers that a small model spends its time in on a CPU.
+
+SGLang's plain-PyTorch forms are written for clarity: a rotary embedding is some twenty operations, and each costs
+microseconds, as much as the arithmetic of a small layer. Same results but for rounding:
+
+    RMSNorm            one fused operation
+    RotaryEmbedding    query and key rotated together: x * cos + swapped halves * signed sin
+    linear layers      weights packed once by oneDNN; the plain call packs them anew in every forward, which for the
+                       few rows of a verify takes longer than the product
+
+A layer with options that a form does not have keeps SGLang's own, and so does a long prompt's linear layer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.layers.utils import MultiPlatformOp
+from torch.nn.functional import linear, rms_norm
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+
+# Packing keeps a second copy of a weight: only small ones (64 MB in float32) get one.
+MAX_PACKED_WEIGHT = 16 * 1024 * 1024
+
+# With more rows the product outweighs the packing. oneDNN also compiles a kernel for each number of rows that it meets.
+MAX_PACKED_ROWS = 64
+
+
+def register(dispatch_key: str) -> None:
+    """Let layers built from now on use these forms; `dispatch_key` is the platform's."""
+    MultiPlatformOp.register_oot_forward(RMSNorm, norm_forward, dispatch_key)
+    MultiPlatformOp.register_oot_forward(RotaryEmbedding, rotary_forward, dispatch_key)
+
+
+def norm_forward(
+    layer: RMSNorm,
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    post_residual_addition: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Norm of `x`, or of `x + residual`, which is then returned as well. x is [..., hidden_size]."""
+    is_plain = not (layer.cast_x_before_out_mul or layer.fp32_residual or layer.override_orig_dtype)
+    if not is_plain or layer.variance_size_override is not None or post_residual_addition is not None:
+        return layer.forward_native(x, residual, post_residual_addition)
+    if residual is None:
+        return rms_norm(x, (layer.hidden_size,), layer.weight, layer.variance_epsilon)
+    if x.dtype == torch.float32:
+        total = rounded = x + residual
+    else:
+        total = x.to(torch.float32) + residual.to(torch.float32)
+        rounded = total.to(x.dtype)
+    normed = rms_norm(total, (layer.hidden_size,), layer.weight.to(total.dtype), layer.variance_epsilon)
+    return normed.to(x.dtype), rounded
+
+
+def rotary_forward(
+    layer: RotaryEmbedding,
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+    fused_set_kv_buffer_arg: object | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate query [tokens, q_heads * head_size] and key [tokens, kv_heads * head_size] to their positions [tokens]."""
+    is_plain = layer.is_neox_style and layer.rotary_dim == layer.head_size and query.ndim == key.ndim == 2
+    if not is_plain or offsets is not None or layer.cos_sin_cache.dtype != query.dtype:
+        return layer.forward_native(positions, query, key, offsets, fused_set_kv_buffer_arg)
+    rows = rotary_table(layer).index_select(0, positions.flatten())  # [tokens, 2, head_size]
+    heads = torch.cat((query, key), dim=-1).view(rows.shape[0], -1, layer.head_size)
+    swapped = heads.roll(layer.head_size // 2, dims=-1)
+    rotated = torch.addcmul(heads * rows[:, :1], swapped, rows[:, 1:]).flatten(1)
+    return rotated[:, : query.shape[1]], rotated[:, query.shape[1] :]
+
+
+def rotary_table(layer: RotaryEmbedding) -> torch.Tensor:
+    """[positions, 2, head_size]: (cos, cos) and (-sin, sin), kept beside the layer's own (cos, sin)."""
+    table = layer.__dict__.get("whiflash_table")
+    # SGLang makes its table longer when a longer context is asked for.
+    if table is None or table.shape[0] != layer.cos_sin_cache.shape[0]:
+        cos, sin = layer.cos_sin_cache.chunk(2, dim=-1)
+        table = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)), dim=1)
+        layer.__dict__["whiflash_table"] = table
+    return table
+
+
+def pack_weight(result: None, method: UnquantizedLinearMethod | None, layer: torch.nn.Module) -> None:
+    """After a linear layer's weights were loaded: keep them packed beside the plain ones."""
+    weight = layer.weight.data
+    if weight.ndim == 2 and weight.numel() <= MAX_PACKED_WEIGHT and weight.dtype in (torch.float32, torch.bfloat16):
+        layer.__dict__["whiflash_packed"] = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
+def pack_again(result: object, updater: WeightUpdater, *args: object) -> None:
+    """After weights were overwritten in place while serving, which tells no layer."""
+    for layer in updater.get_model().modules():
+        if "whiflash_packed" in layer.__dict__:
+            pack_weight(None, None, layer)
+
+
+def linear_forward(
+    method: UnquantizedLinearMethod,
+    layer: torch.nn.Module,
+    x: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [rows, input] times the layer's weight, plus bias: [rows, output]."""
+    packed = layer.__dict__.get("whiflash_packed")
+    if packed is None or x.ndim != 2 or x.shape[0] > MAX_PACKED_ROWS or x.dtype != layer.weight.dtype:
+        return linear(x, layer.weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

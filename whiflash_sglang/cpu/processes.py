@@ -1,0 +1,32 @@
+"""How the server's processes are started on a CPU: forked, where that is safe, instead of spawned.
+
+Each of SGLang's processes imports the whole server, some ten seconds of a core; a forked one has it already. SGLang
+spawns because a CUDA context does not survive a fork. On a CPU threads are what does not: a lock that another thread
+holds, or a pool of workers, is broken in the child. So this process must be the only thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# Background threads of the allocator inside pyarrow, which prepares itself for a fork.
+HARMLESS_THREADS = ("jemalloc_bg_thd",)
+
+
+def choose_start_method(result: object, *args: object, **kwargs: object) -> None:
+    """After SGLang has set its own method (spawn), before it starts the first process."""
+    others = other_threads()
+    if others:
+        logger.info("processes are spawned, not forked: other threads are running (%s)", ", ".join(others))
+        return
+    multiprocessing.set_start_method("fork", force=True)
+
+
+def other_threads() -> list[str]:
+    """Names of this process's threads beside the main one, of whatever library."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names[1:] if name not in HARMLESS_THREADS]
