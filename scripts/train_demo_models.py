@@ -1,0 +1,148 @@
+"""Rebuild the bundled demo models: tokenizer, target, and both drafters distilled from it.
+
+    python scripts/train_demo_models.py                       # everything, into whiflash_sglang/demo_models
+    python scripts/train_demo_models.py --stage target        # one stage: data, target, eagle3, dflash or evaluate
+    python scripts/train_demo_models.py --minutes 30          # a bound on each training stage
+
+Seeded; a stage that is interrupted goes on from its last checkpoint in .runs/demo (delete it to start anew). Takes
+about an hour on two CPU cores, minutes on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+from whiflash_sglang.training import evaluate, text
+from whiflash_sglang.training.distill import (
+    EAGLE3_STEPS,
+    load_draft_tokens,
+    load_drafter,
+    save_dflash,
+    save_eagle3,
+    train_dflash,
+    train_eagle3,
+)
+from whiflash_sglang.training.drafters import DFlash, DrafterShape, Eagle3
+from whiflash_sglang.training.loop import Result, Settings
+from whiflash_sglang.training.target import new_target, save_target, train_target
+from workloads.demo.generate import sessions
+
+ROOT = Path(__file__).resolve().parents[1]
+EAGLE3_LAYERS = (1, 3, 6)
+DFLASH_LAYERS = (0, 2, 4, 6)
+DFLASH_DEPTH = 2
+DFLASH_BLOCK = 8
+DRAFT_VOCAB = 1024
+STAGES = ("data", "target", "eagle3", "dflash", "evaluate")
+
+
+def prepare_data(args: argparse.Namespace) -> list[text.Example]:
+    """Train the tokenizer once, and render the training sessions with it."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = args.out / "target"
+    train_sessions = list(sessions("train", args.sessions))
+    if not (folder / "tokenizer.json").exists():
+        blank = PreTrainedTokenizerFast(tokenizer_object=text.Tokenizer(text.models.BPE()))
+        blank.chat_template = text.CHAT_TEMPLATE
+        texts = (
+            blank.apply_chat_template(
+                [text.parsed_arguments(m) for m in s["messages"]], tools=s["tools"], tokenize=False
+            )
+            for s in train_sessions[:2000]
+        )
+        text.save_tokenizer(text.train_tokenizer(texts), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [text.render(session, tokenizer) for session in train_sessions]
+
+
+def run_target(args: argparse.Namespace, examples: list[text.Example]) -> Result:
+    folder = args.out / "target"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = new_target(args.seed, tokenizer.eos_token_id, args.device)
+    batches = text.batches(examples, args.batch_tokens, args.length, args.seed)
+    settings = Settings(args.steps, max_seconds=60 * args.minutes)
+    result = train_target(model, batches, settings, args.runs / "target.pt")
+    save_target(model, folder, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return result
+
+
+def load_target(args: argparse.Namespace) -> Qwen3ForCausalLM:
+    target = Qwen3ForCausalLM.from_pretrained(args.out / "target", dtype=torch.float32).to(args.device).eval()
+    return target.requires_grad_(False)
+
+
+def run_eagle3(args: argparse.Namespace, examples: list[text.Example]) -> Result:
+    target = load_target(args)
+    counts = torch.bincount(torch.from_numpy(np.concatenate([e.ids[e.spans > 0] for e in examples])), minlength=1)
+    draft_tokens = counts.topk(min(DRAFT_VOCAB, int((counts > 0).sum()))).indices.sort().values
+    batches = text.batches(examples, args.batch_tokens, args.length, args.seed + 1)
+    settings = Settings(args.steps, max_seconds=60 * args.minutes)
+    model, result = train_eagle3(target, EAGLE3_LAYERS, draft_tokens, batches, settings, args.runs / "eagle3.pt")
+    save_eagle3(model, target, args.out / "eagle3")
+    return result
+
+
+def run_dflash(args: argparse.Namespace, examples: list[text.Example]) -> Result:
+    target = load_target(args)
+    mask_token = AutoTokenizer.from_pretrained(args.out / "target").mask_token_id
+    batches = text.batches(examples, args.batch_tokens, args.length, args.seed + 2)
+    settings = Settings(args.steps, max_seconds=60 * args.minutes)
+    checkpoint = args.runs / "dflash.pt"
+    model, result = train_dflash(
+        target, DFLASH_LAYERS, DFLASH_DEPTH, DFLASH_BLOCK, mask_token, batches, settings, checkpoint
+    )
+    save_dflash(model, target, args.out / "dflash")
+    return result
+
+
+def run_evaluate(args: argparse.Namespace) -> dict[str, object]:
+    """Greedy replies to held-out histories, and what both drafters would have made of them."""
+    target = load_target(args)
+    tokenizer = AutoTokenizer.from_pretrained(args.out / "target")
+    replies = evaluate.greedy_replies(target, tokenizer, list(sessions("heldout", args.heldout)))
+    shape = DrafterShape.of(target)
+    eagle3 = Eagle3(shape, EAGLE3_LAYERS, load_draft_tokens(args.out / "eagle3"))
+    dflash = DFlash(shape, DFLASH_LAYERS, DFLASH_DEPTH, DFLASH_BLOCK, tokenizer.mask_token_id)
+    load_drafter(eagle3, args.out / "eagle3")
+    load_drafter(dflash, args.out / "dflash")
+    result = evaluate.acceptance(target, eagle3, dflash, replies, steps=EAGLE3_STEPS)
+    return {"tool_calls": evaluate.call_figures(replies)} | evaluate.figures(result, args.cost_ratio)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=STAGES, action="append", help="default: all, in order")
+    parser.add_argument("--out", type=Path, default=ROOT / "whiflash_sglang" / "demo_models")
+    parser.add_argument("--runs", type=Path, default=ROOT / ".runs" / "demo")
+    parser.add_argument("--sessions", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=6_000)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--length", type=int, default=1408)
+    parser.add_argument("--heldout", type=int, default=24, help="held-out sessions to evaluate on")
+    parser.add_argument("--cost-ratio", type=float, default=1.25, help="time of an e3 round over that of a df round")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    stages = args.stage or list(STAGES)
+    examples = prepare_data(args)
+    print(json.dumps({"sessions": len(examples), "tokens": sum(len(e.ids) for e in examples)}), flush=True)
+    if "target" in stages:
+        print(json.dumps({"target": run_target(args, examples)._asdict()}), flush=True)
+    if "eagle3" in stages:
+        print(json.dumps({"eagle3": run_eagle3(args, examples)._asdict()}), flush=True)
+    if "dflash" in stages:
+        print(json.dumps({"dflash": run_dflash(args, examples)._asdict()}), flush=True)
+    if "evaluate" in stages:
+        print(json.dumps({"evaluate": run_evaluate(args)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

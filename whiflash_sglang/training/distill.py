@@ -1,0 +1,213 @@
+"""Losses, loops and files for the two drafters of `drafters.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3ForCausalLM
+
+from whiflash_sglang.training.drafters import DFlash, DrafterShape, Eagle3, Verdict, judge
+from whiflash_sglang.training.loop import Result, Settings, train
+from whiflash_sglang.training.text import CONTEXT, REASONING
+
+Batches = Iterator[tuple[np.ndarray, np.ndarray]]
+
+EAGLE3_STEPS = 5
+# Weights of spans in the loss: published drafters have their strengths by what they were trained on, and so have these.
+EAGLE3_SPANS = {CONTEXT: 0.0, REASONING: 1.0}
+DFLASH_SPANS = {CONTEXT: 0.0, REASONING: 0.15}
+STEP_DECAY = 0.85
+
+
+def span_weights(spans: torch.Tensor, weights: dict[int, float]) -> torch.Tensor:
+    """Loss weight of each token [rows, n], 1 for spans that `weights` does not name."""
+    result = torch.ones(spans.shape, device=spans.device)
+    for span, weight in weights.items():
+        result[spans == span] = weight
+    return result
+
+
+def shifted(values: torch.Tensor, by: int) -> torch.Tensor:
+    """`values` [rows, n] at position + by; what would lie behind the end is zero."""
+    result = torch.zeros_like(values)
+    result[:, : values.shape[1] - by] = values[:, by:]
+    return result
+
+
+def eagle3_loss(model: Eagle3, embed: torch.nn.Module, verdict: Verdict, num_chains: int) -> torch.Tensor:
+    """Cross-entropy with the target's choices, over the steps of chains from random entries.
+
+    Step k (from 0) of the chain at entry i predicts token i + 2 + k, which the target chooses after token i + 1 + k.
+    It counts while tokens i + 2 .. i + 1 + k are the target's own choices.
+    """
+    to_draft = torch.full((model.shape.vocab,), -100, device=verdict.ids.device)
+    to_draft[model.draft_tokens] = torch.arange(len(model.draft_tokens), device=verdict.ids.device)
+    weights = span_weights(verdict.spans, EAGLE3_SPANS) * (verdict.ids >= 0)
+    entries = pick_anchors(shifted(weights, 1), num_chains, EAGLE3_STEPS + 2) - 1  # entry i is anchored at i + 1
+    alive = torch.ones_like(verdict.follows)
+    total = norm = torch.zeros((), device=verdict.ids.device)
+    for step, logits in enumerate(model.chains(embed, verdict, EAGLE3_STEPS, entries)):
+        if step:
+            alive = alive & shifted(verdict.follows, step + 1)
+        labels = to_draft[shifted(verdict.choices, step + 1)].gather(1, entries)
+        weight = (shifted(weights, step + 2) * alive).gather(1, entries) * (labels >= 0) * STEP_DECAY**step
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=-100)
+        total = total + (losses * weight.flatten()).sum()
+        norm = norm + weight.sum()
+    return total / norm
+
+
+def dflash_loss(
+    model: DFlash, embed: torch.nn.Module, head: torch.Tensor, verdict: Verdict, num_anchors: int
+) -> torch.Tensor:
+    """Cross-entropy with the target's choices, over blocks at random anchors.
+
+    Entry j (from 0) of the block at anchor a predicts token a + 1 + j, which the target chooses after token a + j. It
+    counts while tokens a + 1 .. a + j are the target's own choices.
+    """
+    weights = span_weights(verdict.spans, DFLASH_SPANS) * (verdict.ids >= 0)
+    anchors = pick_anchors(shifted(weights, 1), num_anchors, model.block)
+    logits = model.blocks(embed, head, verdict, anchors)
+    offsets = torch.arange(model.block - 1, device=anchors.device)
+    at = (anchors[:, :, None] + offsets).flatten(1)  # positions a + j
+    shape = (*anchors.shape, model.block - 1)
+    labels = verdict.choices.gather(1, at).view(shape)
+    follows = verdict.follows.gather(1, at).view(shape).clone()
+    follows[:, :, 0] = True  # the anchor is given
+    weight = shifted(weights, 1).gather(1, at).view(shape) * follows.cumprod(dim=2) * STEP_DECAY**offsets
+    losses = F.cross_entropy(logits.flatten(0, 2).float(), labels.flatten(), reduction="none")
+    return (losses * weight.flatten()).sum() / weight.sum()
+
+
+def pick_anchors(weights: torch.Tensor, count: int, block: int) -> torch.Tensor:
+    """Random anchors [rows, count] in proportion to `weights` [rows, n], never so late that a block leaves the text."""
+    usable = weights.clone()
+    usable[:, -block:] = 0
+    usable[:, 0] = 0
+    usable[usable.sum(1) == 0, 1] = 1.0  # a row with no reply in it gives anchors of weight zero
+    return usable.multinomial(count, replacement=True)
+
+
+def train_eagle3(
+    target: Qwen3ForCausalLM,
+    layer_ids: tuple[int, ...],
+    draft_tokens: torch.Tensor,
+    batches: Batches,
+    settings: Settings,
+    checkpoint: Path,
+) -> tuple[Eagle3, Result]:
+    torch.manual_seed(1)
+    model = Eagle3(DrafterShape.of(target), layer_ids, draft_tokens).to(target.device)
+    model.start_from(target)
+    embed = target.get_input_embeddings()
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        verdict = judge(target, *next(batches))
+        with torch.autocast(target.device.type, torch.bfloat16):
+            return eagle3_loss(model, embed, verdict, num_chains=192)
+
+    return model, train(model, loss_of_step, settings, checkpoint)
+
+
+def train_dflash(
+    target: Qwen3ForCausalLM,
+    layer_ids: tuple[int, ...],
+    layers: int,
+    block: int,
+    mask_token: int,
+    batches: Batches,
+    settings: Settings,
+    checkpoint: Path,
+) -> tuple[DFlash, Result]:
+    torch.manual_seed(2)
+    model = DFlash(DrafterShape.of(target), layer_ids, layers, block, mask_token).to(target.device)
+    model.start_from(target)
+    embed, head = target.get_input_embeddings(), target.lm_head.weight
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        verdict = judge(target, *next(batches))
+        with torch.autocast(target.device.type, torch.bfloat16):
+            return dflash_loss(model, embed, head, verdict, num_anchors=48)
+
+    return model, train(model, loss_of_step, settings, checkpoint)
+
+
+def save_eagle3(model: Eagle3, target: Qwen3ForCausalLM, folder: Path) -> None:
+    """Tensors and config of a published EAGLE-3 checkpoint."""
+    draft_tokens = model.draft_tokens.cpu()
+    renamed = {}
+    for name, value in model.state_dict().items():
+        if name != "draft_tokens":
+            outside = name.split(".")[0] in ("fc", "norm", "lm_head")
+            renamed[name if outside else f"midlayer.{name}"] = value.to(torch.bfloat16).cpu().contiguous()
+    renamed["d2t"] = draft_tokens - torch.arange(len(draft_tokens))
+    renamed["t2d"] = torch.zeros(model.shape.vocab, dtype=torch.bool).index_fill(0, draft_tokens, True)
+    config = _config(model.shape, target) | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "draft_vocab_size": len(draft_tokens),
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(model.layer_ids), "use_aux_hidden_state": True},
+    }
+    _save(folder, renamed, config)
+
+
+def save_dflash(model: DFlash, target: Qwen3ForCausalLM, folder: Path) -> None:
+    """Tensors and config of a published DFlash checkpoint."""
+    tensors = {name: value.to(torch.bfloat16).cpu().contiguous() for name, value in model.state_dict().items()}
+    config = _config(model.shape, target) | {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "num_hidden_layers": len(model.layers),
+        "block_size": model.block,
+        "num_target_layers": target.config.num_hidden_layers,
+        "dflash_config": {"mask_token_id": model.mask_token, "target_layer_ids": list(model.layer_ids)},
+    }
+    _save(folder, tensors, config)
+
+
+def load_draft_tokens(folder: Path) -> torch.Tensor:
+    """The draft vocabulary of an EAGLE-3 checkpoint, as target ids [draft vocab]."""
+    offsets = load_file(folder / "model.safetensors")["d2t"]
+    return offsets + torch.arange(len(offsets))
+
+
+def load_drafter(model: Eagle3 | DFlash, folder: Path) -> None:
+    """Load a checkpoint that `save_eagle3` or `save_dflash` wrote."""
+    tensors = load_file(folder / "model.safetensors")
+    state = {name.removeprefix("midlayer."): value.float() for name, value in tensors.items()}
+    for name in model.state_dict().keys() & state.keys():
+        model.state_dict()[name].copy_(state[name])
+    missing = model.state_dict().keys() - state.keys() - {"draft_tokens"}
+    if missing:
+        raise ValueError(f"{folder}: no tensors {sorted(missing)}")
+
+
+def _config(shape: DrafterShape, target: Qwen3ForCausalLM) -> dict[str, object]:
+    return {
+        "torch_dtype": "bfloat16",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": shape.theta,
+        "max_position_embeddings": target.config.max_position_embeddings,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+    }
+
+
+def _save(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, object]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
