@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 from pathlib import Path
+
+# One folder for each thread of this process; the main thread's is named after the process.
+TASKS = Path("/proc/self/task")
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +23,8 @@ HARMLESS_THREADS = ("jemalloc_bg_thd",)
 
 def choose_start_method(result: object, *args: object, **kwargs: object) -> None:
     """After SGLang has set its own method (spawn), before it starts the first process."""
+    if not TASKS.is_dir():  # not Linux: threads cannot be counted
+        return
     others = other_threads()
     if others:
         logger.info("processes are spawned, not forked: other threads are running (%s)", ", ".join(others))
@@ -28,5 +34,6 @@ def choose_start_method(result: object, *args: object, **kwargs: object) -> None
 
 def other_threads() -> list[str]:
     """Names of this process's threads beside the main one, of whatever library."""
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    return [name for name in names[1:] if name not in HARMLESS_THREADS]
+    tasks = [task for task in TASKS.iterdir() if task.name != str(os.getpid())]
+    names = [(task / "comm").read_text().strip() for task in tasks]
+    return [name for name in names if name not in HARMLESS_THREADS]
