@@ -1,0 +1,153 @@
+"""The cheaper forms of layers against SGLang's own plain ones, and when processes may be forked."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.layers.rotary_embedding.utils import apply_rotary_emb
+
+from whiflash_sglang.cpu import layers, processes
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+both_dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE))
+
+
+def assert_close(output, expected):
+    assert output.dtype == expected.dtype and output.shape == expected.shape
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(output.double(), expected.double(), atol=tolerance, rtol=tolerance)
+
+
+class FakeNorm(SimpleNamespace):
+    def forward_native(self, *args):
+        return RMSNorm.forward_native(self, *args)
+
+
+def norm(dtype, **options):
+    plain = {
+        "hidden_size": 16,
+        "variance_epsilon": 1e-6,
+        "variance_size_override": None,
+        "cast_x_before_out_mul": False,
+        "fp32_residual": False,
+        "override_orig_dtype": None,
+        "weight": torch.rand(16).to(dtype) + 0.5,
+    }
+    return FakeNorm(**{**plain, **options})
+
+
+@both_dtypes
+@pytest.mark.parametrize("shape", [(1, 16), (5, 16), (5, 4, 16)])
+def test_norm_equals_the_native_form(dtype, shape):
+    layer, x, residual = norm(dtype), torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    assert_close(layers.norm_forward(layer, x), layer.forward_native(x))
+    for output, expected in zip(
+        layers.norm_forward(layer, x, residual), layer.forward_native(x, residual), strict=True
+    ):
+        assert_close(output, expected)
+
+
+@pytest.mark.parametrize("option", [{"cast_x_before_out_mul": True}, {"variance_size_override": 8}])
+def test_a_norm_with_options_keeps_the_native_form(option):
+    layer, x = norm(torch.bfloat16, **option), torch.randn(3, 16).bfloat16()
+    assert torch.equal(layers.norm_forward(layer, x), layer.forward_native(x))
+
+
+class FakeRotary(SimpleNamespace):
+    def forward_native(self, *args):
+        return RotaryEmbedding.forward_native(self, *args)
+
+
+def rotary(dtype, is_neox_style=True, num_positions=50):
+    angles = torch.arange(num_positions)[:, None] * 10000 ** (-torch.arange(4) / 4)
+    return FakeRotary(
+        head_size=8,
+        rotary_dim=8,
+        is_neox_style=is_neox_style,
+        cos_sin_cache=torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype),
+        _apply_rotary_emb_wrapped=apply_rotary_emb,
+    )
+
+
+@both_dtypes
+@pytest.mark.parametrize("is_neox_style", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 6])
+def test_rotary_equals_the_native_form(dtype, is_neox_style, num_tokens):
+    layer, positions = rotary(dtype, is_neox_style), torch.randint(0, 50, (num_tokens,))
+    query, key = torch.randn(num_tokens, 4 * 8).to(dtype), torch.randn(num_tokens, 2 * 8).to(dtype)
+    outputs = layers.rotary_forward(layer, positions, query, key)
+    for output, expected in zip(outputs, layer.forward_native(positions, query, key), strict=True):
+        assert_close(output, expected)
+
+
+def test_rotary_follows_a_table_that_grew():
+    """SGLang lengthens its table for a longer context; positions beyond the first one must not fail."""
+    layer, query, key = rotary(torch.float32), torch.randn(1, 8), torch.randn(1, 8)
+    layers.rotary_forward(layer, torch.tensor([3]), query, key)
+    layer.cos_sin_cache = rotary(torch.float32, num_positions=200).cos_sin_cache
+    outputs = layers.rotary_forward(layer, torch.tensor([150]), query, key)
+    assert_close(outputs[0], layer.forward_native(torch.tensor([150]), query, key)[0])
+
+
+@both_dtypes
+@pytest.mark.parametrize("num_rows", [1, 8, 200])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_linear_equals_the_plain_product(dtype, num_rows, has_bias):
+    layer = torch.nn.Linear(32, 24, bias=has_bias).to(dtype)
+    layers.pack_weight(None, None, layer)
+    x = torch.randn(num_rows, 32).to(dtype)
+    with torch.inference_mode():
+        assert_close(
+            layers.linear_forward(None, layer, x, layer.bias), torch.nn.functional.linear(x, layer.weight, layer.bias)
+        )
+
+
+def test_weights_overwritten_while_serving_are_packed_again():
+    """A packed copy would otherwise go on answering with the old weights."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
+    layers.pack_weight(None, None, model[0])
+    model[0].weight.data.fill_(2.0)
+    layers.pack_again(None, SimpleNamespace(get_model=lambda: model))
+    with torch.inference_mode():
+        assert torch.equal(layers.linear_forward(None, model[0], torch.ones(1, 8)), torch.full((1, 8), 16.0))
+
+
+def test_large_weights_are_not_kept_twice(monkeypatch):
+    monkeypatch.setattr(layers, "MAX_PACKED_WEIGHT", 63)
+    layer = torch.nn.Linear(8, 8)
+    layers.pack_weight(None, None, layer)
+    assert "whiflash_packed" not in layer.__dict__
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    methods = []
+    monkeypatch.setattr(multiprocessing, "set_start_method", lambda method, force: methods.append(method))
+    return methods
+
+
+def test_processes_are_forked_only_without_other_threads(chosen, monkeypatch):
+    monkeypatch.setattr(processes, "other_threads", lambda: ["zmq"])
+    processes.choose_start_method(None)
+    assert chosen == []
+    monkeypatch.setattr(processes, "other_threads", lambda: [])
+    processes.choose_start_method(None)
+    assert chosen == ["fork"]
+
+
+def test_a_running_thread_is_seen():
+    before, stop = len(processes.other_threads()), threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    assert len(processes.other_threads()) == before + 1
+    stop.set()
+    thread.join()
