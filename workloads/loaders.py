@@ -116,7 +116,7 @@ def _from_swe_agent(document: dict[str, Any], path: Path, index: int) -> dict[st
 
 
 def _message(raw: Any, path: Path, where: str, answered: str | None) -> dict[str, Any]:
-    """The parts of a foreign message that a chat completion knows; `answered` is the call that a tool output answers."""
+    """The parts of a foreign message that a chat completion knows; `answered`: the call that a tool output answers."""
     if not isinstance(raw, dict) or not isinstance(raw.get("role"), str):
         raise TraceError(path, 1, f"{where}.role", "a message needs a role", MEND)
     role, content = raw["role"], _text(raw.get("content"), path, where)
@@ -159,7 +159,7 @@ def _tools_seen(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     seen: dict[str, dict[str, Any]] = {}
     for message in messages:
         for call in message.get("tool_calls", ()):
-            seen.setdefault(call["function"]["name"], {}).update(dict.fromkeys(_argument_names(call), {}))
+            seen.setdefault(call["function"]["name"], {}).update({key: {} for key in _argument_names(call)})
     return [
         {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
         for name, properties in seen.items()

@@ -63,7 +63,7 @@ def test_random_is_fair_and_repeats_itself() -> None:
     assert 0.45 < first.count("e3") / 1600 < 0.55
     # Neighbouring rounds of a request are independent: about half of them switch.
     of_slot_0 = first[::8]
-    assert 0.35 < sum(a != b for a, b in zip(of_slot_0, of_slot_0[1:], strict=False)) / 199 < 0.65
+    assert 0.35 < sum(a != b for a, b in pairwise(of_slot_0)) / 199 < 0.65
 
 
 def test_entropy_splits_a_batch_at_the_threshold() -> None:

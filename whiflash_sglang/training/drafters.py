@@ -103,9 +103,7 @@ class Eagle3(nn.Module):
             self.self_attn.o_proj.weight.mul_(0.1)
             self.mlp.down_proj.weight.mul_(0.1)
 
-    def chains(
-        self, embed: nn.Module, verdict: Verdict, steps: int, entries: torch.Tensor
-    ) -> Iterator[torch.Tensor]:
+    def chains(self, embed: nn.Module, verdict: Verdict, steps: int, entries: torch.Tensor) -> Iterator[torch.Tensor]:
         """Logits [rows, chains, draft vocab] of each step of the chains from `entries` [rows, chains]; step k (from 0)
         of the chain at entry i predicts token i + 2 + k. Recorded tokens stand in for drafted ones.
 
