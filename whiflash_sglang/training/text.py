@@ -27,8 +27,9 @@ CHAT_TEMPLATE = """\
 {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
 {{- '# Tools\\n' }}
 {%- for tool in tools %}
-{{- '- ' + tool.function.name + ' ' + (tool.function.parameters.properties | tojson) }}
-{{- ': ' + tool.function.description + '\\n' }}
+{%- set function = tool.function %}
+{{- '- ' + function.name + ' ' + ((function.parameters or {}).properties | default({}) | tojson) }}
+{{- ': ' + (function.description or '') + '\\n' }}
 {%- endfor %}
 {{- 'Call a tool with <tool_call>{"name": ..., "arguments": ...}</tool_call>.<|im_end|>\\n' }}
 {%- elif messages[0].role == 'system' %}
@@ -42,6 +43,7 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' }}
 {%- if message.reasoning_content is string and message.reasoning_content %}
 {{- '<think>\\n' + message.reasoning_content.strip('\\n') + '\\n</think>\\n\\n' }}
+{%- set content = content.lstrip('\\n') %}
 {%- endif %}
 {{- content }}
 {%- if message.tool_calls %}
