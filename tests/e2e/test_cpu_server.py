@@ -16,8 +16,8 @@ pytest.importorskip("sglang")
 
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.servers import running_server
 from tests.tiny_models import VOCAB_SIZE, TinyModels, build
+from workloads.server import running_server
 
 pytestmark = pytest.mark.e2e
 

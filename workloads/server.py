@@ -1,0 +1,101 @@
+"""Start a server as a user would, wait until it answers, and stop it with all that it started.
+
+    with running_server("whiflash_sglang.launch_server", "--demo", log=Path("server.log")) as base_url: ...
+
+Several at once, each in its own process group: `start` does not wait, `Server.wait_until_ready` does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 240
+STOP_SECONDS = 10
+LOG_TAIL = 4000  # characters of the log that an error shows
+
+
+class ServerError(RuntimeError):
+    """A server that ended or did not answer in time; the message ends with the last lines of its log."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server process and where it answers."""
+
+    process: subprocess.Popen[bytes]
+    base_url: str
+    log: Path
+
+    def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise ServerError(f"the server ended with {self.process.returncode}:\n{self._log_tail()}")
+            if self._answers():
+                return
+            time.sleep(0.3)
+        raise ServerError(f"no answer from {self.base_url} after {seconds:.0f} s:\n{self._log_tail()}")
+
+    def stop(self) -> None:
+        """End the whole process group: politely, then, after a few seconds, for certain."""
+        for what in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, what)
+                self.process.wait(STOP_SECONDS)
+            except ProcessLookupError:  # the whole group has ended
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        self.process.wait(STOP_SECONDS)
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.base_url}/health", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _log_tail(self) -> str:
+        return self.log.read_text(errors="replace")[-LOG_TAIL:]
+
+
+def start(module: str, *arguments: str, log: Path, port: int | None = None) -> Server:
+    """`python -m module arguments...` on a local port, a free one unless told; its output goes to `log`."""
+    port = port or free_port()
+    command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *arguments]
+    # Small models gain nothing from a second thread, and servers side by side lose much by it.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        # A session of its own, so that the processes it starts can be stopped with it.
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    return Server(process, f"http://127.0.0.1:{port}", log)
+
+
+@contextmanager
+def running_server(module: str, *arguments: str, log: Path) -> Iterator[str]:
+    """Base URL of a server that answers, stopped at the end of the block."""
+    server = start(module, *arguments, log=log)
+    try:
+        server.wait_until_ready()
+        yield server.base_url
+    finally:
+        server.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
