@@ -14,7 +14,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from whiflash_sglang.training.drafters import DFlash, Eagle3, Verdict, judge
-from whiflash_sglang.training.text import SPANS, Example, parsed_arguments, span_labels
+from whiflash_sglang.training.text import SPANS, Example, histories, parsed_arguments, span_labels
 
 
 class Reply(NamedTuple):
@@ -33,18 +33,12 @@ def greedy_replies(
     """The target's reply to every recorded assistant turn's history."""
     replies = []
     for session in sessions:
-        messages = [parsed_arguments(message) for message in session["messages"]]
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = tokenizer.apply_chat_template(
-                messages[:i], tools=session["tools"], add_generation_prompt=True, return_tensors="pt"
-            )["input_ids"].to(target.device)
-            output = target.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)[0].cpu().numpy()
-            start = prompt.shape[1]
-            recorded = tokenizer.apply_chat_template([message], tokenize=False)
-            text = tokenizer.decode(output[start:])
-            replies.append(Reply(Example(output, span_labels(output, tokenizer)), start, recorded, text))
+        for i, prompt in histories(session, tokenizer):
+            prompt_ids = torch.tensor([prompt], device=target.device)
+            output = target.generate(prompt_ids, max_new_tokens=max_new_tokens, do_sample=False)[0].cpu().numpy()
+            recorded = tokenizer.apply_chat_template([parsed_arguments(session["messages"][i])], tokenize=False)
+            text = tokenizer.decode(output[len(prompt) :])
+            replies.append(Reply(Example(output, span_labels(output, tokenizer)), len(prompt), recorded, text))
     return replies
 
 

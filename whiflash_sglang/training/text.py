@@ -123,6 +123,15 @@ def render(session: dict[str, Any], tokenizer: Any) -> Example:
     return Example(ids, span_labels(ids, tokenizer))
 
 
+def histories(session: dict[str, Any], tokenizer: Any) -> Iterator[tuple[int, list[int]]]:
+    """Index of each assistant message and the token ids of the prompt that asks for it."""
+    messages = [parsed_arguments(message) for message in session["messages"]]
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = tokenizer.apply_chat_template(messages[:i], tools=session["tools"], add_generation_prompt=True)
+            yield i, list(prompt["input_ids"])
+
+
 def parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
     """Tool-call arguments as objects, as servers hand them to the template."""
     if not message.get("tool_calls"):

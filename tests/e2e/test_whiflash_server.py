@@ -1,0 +1,149 @@
+"""The bundled models behind a real server: WHIFLASH against the same server without speculation, and what it refuses.
+
+One server without speculation and one that changes the drafter in every round; both are shared by this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import httpx
+import pytest
+
+pytest.importorskip("sglang")
+
+from transformers import AutoTokenizer
+
+from whiflash_sglang.launch_server import DEMO_MODELS
+from whiflash_sglang.training.text import histories
+from workloads.demo.generate import sessions
+from workloads.lossless import compare, generate
+from workloads.server import running_server
+
+pytestmark = pytest.mark.e2e
+
+LAUNCHER = "whiflash_sglang.launch_server"
+NUM_TOKENS = 96
+
+
+@pytest.fixture(scope="module")
+def off(tmp_path_factory):
+    log = tmp_path_factory.mktemp("off") / "server.log"
+    with running_server(LAUNCHER, "--demo", "--whiflash-router", "off", log=log) as base_url:
+        yield base_url
+
+
+@pytest.fixture(scope="module")
+def alternate(tmp_path_factory):
+    log = tmp_path_factory.mktemp("alternate") / "server.log"
+    with running_server(LAUNCHER, "--demo", "--whiflash-router", "alternate", log=log) as base_url:
+        yield base_url
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODELS / "target")
+    found = (prompt for session in sessions("heldout", 12) for _, prompt in histories(session, tokenizer))
+    return list(islice(found, 12))
+
+
+@pytest.fixture(scope="module")
+def reference(off, prompts) -> list[list[int]]:
+    return asyncio.run(generate(off, prompts, NUM_TOKENS, in_flight=1))
+
+
+def totals(base_url: str) -> dict:
+    return httpx.get(f"{base_url}/server_info", timeout=30).json()["internal_states"][0]["whiflash"]
+
+
+def ask(base_url: str, **body) -> httpx.Response:
+    return httpx.post(f"{base_url}/generate", json=body, timeout=120)
+
+
+@pytest.mark.parametrize("in_flight", [1, 5])
+def test_greedy_text_is_that_of_the_server_without_speculation(off, alternate, prompts, reference, in_flight):
+    """Alone over a cold cache; then several at a time, over the radix cache that the first pass filled."""
+    found = asyncio.run(generate(alternate, prompts, NUM_TOKENS, in_flight))
+    assert compare(off, prompts, reference, found).figures()["different"] == []
+
+
+def test_both_drafters_are_accepted_in_every_other_round(alternate, prompts, reference):
+    """Drafters that are read wrongly, or whose cache is not up to date, still give exact text, but guess nothing."""
+    before = totals(alternate)
+    asyncio.run(generate(alternate, prompts, NUM_TOKENS, in_flight=2))
+    after = totals(alternate)
+    for name in ("df", "e3"):
+        rounds = after["rounds_by_drafter"][name] - before["rounds_by_drafter"][name]
+        accepted = after["accepted_by_drafter"][name] - before["accepted_by_drafter"][name]
+        assert rounds > 50
+        assert 1 + accepted / rounds > 2.0
+    assert after["switches"] > before["switches"]
+
+
+def test_a_cached_prefix_changes_no_acceptance(alternate, prompts):
+    """A prompt whose whole prefix comes from the radix tree is drafted for as well as one that was just prefilled."""
+
+    def acceptance() -> float:
+        before = totals(alternate)
+        asyncio.run(generate(alternate, prompts[:4], NUM_TOKENS, in_flight=1))
+        after = totals(alternate)
+        return (after["accepted_drafts"] - before["accepted_drafts"]) / (after["rounds"] - before["rounds"])
+
+    httpx.post(f"{alternate}/flush_cache", timeout=30).raise_for_status()
+    cold = acceptance()
+    assert acceptance() == pytest.approx(cold, rel=0.05)
+
+
+def test_sampled_requests_beside_greedy_ones(alternate, prompts, reference):
+    """Neighbours that sample, with and without a seed, leave a greedy request's text alone."""
+    sampled = {"temperature": 0.8, "top_p": 0.9, "max_new_tokens": 48, "ignore_eos": True}
+    greedy = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+    bodies = [{"input_ids": prompt, "sampling_params": p} for prompt in prompts[:4] for p in (sampled, greedy)]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        replies = list(pool.map(lambda body: ask(alternate, **body).json(), bodies))
+    assert [len(reply["output_ids"]) for reply in replies[::2]] == [48] * 4
+    assert [reply["output_ids"] for reply in replies[1::2]] == reference[:4]
+
+
+def test_text_that_reaches_the_context_length(off, alternate, prompts):
+    """A request that fills the context to its last position ends there, in both servers with the same text."""
+    context = httpx.get(f"{alternate}/v1/models", timeout=30).json()["data"][0]["max_model_len"]
+    prompt = (prompts[0] * (context // len(prompts[0]) + 1))[: context - 40]
+    params = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
+    replies = [ask(url, input_ids=prompt, sampling_params=params).json() for url in (off, alternate)]
+    assert replies[0]["output_ids"] == replies[1]["output_ids"]
+
+
+def test_a_prompt_beyond_the_context_is_refused_and_the_server_goes_on(alternate, prompts, reference):
+    reply = ask(alternate, input_ids=prompts[0] * 40, sampling_params={"max_new_tokens": 4})
+    assert reply.status_code == 400
+    assert "context length" in reply.text
+    assert asyncio.run(generate(alternate, prompts[:1], NUM_TOKENS, in_flight=1)) == reference[:1]
+
+
+def test_logprobs_are_refused_clearly(alternate, prompts, reference):
+    params = {"temperature": 0, "max_new_tokens": 4}
+    reply = ask(alternate, input_ids=prompts[0], sampling_params=params, return_logprob=True)
+    assert reply.status_code == 400
+    assert "logprob" in reply.text
+    assert asyncio.run(generate(alternate, prompts[:1], NUM_TOKENS, in_flight=1)) == reference[:1]
+
+
+def test_a_json_schema_is_kept_to(alternate):
+    """A request whose logits depend on its text so far (grammar) is served, without drafts."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    format_ = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    body = {
+        "model": "whiflash-demo",
+        "messages": [{"role": "user", "content": "Where is order 7919?"}],
+        "response_format": format_,
+        "max_tokens": 24,
+        "temperature": 0,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    reply = httpx.post(f"{alternate}/v1/chat/completions", json=body, timeout=120)
+    assert reply.status_code == 200
+    message = reply.json()["choices"][0]["message"]
+    assert (message["content"] or message.get("reasoning_content") or "").lstrip().startswith("{")

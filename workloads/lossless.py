@@ -1,0 +1,104 @@
+"""Compare the greedy text of two servers token by token, and explain where it differs.
+
+A difference is excused only if it is a tie: the reference server's two best logits at that place are closer than
+rounding (`TIE`), so that either token is right. Nothing else is; `Difference.gap` says by how much it was missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import httpx
+
+TIE = 1e-5  # gap of the two best logits in float32 that is rounding and nothing else
+TIMEOUT_SECONDS = 600.0
+
+TokenIds = list[int]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place where a text leaves the reference's."""
+
+    prompt: int  # number of the prompt
+    position: int  # output tokens before it, equal in both
+    reference: int | None  # token ids; None where a text had ended
+    found: int | None
+    gap: float  # best less second-best logit of the reference there
+
+    @property
+    def is_tie(self) -> bool:
+        return self.gap <= TIE
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Texts of one server against the reference's."""
+
+    prompts: int
+    tokens: int
+    differences: tuple[Difference, ...]
+
+    def figures(self) -> dict[str, Any]:
+        """Plain data: `different` counts what no tie excuses."""
+        ties = [asdict(d) for d in self.differences if d.is_tie]
+        different = [asdict(d) for d in self.differences if not d.is_tie]
+        return {"prompts": self.prompts, "tokens": self.tokens, "different": different, "ties": ties}
+
+
+async def generate(
+    base_url: str,
+    prompts: Sequence[TokenIds],
+    num_tokens: int,
+    in_flight: int,
+    sampling: dict[str, Any] | None = None,
+) -> list[TokenIds]:
+    """Token ids of `num_tokens` greedy tokens behind each prompt, at most `in_flight` requests at a time."""
+    params = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True, **(sampling or {})}
+    turnstile = asyncio.Semaphore(in_flight)
+
+    async def one(client: httpx.AsyncClient, prompt: TokenIds) -> TokenIds:
+        async with turnstile:
+            body = {"input_ids": prompt, "sampling_params": params}
+            reply = await client.post(f"{base_url}/generate", json=body)
+            reply.raise_for_status()
+            return reply.json()["output_ids"]
+
+    async with httpx.AsyncClient(timeout=TIMEOUT_SECONDS) as client:
+        return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
+
+
+def compare(
+    reference_url: str, prompts: Sequence[TokenIds], reference: Sequence[TokenIds], found: Sequence[TokenIds]
+) -> Comparison:
+    """Where `found` leaves `reference`. The server at `reference_url` is asked for the logits there."""
+    differences = []
+    for number, (prompt, expected, text) in enumerate(zip(prompts, reference, found, strict=True)):
+        if expected == text:
+            continue
+        pairs = zip(expected, text, strict=False)
+        position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(text)))
+        gap = gap_of_best(reference_url, prompt + expected[:position])
+        differences.append(Difference(number, position, _at(expected, position), _at(text, position), gap))
+    return Comparison(len(prompts), sum(map(len, found)), tuple(differences))
+
+
+def gap_of_best(base_url: str, text: TokenIds) -> float:
+    """Best less second-best logit behind `text` (a difference of log probabilities is one of logits)."""
+    body = {
+        "input_ids": text,
+        "sampling_params": {"temperature": 0, "max_new_tokens": 1},
+        "return_logprob": True,
+        "top_logprobs_num": 2,
+    }
+    reply = httpx.post(f"{base_url}/generate", json=body, timeout=TIMEOUT_SECONDS)
+    reply.raise_for_status()
+    (best, second) = (entry[0] for entry in reply.json()["meta_info"]["output_top_logprobs"][0])
+    return best - second
+
+
+def _at(tokens: TokenIds, position: int) -> int | None:
+    return tokens[position] if position < len(tokens) else None
