@@ -5,7 +5,8 @@
     python scripts/train_demo_models.py --minutes 30          # a bound on each training stage
 
 Seeded; a stage that is interrupted goes on from its last checkpoint in .runs/demo (delete it to start anew). Takes
-about an hour on two CPU cores, minutes on a GPU.
+about an hour on two CPU cores, minutes on a GPU. What a stage reports is kept in training.json and shown in the model
+card (README.md) beside the models.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from whiflash_sglang.training import evaluate, text
+from whiflash_sglang.training import card, evaluate, text
 from whiflash_sglang.training.distill import (
     EAGLE3_STEPS,
     load_draft_tokens,
@@ -102,7 +104,7 @@ def run_dflash(args: argparse.Namespace, examples: list[text.Example]) -> Result
     return result
 
 
-def run_evaluate(args: argparse.Namespace) -> dict[str, object]:
+def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Greedy replies to held-out histories, and what both drafters would have made of them."""
     target = load_target(args)
     tokenizer = AutoTokenizer.from_pretrained(args.out / "target")
@@ -113,7 +115,8 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, object]:
     load_drafter(eagle3, args.out / "eagle3")
     load_drafter(dflash, args.out / "dflash")
     result = evaluate.acceptance(target, eagle3, dflash, replies, steps=EAGLE3_STEPS)
-    return {"tool_calls": evaluate.call_figures(replies)} | evaluate.figures(result, args.cost_ratio)
+    figures = evaluate.figures(result, args.cost_ratio)
+    return {"replies": len(replies), "tool_calls": evaluate.call_figures(replies)} | figures
 
 
 def main() -> None:
@@ -134,14 +137,19 @@ def main() -> None:
     stages = args.stage or list(STAGES)
     examples = prepare_data(args)
     print(json.dumps({"sessions": len(examples), "tokens": sum(len(e.ids) for e in examples)}), flush=True)
-    if "target" in stages:
-        print(json.dumps({"target": run_target(args, examples)._asdict()}), flush=True)
-    if "eagle3" in stages:
-        print(json.dumps({"eagle3": run_eagle3(args, examples)._asdict()}), flush=True)
-    if "dflash" in stages:
-        print(json.dumps({"dflash": run_dflash(args, examples)._asdict()}), flush=True)
+    runs = {"target": run_target, "eagle3": run_eagle3, "dflash": run_dflash}
+    for stage, run in runs.items():
+        if stage in stages:
+            result = run(args, examples)
+            figures = {"steps": result.steps, "loss": result.loss, "minutes": round(result.seconds / 60, 1)}
+            report(args, stage, {"sessions": len(examples), "batch_tokens": args.batch_tokens} | figures)
     if "evaluate" in stages:
-        print(json.dumps({"evaluate": run_evaluate(args)}), flush=True)
+        report(args, "evaluate", run_evaluate(args))
+
+
+def report(args: argparse.Namespace, stage: str, figures: dict[str, Any]) -> None:
+    card.note(args.out, stage, figures)
+    print(json.dumps({stage: figures}), flush=True)
 
 
 if __name__ == "__main__":

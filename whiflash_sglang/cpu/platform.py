@@ -35,6 +35,8 @@ class WhiFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         # The scheduler runs without gradients in any case; without their bookkeeping a step takes a tenth less.
         os.environ.setdefault("SGLANG_ENABLE_TORCH_INFERENCE_MODE", "1")
+        # Inputs are copied into static buffers for the sake of CUDA graphs, of which there are none here.
+        os.environ.setdefault("SGLANG_EAGER_INPUT_NO_COPY", "1")
 
     def get_device(self, device_id: int = 0) -> str:
         return "cpu"

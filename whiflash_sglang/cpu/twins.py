@@ -10,17 +10,12 @@ Each twin says why it is needed. `HookRegistry` also rebinds the names under whi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from whiflash_sglang.cpu import layers, processes
 from whiflash_sglang.cpu.platform import DISPATCH_KEY
-
-if TYPE_CHECKING:
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-    from sglang.srt.model_executor.model_runner import ModelRunner
 
 LINEAR = "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod"
 WEIGHT_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
@@ -84,14 +79,6 @@ def record_stream(original: Callable, tensor: torch.Tensor, stream: torch.Stream
         original(tensor, stream)
 
 
-def extend_forward_kwargs(original: Callable, runner: ModelRunner, batch: ForwardBatch, pp_proxy_tensors) -> dict:
-    """Pass given embeddings on in the model's own dtype; SGLang rounds them to bfloat16, whatever the model's is."""
-    kwargs = original(runner, batch, pp_proxy_tensors)
-    if batch.input_embeds is not None and batch.replace_embeds is None:
-        kwargs["input_embeds"] = batch.input_embeds.to(runner.dtype)
-    return kwargs
-
-
 TWINS: tuple[tuple[str, Callable, HookType], ...] = (
     # Triton kernels: reserving a request's next slots, and reading them back for a verify or a draft block.
     ("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_req_to_token_pool, HookType.REPLACE),
@@ -102,12 +89,6 @@ TWINS: tuple[tuple[str, Callable, HookType], ...] = (
     ),
     # Raises for a CPU tensor; the overlapped scheduler calls it on request indices.
     ("torch.Tensor.record_stream", record_stream, HookType.AROUND),
-    # Rounds a draft block's embeddings, so that float32 would not be float32.
-    (
-        "sglang.srt.model_executor.model_runner.ModelRunner._extend_forward_kwargs",
-        extend_forward_kwargs,
-        HookType.AROUND,
-    ),
     # Linear layers pack their weights in every call.
     (f"{LINEAR}.process_weights_after_loading", layers.pack_weight, HookType.AFTER),
     (f"{LINEAR}.apply", layers.linear_forward, HookType.REPLACE),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 
 from whiflash_sglang.checkpoints import DrafterSpec
@@ -49,12 +50,16 @@ class DraftRunner(NamedTuple):
             seq_lens_sum=int(seq_lens_cpu.sum()),
             seq_lens_cpu=seq_lens_cpu,
             positions=block.positions,
-            input_embeds=block.input_embeds,
             spec_algorithm=self.algorithm,
             spec_info=BlockInfo(block.input_ids, block.positions, block.size, hidden_states=block.hidden_states),
             capture_hidden_mode=CaptureHiddenMode.FULL,
         )
-        return self.worker.model_runner.forward(batch).logits_output
+        # The model itself, not `ModelRunner.forward`: there a forward of one layer spends half its time on hooks for
+        # experts, profilers and input buffers, none of which concern a drafter.
+        attention = self.worker.model_runner.attn_backend
+        attention.init_forward_metadata(batch)
+        with forward_context(ForwardContext(attn_backend=attention)):
+            return self.model(block.input_ids, block.positions, batch, input_embeds=block.input_embeds)
 
     def write_kv(self, attention: RadixAttention, kv_slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store K and V [n, kv_heads * head_dim] of one layer at `kv_slots` [n]."""
