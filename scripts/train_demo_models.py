@@ -23,14 +23,12 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from whiflash_sglang.training import card, evaluate, text
 from whiflash_sglang.training.distill import (
     EAGLE3_STEPS,
-    load_draft_tokens,
-    load_drafter,
+    load_drafters,
     save_dflash,
     save_eagle3,
     train_dflash,
     train_eagle3,
 )
-from whiflash_sglang.training.drafters import DFlash, DrafterShape, Eagle3
 from whiflash_sglang.training.loop import Result, Settings
 from whiflash_sglang.training.target import new_target, save_target, train_target
 from workloads.demo.generate import sessions
@@ -109,12 +107,8 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
     target = load_target(args)
     tokenizer = AutoTokenizer.from_pretrained(args.out / "target")
     replies = evaluate.greedy_replies(target, tokenizer, list(sessions("heldout", args.heldout)))
-    shape = DrafterShape.of(target)
-    eagle3 = Eagle3(shape, EAGLE3_LAYERS, load_draft_tokens(args.out / "eagle3"))
-    dflash = DFlash(shape, DFLASH_LAYERS, DFLASH_DEPTH, DFLASH_BLOCK, tokenizer.mask_token_id)
-    load_drafter(eagle3, args.out / "eagle3")
-    load_drafter(dflash, args.out / "dflash")
-    result = evaluate.acceptance(target, eagle3, dflash, replies, steps=EAGLE3_STEPS)
+    drafters = load_drafters(args.out)
+    result = evaluate.acceptance(target, drafters["e3"], drafters["df"], replies, steps=EAGLE3_STEPS)
     figures = evaluate.figures(result, args.cost_ratio)
     return {"replies": len(replies), "tool_calls": evaluate.call_figures(replies)} | figures
 

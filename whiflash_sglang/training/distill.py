@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,14 +173,22 @@ def save_dflash(model: DFlash, target: Qwen3ForCausalLM, folder: Path) -> None:
     _save(folder, tensors, config)
 
 
-def load_draft_tokens(folder: Path) -> torch.Tensor:
-    """The draft vocabulary of an EAGLE-3 checkpoint, as target ids [draft vocab]."""
-    offsets = load_file(folder / "model.safetensors")["d2t"]
-    return offsets + torch.arange(len(offsets))
+def load_drafters(folder: Path) -> dict[str, Eagle3 | DFlash]:
+    """Both drafters by name, from what `save_eagle3` and `save_dflash` wrote below `folder`."""
+    config = json.loads((folder / "eagle3" / "config.json").read_text())
+    layer_ids = tuple(config["eagle_config"]["eagle_aux_hidden_state_layer_ids"])
+    offsets = load_file(folder / "eagle3" / "model.safetensors")["d2t"]
+    eagle3 = Eagle3(_shape(config), layer_ids, offsets + torch.arange(len(offsets)))
+    config = json.loads((folder / "dflash" / "config.json").read_text())
+    options = config["dflash_config"]
+    layers, block = config["num_hidden_layers"], config["block_size"]
+    dflash = DFlash(_shape(config), tuple(options["target_layer_ids"]), layers, block, options["mask_token_id"])
+    _load(eagle3, folder / "eagle3")
+    _load(dflash, folder / "dflash")
+    return {"df": dflash, "e3": eagle3}
 
 
-def load_drafter(model: Eagle3 | DFlash, folder: Path) -> None:
-    """Load a checkpoint that `save_eagle3` or `save_dflash` wrote."""
+def _load(model: Eagle3 | DFlash, folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     state = {name.removeprefix("midlayer."): value.float() for name, value in tensors.items()}
     for name in model.state_dict().keys() & state.keys():
@@ -187,6 +196,18 @@ def load_drafter(model: Eagle3 | DFlash, folder: Path) -> None:
     missing = model.state_dict().keys() - state.keys() - {"draft_tokens"}
     if missing:
         raise ValueError(f"{folder}: no tensors {sorted(missing)}")
+
+
+def _shape(config: dict[str, Any]) -> DrafterShape:
+    return DrafterShape(
+        hidden=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        intermediate=config["intermediate_size"],
+        vocab=config["vocab_size"],
+        theta=config["rope_theta"],
+    )
 
 
 def _config(shape: DrafterShape, target: Qwen3ForCausalLM) -> dict[str, object]:

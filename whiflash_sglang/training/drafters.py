@@ -64,9 +64,10 @@ class Verdict(NamedTuple):
 
 
 @torch.no_grad()
-def judge(target: Qwen3ForCausalLM, ids: np.ndarray, spans: np.ndarray) -> Verdict:
+def judge(target: Qwen3ForCausalLM, ids: np.ndarray, spans: np.ndarray, autocast: bool = True) -> Verdict:
+    """`autocast`: bfloat16 products, which training does not mind; to compare with a float32 server leave it off."""
     tokens = torch.from_numpy(ids).to(target.device)
-    with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.float32):
+    with torch.autocast(target.device.type, torch.bfloat16, enabled=autocast):
         output = target.model(input_ids=tokens.clamp(min=0), output_hidden_states=True)
         logits = F.linear(output.last_hidden_state, target.lm_head.weight).float()
     features = torch.stack([hidden.float() for hidden in output.hidden_states[1:]], dim=2)

@@ -86,10 +86,10 @@ def acceptance(
         n = len(reply.example.ids)
         if n < reply.start + 2:
             continue
-        verdict = judge(target, reply.example.ids[None], reply.example.spans[None])
+        verdict = judge(target, reply.example.ids[None], reply.example.spans[None], autocast=False)
         anchors = torch.arange(reply.start, n - 1)
-        e3.append(_eagle3_lengths(eagle3, target, verdict, anchors, steps))
-        df.append(_dflash_lengths(dflash, target, verdict, anchors))
+        e3.append(eagle3_lengths(eagle3, target, verdict, anchors, steps))
+        df.append(dflash_lengths(dflash, target, verdict, anchors))
         spans.append(reply.example.spans[reply.start + 1 : n])  # the span that is being drafted
         entropy.append(verdict.entropy[0, reply.start - 1 : n - 2].numpy())
     return Acceptance(*(np.concatenate(values) for values in (e3, df, spans, entropy)))
@@ -102,9 +102,10 @@ def _lengths(drafts: torch.Tensor, verdict: Verdict, anchors: torch.Tensor) -> n
     return 1 + (drafts == truth).long().cumprod(dim=1).sum(dim=1).numpy()
 
 
-def _eagle3_lengths(
+def eagle3_lengths(
     model: Eagle3, target: Qwen3ForCausalLM, verdict: Verdict, anchors: torch.Tensor, steps: int
 ) -> np.ndarray:
+    """Acceptance length of a round at each of `anchors` [n], positions in the one text of `verdict`."""
     # A chain's tokens equal the recorded ones for as long as they are accepted: teacher forcing is exact here.
     entries = (anchors - 1)[None]  # a chain starts at the entry before its anchor
     logits = torch.stack(list(model.chains(target.get_input_embeddings(), verdict, steps, entries)), dim=2)[0]
@@ -112,7 +113,7 @@ def _eagle3_lengths(
     return _lengths(drafts, verdict, anchors)
 
 
-def _dflash_lengths(model: DFlash, target: Qwen3ForCausalLM, verdict: Verdict, anchors: torch.Tensor) -> np.ndarray:
+def dflash_lengths(model: DFlash, target: Qwen3ForCausalLM, verdict: Verdict, anchors: torch.Tensor) -> np.ndarray:
     logits = model.blocks(target.get_input_embeddings(), target.lm_head.weight, verdict, anchors[None])[0]
     return _lengths(logits.argmax(-1), verdict, anchors)
 
