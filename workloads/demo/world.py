@@ -54,7 +54,7 @@ class Desk:
             return _json({"error": f"unknown tool {name}"})
         try:
             return _json(TOOLS[name](self, **arguments))
-        except (TypeError, ValueError, ArithmeticError, sqlite3.Error) as error:
+        except (TypeError, ValueError, ArithmeticError, SyntaxError, sqlite3.Error) as error:
             return _json({"error": str(error)})
 
     def rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
