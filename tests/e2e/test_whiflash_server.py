@@ -75,6 +75,15 @@ def test_greedy_text_is_that_of_the_server_without_speculation(off, alternate, p
     assert compare(off, prompts, reference, found).figures()["different"] == []
 
 
+def test_a_wrong_token_would_be_found(off, prompts, reference):
+    """The comparison itself: one token changed is one difference, at its place, and no tie."""
+    found = [list(text) for text in reference[:3]]
+    found[1][5] += 1
+    comparison = compare(off, prompts[:3], reference[:3], found)
+    assert [(d.prompt, d.position, d.found) for d in comparison.differences] == [(1, 5, found[1][5])]
+    assert not comparison.differences[0].is_tie
+
+
 @torch.no_grad()
 def predicted_rounds(prompt: list[int], text: list[int], drafters: dict[str, object], first: int) -> int:
     """Rounds that the training code's own drafters would need for `text`, taking turns, `first` beginning."""
