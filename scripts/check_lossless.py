@@ -1,0 +1,104 @@
+"""Show that speculation does not change the text: every policy's token ids against the same server without it.
+
+    python scripts/check_lossless.py                                   # the bundled models, all policies
+    python scripts/check_lossless.py --prompts 8 --policy entropy      # fewer
+    python scripts/check_lossless.py -- --model-path T ...             # other models: the launcher's flags
+
+Prompts are held-out histories of the demo workload. Each is sent alone and then `--in-flight` at a time; both are
+compared with the text that the reference server (router off) gives to it alone, the reference server's own batched
+text included. A tie of the two best logits is reported apart. The last line is JSON; exit status 1 if texts differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from workloads import server
+from workloads.demo.generate import sessions
+from workloads.lossless import Comparison, compare, generate
+from workloads.provenance import provenance
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ROOT / "whiflash_sglang" / "demo_models" / "target"
+LAUNCHER = "whiflash_sglang.launch_server"
+POLICIES = ("fixed:e3", "fixed:df", "alternate", "random:1", "entropy")
+
+
+def heldout_prompts(count: int, tokenizer_path: Path) -> list[list[int]]:
+    """Token ids of held-out histories, each up to an assistant turn."""
+    from transformers import AutoTokenizer
+
+    from whiflash_sglang.training.text import histories
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    found = (prompt for session in sessions("heldout", count) for _, prompt in histories(session, tokenizer))
+    return list(islice(found, count))
+
+
+def check(args: argparse.Namespace, launcher_flags: list[str], log: Path) -> dict[str, dict[str, Comparison]]:
+    prompts = heldout_prompts(args.prompts, args.tokenizer)
+    flags = [*launcher_flags, "--sleep-on-idle"]
+    results: dict[str, dict[str, Comparison]] = {}
+
+    def texts(base_url: str, in_flight: int) -> list[list[int]]:
+        return asyncio.run(generate(base_url, prompts, args.tokens, in_flight))
+
+    off = server.running_server(LAUNCHER, *flags, "--whiflash-router", "off", log=log / "off.log")
+    with off as off_url:
+        reference = texts(off_url, 1)
+        together = texts(off_url, args.in_flight)
+        results["off"] = {"together": compare(off_url, prompts, reference, together)}
+        for policy in args.policy or POLICIES:
+            name = policy.replace(":", "-")
+            running = server.running_server(LAUNCHER, *flags, "--whiflash-router", policy, log=log / f"{name}.log")
+            with running as base_url:
+                results[policy] = {
+                    mode: compare(off_url, prompts, reference, texts(base_url, in_flight))
+                    for mode, in_flight in (("alone", 1), ("together", args.in_flight))
+                }
+            print(f"{policy}: done", file=sys.stderr, flush=True)
+    return results
+
+
+def table(results: dict[str, dict[str, Comparison]]) -> Table:
+    view = Table(title="Token ids against those of the server without speculation")
+    for column in ("policy", "requests", "prompts", "tokens", "different", "ties"):
+        view.add_column(column, justify="left" if column in ("policy", "requests") else "right")
+    for policy, modes in results.items():
+        for mode, comparison in modes.items():
+            ties = sum(difference.is_tie for difference in comparison.differences)
+            different = len(comparison.differences) - ties
+            view.add_row(policy, mode, *map(str, (comparison.prompts, comparison.tokens, different, ties)))
+    return view
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--tokens", type=int, default=200, help="output tokens of each prompt")
+    parser.add_argument("--in-flight", type=int, default=8, help="requests at a time in the second pass")
+    parser.add_argument("--policy", action="append", help=f"default: {', '.join(POLICIES)}")
+    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="folder of the tokenizer for the prompts")
+    parser.add_argument("launcher_flags", nargs="*", help="flags of the launcher, after `--` (default: --demo)")
+    args = parser.parse_args()
+    log = Path(tempfile.mkdtemp(prefix="whiflash-lossless-"))
+    results = check(args, args.launcher_flags or ["--demo"], log)
+    Console().print(table(results))
+    figures = {policy: {mode: c.figures() for mode, c in modes.items()} for policy, modes in results.items()}
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    print(json.dumps({"benchmark": "check_lossless", "arguments": arguments, "policies": figures, **provenance()}))
+    if any(mode["different"] for modes in figures.values() for mode in modes.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

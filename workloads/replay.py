@@ -1,0 +1,267 @@
+"""Replay recorded agent sessions against a server, the recorded history forced, and measure it.
+
+    python -m workloads.replay TRACE... --base-url http://127.0.0.1:30000 [--concurrency 4] [--limit 10]
+
+Every recorded assistant turn is asked for with the recorded messages before it, whatever the server answered earlier,
+so that every policy gets the same prompts. Turns of a session go in order, as an agent's would, and find their prefix
+in the server's cache; `--concurrency` sessions run at a time. Prompts beyond the context are cut by whole turns and
+counted. A failed request is reported and the replay goes on; the exit status is then 1. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import AsyncOpenAI, OpenAIError
+from rich.console import Console
+
+from workloads.fitting import Prompt, PromptTooLong, fit, upper_bound
+from workloads.loaders import load_traces
+from workloads.provenance import provenance
+from workloads.report import Report, Totals, Turn, difference, merge, table
+from workloads.schema import Session, TraceError, to_openai
+
+__all__ = ["Report", "merge", "replay", "replay_async", "table"]
+
+MAX_TOKENS = 256
+TIMEOUT_SECONDS = 600.0
+
+
+class ServerUnreachable(ConnectionError):
+    """No server answers at the base URL."""
+
+
+def replay(sessions: Sequence[Session], base_url: str, **options: Any) -> Report:
+    """`replay_async`, run to its end."""
+    return asyncio.run(replay_async(sessions, base_url, **options))
+
+
+async def replay_async(
+    sessions: Sequence[Session],
+    base_url: str,
+    *,
+    concurrency: int = 1,
+    label: str = "",
+    max_tokens: int = MAX_TOKENS,
+    temperature: float = 0.0,
+    timeout_s: float = TIMEOUT_SECONDS,
+    progress: Callable[[Turn], None] | None = None,
+) -> Report:
+    """Ask for every recorded turn of `sessions`; `progress` is called after each. Raises ServerUnreachable."""
+    async with httpx.AsyncClient(base_url=base_url, timeout=timeout_s) as http:
+        server = await _Server.connect(http, base_url, max_tokens=max_tokens, temperature=temperature)
+        turnstile = asyncio.Semaphore(concurrency)
+
+        async def run(session: Session) -> list[Turn]:
+            async with turnstile:
+                return [turn async for turn in _turns(server, session, progress)]
+
+        before = await server.totals()
+        began = time.perf_counter()
+        turns = await asyncio.gather(*(run(session) for session in sessions))
+        wall_s = time.perf_counter() - began
+        after = await server.totals()
+    totals = difference(after, before) if after is not None and before is not None else None
+    return Report(label, tuple(turn for part in turns for turn in part), wall_s, totals)
+
+
+async def _turns(server: _Server, session: Session, progress: Callable[[Turn], None] | None) -> AsyncIterator[Turn]:
+    messages = [to_openai(message) for message in session.messages]
+    for index in session.turns:
+        turn = await server.ask(session, index, messages[:index])
+        if progress is not None:
+            progress(turn)
+        yield turn
+
+
+class _Server:
+    """The server under test, through its OpenAI API and two of SGLang's own routes."""
+
+    def __init__(self, http: httpx.AsyncClient, base_url: str, model: str, context: int, options: dict[str, Any]):
+        self.http = http
+        self.model = model
+        self.context = context
+        self.options = options
+        self.client = AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=http.timeout.read)
+
+    @classmethod
+    async def connect(cls, http: httpx.AsyncClient, base_url: str, **options: Any) -> _Server:
+        try:
+            reply = await http.get("/v1/models")
+            reply.raise_for_status()
+            model = reply.json()["data"][0]
+            return cls(http, base_url.rstrip("/"), model["id"], int(model["max_model_len"]), options)
+        except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ServerUnreachable(
+                f"--base-url {base_url}: no server answers /v1/models there ({type(error).__name__}: {error}); "
+                "start one, e.g. with `make serve`, and give its address without /v1"
+            ) from error
+
+    async def totals(self) -> Totals | None:
+        """The counters of WHIFLASH; None where the server has none."""
+        reply = await self.http.get("/server_info")
+        if reply.status_code != 200:
+            return None
+        states = reply.json().get("internal_states") or [{}]
+        return states[0].get("whiflash")
+
+    async def ask(self, session: Session, index: int, history: list[dict[str, Any]]) -> Turn:
+        try:
+            prompt = await self.fit(history, session.tools)
+        except (httpx.HTTPError, PromptTooLong) as error:
+            return _failed(session, index, Prompt(history, 0, False), error)
+        return await self.stream(session, index, prompt)
+
+    async def fit(self, history: list[dict[str, Any]], tools: list[dict[str, Any]]) -> Prompt:
+        room = self.context - self.options["max_tokens"] - 1
+        if upper_bound(history, tools) <= room:
+            return Prompt(history, 0, False)
+
+        async def count(messages: list[dict[str, Any]]) -> int:
+            body = {"model": self.model, "messages": messages} | ({"tools": tools} if tools else {})
+            reply = await self.http.post("/v1/tokenize", json=body)
+            reply.raise_for_status()
+            return int(reply.json()["count"])
+
+        return await fit(history, room, count)
+
+    async def stream(self, session: Session, index: int, prompt: Prompt) -> Turn:
+        """One request; its text, counts and times as they arrive."""
+        pieces: list[str] = []
+        usage, finished, first, last = None, False, None, None
+        began = time.perf_counter()
+        try:
+            stream = await self.client.chat.completions.create(
+                model=self.model,
+                messages=prompt.messages,  # type: ignore[arg-type]
+                tools=session.tools or None,  # type: ignore[arg-type]
+                stream=True,
+                stream_options={"include_usage": True},
+                **self.options,
+            )
+            async for chunk in stream:
+                usage = chunk.usage or usage
+                for choice in chunk.choices:
+                    finished = finished or choice.finish_reason is not None
+                    if piece := text_of(choice.delta):
+                        pieces.append(piece)
+                        last = time.perf_counter()
+                        first = first or last
+        except (OpenAIError, httpx.HTTPError) as error:
+            return _failed(session, index, prompt, error)
+        if not finished or usage is None:
+            return _failed(session, index, prompt, ConnectionError("the stream ended before the text did"))
+        cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else None
+        count = usage.completion_tokens
+        return Turn(
+            session_id=session.session_id,
+            index=index,
+            text="".join(pieces),
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=cached or 0,
+            completion_tokens=count,
+            ttft_s=first - began if first else None,
+            tpot_s=(last - first) / (count - 1) if first and last and count > 1 else None,
+            cut_turns=prompt.cut_turns,
+            shortened=prompt.shortened,
+            error=None,
+        )
+
+
+def text_of(delta: Any) -> str:
+    """All text of a streamed delta: reasoning, content, and tool calls as name and arguments."""
+    calls = [call.function for call in delta.tool_calls or () if call.function]
+    parts = [getattr(delta, "reasoning_content", None), delta.content]
+    parts += [part for call in calls for part in (call.name, call.arguments)]
+    return "".join(part for part in parts if part)
+
+
+def _failed(session: Session, index: int, prompt: Prompt, error: Exception) -> Turn:
+    reason = f"{type(error).__name__}: {error}"
+    return Turn(session.session_id, index, "", 0, 0, 0, None, None, prompt.cut_turns, prompt.shortened, reason)
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number above 0; give e.g. 4")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m workloads.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="demo JSON lines, tau-bench or SWE-agent")
+    parser.add_argument("--base-url", required=True, help="e.g. http://127.0.0.1:30000")
+    parser.add_argument("--concurrency", type=_positive, default=1, help="sessions at a time (default: %(default)s)")
+    parser.add_argument("--limit", type=_positive, help="replay the first N sessions only")
+    parser.add_argument("--max-tokens", type=_positive, default=MAX_TOKENS, help="of a turn (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--timeout", type=float, default=TIMEOUT_SECONDS, help="seconds a request may take")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be read, and count them")
+    parser.add_argument("--label", default="server", help="name of the row in the table")
+    parser.add_argument("--json-out", type=Path, help="write the JSON line to this file too")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        loaded = load_traces(args.traces, skip_bad=args.skip_bad)
+    except TraceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for line in loaded.skipped:
+        print(f"skipped: {line}", file=sys.stderr)
+    sessions = loaded.sessions[: args.limit]
+    try:
+        report = replay(
+            sessions,
+            args.base_url,
+            concurrency=args.concurrency,
+            label=args.label,
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            timeout_s=args.timeout,
+            progress=_print_failure,
+        )
+    except ServerUnreachable as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    figures = report.figures() | {"sessions": len(sessions), "skipped": len(loaded.skipped)}
+    Console().print(table({args.label: figures}))
+    arguments = {name: _plain(value) for name, value in vars(args).items()}
+    line = json.dumps({"benchmark": "replay", "arguments": arguments, "figures": figures, **provenance()})
+    if args.json_out:
+        args.json_out.write_text(line + "\n")
+    print(line)
+    return 1 if figures["failed"] else 0
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _print_failure(turn: Turn) -> None:
+    if turn.error is not None:
+        print(f"failed: {turn.session_id}, message {turn.index}: {turn.error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""What a replay measured: records of turns, figures made of them, and a table that compares policies."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+Totals = dict[str, Any]
+"""The server's counters (`whiflash_sglang/observe.py`): numbers, and dicts of numbers."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One asked turn. Times in seconds on the client's clock."""
+
+    session_id: str
+    index: int  # of the recorded assistant message
+    text: str  # reasoning, content and tool calls, one after the other
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    ttft_s: float | None  # None if nothing came
+    tpot_s: float | None  # None with fewer than two tokens
+    cut_turns: int  # oldest recorded turns left out so that the prompt fits
+    shortened: bool  # a message was shortened, as whole turns were not enough
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    label: str
+    turns: tuple[Turn, ...]
+    wall_s: float
+    totals: Totals | None  # what the server counted meanwhile; None without speculation
+
+    def texts(self) -> dict[tuple[str, int], str | None]:
+        """Text by (session, message index); None where the request failed."""
+        return {(turn.session_id, turn.index): None if turn.error else turn.text for turn in self.turns}
+
+    def figures(self) -> dict[str, Any]:
+        done = [turn for turn in self.turns if turn.error is None]
+        tokens = sum(turn.completion_tokens for turn in done)
+        return {
+            "turns": len(self.turns),
+            "failed": len(self.turns) - len(done),
+            "tokens_per_s": round(tokens / self.wall_s, 2) if self.wall_s else 0.0,
+            "completion_tokens": tokens,
+            "prompt_tokens": sum(turn.prompt_tokens for turn in done),
+            "cached_prompt_tokens": sum(turn.cached_tokens for turn in done),
+            "cut_prompts": sum(turn.cut_turns > 0 for turn in self.turns),
+            "shortened_prompts": sum(turn.shortened for turn in self.turns),
+            **_milliseconds("ttft_ms", [turn.ttft_s for turn in done]),
+            **_milliseconds("tpot_ms", [turn.tpot_s for turn in done]),
+            **speculation(self.totals, self.wall_s),
+        }
+
+
+def speculation(totals: Totals | None, wall_s: float) -> dict[str, Any]:
+    """Figures of the server's counters. Without speculation a round is a token, and there is nothing to count."""
+    if totals is None:
+        nothing = dict.fromkeys(("rounds", "rounds_by_drafter", "share_by_drafter", "switches", "host_share"))
+        return {"acceptance_length": 1.0} | nothing
+    rounds = totals["rounds"]
+    by_drafter = totals["rounds_by_drafter"]
+    # Seconds in model forwards; `prefill` and `verify` are the target's, `draft` and `ingest` the drafters'.
+    forwards = sum(totals["seconds"][part] for part in ("prefill", "verify", "draft", "ingest"))
+    return {
+        "acceptance_length": round(1 + totals["accepted_drafts"] / rounds, 3) if rounds else None,
+        "rounds": rounds,
+        "rounds_by_drafter": by_drafter,
+        "share_by_drafter": {name: round(count / rounds, 3) for name, count in by_drafter.items()} if rounds else {},
+        "switches": totals["switches"],
+        "host_share": round(1 - forwards / wall_s, 3) if wall_s else None,
+    }
+
+
+def merge(reports: Sequence[Report]) -> Report:
+    """One report of a policy that was measured in several parts, one after the other."""
+    if not reports:
+        raise ValueError("merge needs at least one report")
+    turns = tuple(turn for report in reports for turn in report.turns)
+    counted = [report.totals for report in reports if report.totals is not None]
+    totals = sum_of(counted) if counted else None
+    return Report(reports[0].label, turns, sum(report.wall_s for report in reports), totals)
+
+
+def sum_of(parts: Iterable[Totals]) -> Totals:
+    result: Totals = {}
+    for part in parts:
+        for key, value in part.items():
+            result[key] = (
+                sum_of([result.get(key, {}), value]) if isinstance(value, dict) else result.get(key, 0) + value
+            )
+    return result
+
+
+def difference(after: Totals, before: Totals) -> Totals:
+    """What was counted between two snapshots."""
+    result: Totals = {}
+    for key, value in after.items():
+        earlier = before.get(key)
+        result[key] = difference(value, earlier or {}) if isinstance(value, dict) else value - (earlier or 0)
+    return result
+
+
+def table(figures_by_label: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each label; tokens/s also as a multiple of `off`, where that was measured."""
+    baseline = figures_by_label.get("off", {}).get("tokens_per_s")
+    view = Table(title="Replay")
+    columns = ("policy", "tokens/s", "x off", "AL", "rounds", "by drafter", "switches")
+    for column in (*columns, "TTFT ms p50 / p95", "ms/token p50 / p95", "cached", "host", "failed"):
+        view.add_column(column, justify="left" if column == "policy" else "right")
+    for label, figures in figures_by_label.items():
+        shares = figures["share_by_drafter"] or {}
+        view.add_row(
+            label,
+            f"{figures['tokens_per_s']:.1f}",
+            f"{figures['tokens_per_s'] / baseline:.2f}" if baseline else "-",
+            _shown(figures["acceptance_length"], "{:.2f}"),
+            _shown(figures["rounds"]),
+            " ".join(f"{name} {share:.0%}" for name, share in shares.items()) or "-",
+            _shown(figures["switches"]),
+            f"{_shown(figures['ttft_ms_p50'], '{:.0f}')} / {_shown(figures['ttft_ms_p95'], '{:.0f}')}",
+            f"{_shown(figures['tpot_ms_p50'], '{:.2f}')} / {_shown(figures['tpot_ms_p95'], '{:.2f}')}",
+            f"{figures['cached_prompt_tokens']}",
+            _shown(figures["host_share"], "{:.0%}"),
+            f"{figures['failed']}",
+        )
+    return view
+
+
+def _shown(value: float | None, form: str = "{}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _milliseconds(name: str, seconds: Iterable[float | None]) -> dict[str, float | None]:
+    """p50 and p95 in milliseconds."""
+    values = sorted(1000 * value for value in seconds if value is not None)
+    if not values:
+        return {f"{name}_p50": None, f"{name}_p95": None}
+    cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
+    return {f"{name}_p50": round(cuts[49], 3), f"{name}_p95": round(cuts[94], 3)}
