@@ -19,11 +19,14 @@ from whiflash_sglang.training.text import CONTEXT, REASONING
 
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]
 
-EAGLE3_STEPS = 5
+EAGLE3_STEPS = 7
 # Weights of spans in the loss: published drafters have their strengths by what they were trained on, and so have these.
 EAGLE3_SPANS = {CONTEXT: 0.0, REASONING: 1.0}
 DFLASH_SPANS = {CONTEXT: 0.0, REASONING: 0.15}
 STEP_DECAY = 0.85
+# EAGLE-3 is trained above all for the round starts that an entropy router gives it: its anchor was an open choice.
+OPEN_NATS = 0.3
+SETTLED_WEIGHT = 0.2  # of an anchor that was no open choice
 
 
 def span_weights(spans: torch.Tensor, weights: dict[int, float]) -> torch.Tensor:
@@ -50,7 +53,9 @@ def eagle3_loss(model: Eagle3, embed: torch.nn.Module, verdict: Verdict, num_cha
     to_draft = torch.full((model.shape.vocab,), -100, device=verdict.ids.device)
     to_draft[model.draft_tokens] = torch.arange(len(model.draft_tokens), device=verdict.ids.device)
     weights = span_weights(verdict.spans, EAGLE3_SPANS) * (verdict.ids >= 0)
-    entries = pick_anchors(shifted(weights, 1), num_chains, EAGLE3_STEPS + 2) - 1  # entry i is anchored at i + 1
+    is_open = (verdict.entropy > OPEN_NATS).roll(1, dims=1)  # anchor a was chosen after a - 1
+    starts = shifted(weights, 1) * torch.where(is_open, 1.0, SETTLED_WEIGHT)
+    entries = pick_anchors(starts, num_chains, EAGLE3_STEPS + 2) - 1  # entry i is anchored at i + 1
     alive = torch.ones_like(verdict.follows)
     total = norm = torch.zeros((), device=verdict.ids.device)
     for step, logits in enumerate(model.chains(embed, verdict, EAGLE3_STEPS, entries)):
