@@ -1,36 +1,43 @@
-"""Where a figure comes from: the versions and the commit that every benchmark's JSON line carries."""
+"""Where a measurement comes from: versions and commit, for the JSON line that every benchmark ends with."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-DISTRIBUTIONS = ("whiflash-sglang", "openai", "sglang", "torch")
+PACKAGES = ("whiflash-sglang", "sglang", "torch", "transformers", "openai")
 
 
 def provenance() -> dict[str, Any]:
-    """`versions` of Python and what is installed here, and the `commit`; null for what there is none of."""
-    versions = {name: _version(name) for name in DISTRIBUTIONS}
-    return {"versions": {"python": platform.python_version(), **versions}, "commit": _commit()}
+    """`versions` by package (None where it is not installed), `commit` (None outside a checkout), `hardware`."""
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    hardware = {"cpu": _cpu_model(), "cores": len(os.sched_getaffinity(0))}
+    return {"versions": versions, "commit": _commit(), "hardware": hardware}
 
 
-def _version(distribution: str) -> str | None:
+def _version(package: str) -> str | None:
     try:
-        return version(distribution)
-    except PackageNotFoundError:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return None
 
 
 def _commit() -> str | None:
-    """HEAD of the checkout that this file is in, and of no other that it happens to be installed in."""
-    if not (ROOT / ".git").exists():
-        return None
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

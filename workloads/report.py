@@ -1,176 +1,146 @@
-"""What a replay found: a record for each turn, a report for each run, and the figures that they come to.
-
-`totals` is the server's own count of rounds (`internal_states[0].whiflash` of `/server_info`), after less before.
-Times and tokens are of the turns that were answered; a failed turn is counted and otherwise left out.
-"""
+"""What a replay measured: records of turns, figures made of them, and a table that compares policies."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
+Totals = dict[str, Any]
+"""The server's counters (`whiflash_sglang/observe.py`): numbers, and dicts of numbers."""
+
 
 @dataclass(frozen=True)
 class Turn:
-    """One recorded assistant turn, asked for again. `started` and `finished` count from the start of the replay."""
+    """One asked turn. Times in seconds on the client's clock."""
 
     session_id: str
-    index: int  # of the assistant message in its session
-    text: str  # reasoning, content, and the names and arguments of tool calls
+    index: int  # of the recorded assistant message
+    text: str  # reasoning, content and tool calls, one after the other
     prompt_tokens: int
-    cached_tokens: int | None  # None where the server does not say
+    cached_tokens: int
     completion_tokens: int
-    ttft_s: float | None  # to the first chunk that carries text; None for an empty answer
-    tpot_s: float | None  # for each token behind the first; None below two tokens
-    started: float
-    finished: float
-    cut_turns: int  # oldest turns left out of the prompt
-    shortened: bool  # a message of the prompt was cut in its middle
+    ttft_s: float | None  # None if nothing came
+    tpot_s: float | None  # None with fewer than two tokens
+    cut_turns: int  # oldest recorded turns left out so that the prompt fits
+    shortened: bool  # a message was shortened, as whole turns were not enough
     error: str | None
 
 
 @dataclass(frozen=True)
 class Report:
-    """One run against one server, or several of the same policy, merged."""
-
     label: str
     turns: tuple[Turn, ...]
     wall_s: float
-    totals: dict[str, Any] | None  # None where the server counts no rounds
-    skipped: tuple[str, ...] = ()  # records of the traces that could not be read
-    server: dict[str, Any] = field(default_factory=dict)  # what is known of it: version, speculative_algorithm
+    totals: Totals | None  # what the server counted meanwhile; None without speculation
 
-    @property
-    def failed(self) -> tuple[Turn, ...]:
-        return tuple(turn for turn in self.turns if turn.error is not None)
-
-    def texts(self) -> dict[tuple[str, int], str]:
-        """Text of each answered turn, by session and message index."""
-        return {(turn.session_id, turn.index): turn.text for turn in self.turns if turn.error is None}
+    def texts(self) -> dict[tuple[str, int], str | None]:
+        """Text by (session, message index); None where the request failed."""
+        return {(turn.session_id, turn.index): None if turn.error else turn.text for turn in self.turns}
 
     def figures(self) -> dict[str, Any]:
-        """Plain data for the JSON line and the table; None where a figure is not known."""
-        answered = [turn for turn in self.turns if turn.error is None]
-        ttft = [1000 * turn.ttft_s for turn in answered if turn.ttft_s is not None]
-        tpot = [1000 * turn.tpot_s for turn in answered if turn.tpot_s is not None]
-        cached = [turn.cached_tokens for turn in answered if turn.cached_tokens is not None]
-        completion_tokens = sum(turn.completion_tokens for turn in answered)
+        done = [turn for turn in self.turns if turn.error is None]
+        tokens = sum(turn.completion_tokens for turn in done)
         return {
-            "tokens_per_s": round(completion_tokens / self.wall_s, 3) if self.wall_s else None,
-            "ttft_ms_p50": percentile(ttft, 50),
-            "ttft_ms_p95": percentile(ttft, 95),
-            "tpot_ms_p50": percentile(tpot, 50),
-            "tpot_ms_p95": percentile(tpot, 95),
-            **self._round_figures(),
-            "prompt_tokens": sum(turn.prompt_tokens for turn in answered),
-            "cached_prompt_tokens": sum(cached) if cached else None,
-            "completion_tokens": completion_tokens,
-            "wall_s": round(self.wall_s, 3),
             "turns": len(self.turns),
-            "failed": len(self.failed),
+            "failed": len(self.turns) - len(done),
+            "tokens_per_s": round(tokens / self.wall_s, 2) if self.wall_s else 0.0,
+            "completion_tokens": tokens,
+            "prompt_tokens": sum(turn.prompt_tokens for turn in done),
+            "cached_prompt_tokens": sum(turn.cached_tokens for turn in done),
             "cut_prompts": sum(turn.cut_turns > 0 for turn in self.turns),
             "shortened_prompts": sum(turn.shortened for turn in self.turns),
-            "skipped": len(self.skipped),
+            **_milliseconds("ttft_ms", [turn.ttft_s for turn in done]),
+            **_milliseconds("tpot_ms", [turn.tpot_s for turn in done]),
+            **speculation(self.totals, self.wall_s),
         }
 
-    def _round_figures(self) -> dict[str, Any]:
-        names = ("acceptance_length", "rounds", "rounds_by_drafter", "share_by_drafter", "switches", "host_share")
-        figures: dict[str, Any] = dict.fromkeys(names)
-        if self.totals is None:
-            # Without speculation a step commits one token. Of another algorithm's rounds nothing is known.
-            if self.server.get("speculative_algorithm", "unknown") is None:
-                figures["acceptance_length"] = 1.0
-            return figures
-        rounds, by_drafter = self.totals["rounds"], self.totals["rounds_by_drafter"]
-        seconds = self.totals["seconds"]
-        figures |= {"rounds": rounds, "rounds_by_drafter": by_drafter, "switches": self.totals["switches"]}
-        if rounds:
-            figures["acceptance_length"] = round(1 + self.totals["accepted_drafts"] / rounds, 4)
-            figures["share_by_drafter"] = {name: round(count / rounds, 4) for name, count in by_drafter.items()}
-        if seconds["round"]:
-            forwards = seconds["draft"] + seconds["verify"] + seconds["ingest"]
-            figures["host_share"] = round(1 - forwards / seconds["round"], 4)
-        return figures
+
+def speculation(totals: Totals | None, wall_s: float) -> dict[str, Any]:
+    """Figures of the server's counters. Without speculation a round is a token, and there is nothing to count."""
+    if totals is None:
+        nothing = dict.fromkeys(("rounds", "rounds_by_drafter", "share_by_drafter", "switches", "host_share"))
+        return {"acceptance_length": 1.0} | nothing
+    rounds = totals["rounds"]
+    by_drafter = totals["rounds_by_drafter"]
+    # Seconds in model forwards; `prefill` and `verify` are the target's, `draft` and `ingest` the drafters'.
+    forwards = sum(totals["seconds"][part] for part in ("prefill", "verify", "draft", "ingest"))
+    return {
+        "acceptance_length": round(1 + totals["accepted_drafts"] / rounds, 3) if rounds else None,
+        "rounds": rounds,
+        "rounds_by_drafter": by_drafter,
+        "share_by_drafter": {name: round(count / rounds, 3) for name, count in by_drafter.items()} if rounds else {},
+        "switches": totals["switches"],
+        "host_share": round(1 - forwards / wall_s, 3) if wall_s else None,
+    }
 
 
 def merge(reports: Sequence[Report]) -> Report:
-    """Runs of one policy as one: wall times and totals add up. A turn in several runs keeps its last text."""
-    totals: dict[str, Any] | None = {}
-    for report in reports:
-        totals = None if totals is None or report.totals is None else added(totals, report.totals)
-    return Report(
-        label=reports[0].label,
-        turns=tuple(turn for report in reports for turn in report.turns),
-        wall_s=sum(report.wall_s for report in reports),
-        totals=totals,
-        skipped=tuple(dict.fromkeys(line for report in reports for line in report.skipped)),
-        server=reports[0].server,
-    )
+    """One report of a policy that was measured in several parts, one after the other."""
+    if not reports:
+        raise ValueError("merge needs at least one report")
+    turns = tuple(turn for report in reports for turn in report.turns)
+    counted = [report.totals for report in reports if report.totals is not None]
+    totals = sum_of(counted) if counted else None
+    return Report(reports[0].label, turns, sum(report.wall_s for report in reports), totals)
 
 
-def added(first: Mapping[str, Any], second: Mapping[str, Any], sign: int = 1) -> dict[str, Any]:
-    """Nested counts, added key by key: {"a": 1} and {"a": 2, "b": {"c": 3}} are {"a": 3, "b": {"c": 3}}."""
-    result: dict[str, Any] = {}
-    for key in (*first, *(key for key in second if key not in first)):
-        a, b = first.get(key), second.get(key)
-        if isinstance(a, Mapping) or isinstance(b, Mapping):
-            result[key] = added(a or {}, b or {}, sign)
-        else:
-            result[key] = (a or 0) + sign * (b or 0)
+def sum_of(parts: Iterable[Totals]) -> Totals:
+    result: Totals = {}
+    for part in parts:
+        for key, value in part.items():
+            result[key] = (
+                sum_of([result.get(key, {}), value]) if isinstance(value, dict) else result.get(key, 0) + value
+            )
     return result
 
 
-def percentile(values: Sequence[float], percent: float) -> float | None:
-    """Between the two nearest values, as numpy's: [10, 20], 50 is 15."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return round(ordered[low] + (ordered[high] - ordered[low]) * (place - low), 3)
-
-
-# Rows of the table: what it is called, and how it is written.
-ROWS = {
-    "tokens_per_s": ("output tokens/s", "{:.1f}"),
-    "ttft_ms_p50": ("TTFT p50, ms", "{:.1f}"),
-    "ttft_ms_p95": ("TTFT p95, ms", "{:.1f}"),
-    "tpot_ms_p50": ("time per output token p50, ms", "{:.2f}"),
-    "tpot_ms_p95": ("time per output token p95, ms", "{:.2f}"),
-    "acceptance_length": ("acceptance length", "{:.2f}"),
-    "rounds": ("rounds", "{:,}"),
-    "share_by_drafter": ("rounds by drafter", "{}"),
-    "switches": ("switches", "{:,}"),
-    "host_share": ("host share of a round", "{:.0%}"),
-    "prompt_tokens": ("prompt tokens", "{:,}"),
-    "cached_prompt_tokens": ("prompt tokens from the cache", "{:,}"),
-    "completion_tokens": ("output tokens", "{:,}"),
-    "turns": ("turns", "{:,}"),
-    "failed": ("failed", "{:,}"),
-    "cut_prompts": ("prompts without oldest turns", "{:,}"),
-    "shortened_prompts": ("prompts with a shortened message", "{:,}"),
-    "skipped": ("records skipped", "{:,}"),
-}
+def difference(after: Totals, before: Totals) -> Totals:
+    """What was counted between two snapshots."""
+    result: Totals = {}
+    for key, value in after.items():
+        earlier = before.get(key)
+        result[key] = difference(value, earlier or {}) if isinstance(value, dict) else value - (earlier or 0)
+    return result
 
 
 def table(figures_by_label: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A column for each label, a row for each figure; a figure that no label knows is left out."""
-    view = Table()
-    view.add_column("")
-    for label in figures_by_label:
-        view.add_column(label, justify="right")
-    for key, (title, form) in ROWS.items():
-        values = [figures.get(key) for figures in figures_by_label.values()]
-        if any(value is not None for value in values):
-            view.add_row(title, *("-" if value is None else form.format(_written(value)) for value in values))
+    """A row for each label; tokens/s also as a multiple of `off`, where that was measured."""
+    baseline = figures_by_label.get("off", {}).get("tokens_per_s")
+    view = Table(title="Replay")
+    columns = ("policy", "tokens/s", "x off", "AL", "rounds", "by drafter", "switches")
+    for column in (*columns, "TTFT ms p50 / p95", "ms/token p50 / p95", "cached", "host", "failed"):
+        view.add_column(column, justify="left" if column == "policy" else "right")
+    for label, figures in figures_by_label.items():
+        shares = figures["share_by_drafter"] or {}
+        view.add_row(
+            label,
+            f"{figures['tokens_per_s']:.1f}",
+            f"{figures['tokens_per_s'] / baseline:.2f}" if baseline else "-",
+            _shown(figures["acceptance_length"], "{:.2f}"),
+            _shown(figures["rounds"]),
+            " ".join(f"{name} {share:.0%}" for name, share in shares.items()) or "-",
+            _shown(figures["switches"]),
+            f"{_shown(figures['ttft_ms_p50'], '{:.0f}')} / {_shown(figures['ttft_ms_p95'], '{:.0f}')}",
+            f"{_shown(figures['tpot_ms_p50'], '{:.2f}')} / {_shown(figures['tpot_ms_p95'], '{:.2f}')}",
+            f"{figures['cached_prompt_tokens']}",
+            _shown(figures["host_share"], "{:.0%}"),
+            f"{figures['failed']}",
+        )
     return view
 
 
-def _written(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return "\n".join(f"{name} {share:.0%}" for name, share in value.items()) or "-"
-    return value
+def _shown(value: float | None, form: str = "{}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _milliseconds(name: str, seconds: Iterable[float | None]) -> dict[str, float | None]:
+    """p50 and p95 in milliseconds."""
+    values = sorted(1000 * value for value in seconds if value is not None)
+    if not values:
+        return {f"{name}_p50": None, f"{name}_p95": None}
+    cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
+    return {f"{name}_p50": round(cuts[49], 3), f"{name}_p95": round(cuts[94], 3)}
