@@ -26,7 +26,7 @@ from rich.console import Console
 from workloads import server
 from workloads.loaders import load_traces
 from workloads.provenance import provenance
-from workloads.replay import Report, merge, replay, table
+from workloads.replay import TABLE_WIDTH, Report, merge, replay, table
 from workloads.schema import Session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,7 +107,7 @@ def main() -> None:
         warm_up(urls, sessions[-1])
         reports = measure(urls, sessions[: args.sessions], args.blocks, args.concurrency)
     policies = summary(reports)
-    Console().print(table({policy: report.figures() for policy, report in reports.items()}))
+    Console(width=TABLE_WIDTH).print(table({policy: report.figures() for policy, report in reports.items()}))
     arguments = {name: value for name, value in vars(args).items() if name != "results"}
     line = json.dumps({"benchmark": "demo_replay", "arguments": arguments, "policies": policies, **provenance()})
     if args.results:

@@ -26,10 +26,10 @@ from rich.console import Console
 from workloads.fitting import Prompt, PromptTooLong, fit, upper_bound
 from workloads.loaders import load_traces
 from workloads.provenance import provenance
-from workloads.report import Report, Totals, Turn, difference, merge, table
+from workloads.report import TABLE_WIDTH, Report, Totals, Turn, difference, merge, table
 from workloads.schema import Session, TraceError, to_openai
 
-__all__ = ["Report", "merge", "replay", "replay_async", "table"]
+__all__ = ["TABLE_WIDTH", "Report", "merge", "replay", "replay_async", "table"]
 
 MAX_TOKENS = 256
 TIMEOUT_SECONDS = 600.0
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     figures = report.figures() | {"sessions": len(sessions), "skipped": len(loaded.skipped)}
-    Console().print(table({args.label: figures}))
+    Console(width=TABLE_WIDTH).print(table({args.label: figures}))
     arguments = {name: _plain(value) for name, value in vars(args).items()}
     line = json.dumps({"benchmark": "replay", "arguments": arguments, "figures": figures, **provenance()})
     if args.json_out:

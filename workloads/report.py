@@ -11,6 +11,7 @@ from rich.table import Table
 
 Totals = dict[str, Any]
 """The server's counters (`whiflash_sglang/observe.py`): numbers, and dicts of numbers."""
+TABLE_WIDTH = 150  # of the console that prints the table: its widest row, also where output is no terminal
 
 
 @dataclass(frozen=True)
