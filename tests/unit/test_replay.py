@@ -102,10 +102,10 @@ def test_greedy_unless_told() -> None:
 
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_sessions_overlap_and_turns_of_one_do_not(concurrency: int) -> None:
-    with StubServer(delay=0.02) as stub:
-        report = replay([session(str(i)) for i in range(6)], stub.base_url, concurrency=concurrency)
+    with StubServer(delay=0.01) as stub:
+        report = replay([session(str(i)) for i in range(4)], stub.base_url, concurrency=concurrency)
     assert stub.most_in_flight == concurrency
-    assert [(turn.session_id, turn.index) for turn in report.turns] == [(str(i), k) for i in range(6) for k in (2, 4)]
+    assert [(turn.session_id, turn.index) for turn in report.turns] == [(str(i), k) for i in range(4) for k in (2, 4)]
 
 
 # What is measured
@@ -283,7 +283,7 @@ def test_a_failed_turn_is_noted_and_the_session_goes_on(how: Any, said: str) -> 
 
 def test_a_silent_server_is_not_waited_for() -> None:
     with StubServer(fail={0: "stall"}) as stub:
-        report = replay([session()], stub.base_url, timeout_s=0.3)
+        report = replay([session()], stub.base_url, timeout_s=0.2)
     assert report.turns[0].error is not None and "imeout" in report.turns[0].error
     assert report.turns[1].error is None
 
