@@ -35,6 +35,9 @@ MAX_TOKENS = 256
 TIMEOUT_SECONDS = 600.0
 
 
+Plan = dict[int, Prompt | Exception]
+
+
 class ServerUnreachable(ConnectionError):
     """No server answers at the base URL."""
 
@@ -60,23 +63,29 @@ async def replay_async(
         server = await _Server.connect(http, base_url, max_tokens=max_tokens, temperature=temperature)
         turnstile = asyncio.Semaphore(concurrency)
 
-        async def run(session: Session) -> list[Turn]:
+        async def run(session: Session, plan: Plan) -> list[Turn]:
             async with turnstile:
-                return [turn async for turn in _turns(server, session, progress)]
+                return [turn async for turn in _turns(server, session, plan, progress)]
 
-        before = await server.totals()
-        began = time.perf_counter()
-        turns = await asyncio.gather(*(run(session) for session in sessions))
-        wall_s = time.perf_counter() - began
-        after = await server.totals()
+        async with server.client:
+            plans = [await server.plan(session) for session in sessions]  # asks for token counts: before the clock
+            before = await server.totals()
+            began = time.perf_counter()
+            turns = await asyncio.gather(*(run(*pair) for pair in zip(sessions, plans, strict=True)))
+            wall_s = time.perf_counter() - began
+            after = await server.totals()
     totals = difference(after, before) if after is not None and before is not None else None
-    return Report(label, tuple(turn for part in turns for turn in part), wall_s, totals)
+    return Report(label, tuple(turn for part in turns for turn in part), wall_s, totals, server.speculates)
 
 
-async def _turns(server: _Server, session: Session, progress: Callable[[Turn], None] | None) -> AsyncIterator[Turn]:
-    messages = [to_openai(message) for message in session.messages]
-    for index in session.turns:
-        turn = await server.ask(session, index, messages[:index])
+async def _turns(
+    server: _Server, session: Session, plan: Plan, progress: Callable[[Turn], None] | None
+) -> AsyncIterator[Turn]:
+    for index, prompt in plan.items():
+        if isinstance(prompt, Prompt):
+            turn = await server.stream(session, index, prompt)
+        else:
+            turn = _failed(session, index, Prompt([], 0, False), prompt)
         if progress is not None:
             progress(turn)
         yield turn
@@ -90,35 +99,49 @@ class _Server:
         self.model = model
         self.context = context
         self.options = options
+        self.speculates = False
         self.client = AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=http.timeout.read)
 
     @classmethod
     async def connect(cls, http: httpx.AsyncClient, base_url: str, **options: Any) -> _Server:
+        """Ask the server what it serves; raises ServerUnreachable, or ValueError for options that it cannot meet."""
         try:
             reply = await http.get("/v1/models")
             reply.raise_for_status()
             model = reply.json()["data"][0]
-            return cls(http, base_url.rstrip("/"), model["id"], int(model["max_model_len"]), options)
+            name, context = model["id"], int(model["max_model_len"])
         except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ServerUnreachable(
                 f"--base-url {base_url}: no server answers /v1/models there ({type(error).__name__}: {error}); "
                 "start one, e.g. with `make serve`, and give its address without /v1"
             ) from error
+        if options["max_tokens"] >= context:
+            raise ValueError(f"--max-tokens {options['max_tokens']}: the server's context is {context}; give less")
+        return cls(http, base_url.rstrip("/"), name, context, options)
 
     async def totals(self) -> Totals | None:
         """The counters of WHIFLASH; None where the server has none."""
-        reply = await self.http.get("/server_info")
+        try:
+            reply = await self.http.get("/server_info")
+        except httpx.HTTPError:  # gone in the meantime: its turns have failed, and are the report
+            return None
         if reply.status_code != 200:
             return None
-        states = reply.json().get("internal_states") or [{}]
+        info = reply.json()
+        self.speculates = info.get("speculative_algorithm") is not None
+        states = info.get("internal_states") or [{}]
         return states[0].get("whiflash")
 
-    async def ask(self, session: Session, index: int, history: list[dict[str, Any]]) -> Turn:
-        try:
-            prompt = await self.fit(history, session.tools)
-        except (httpx.HTTPError, PromptTooLong) as error:
-            return _failed(session, index, Prompt(history, 0, False), error)
-        return await self.stream(session, index, prompt)
+    async def plan(self, session: Session) -> Plan:
+        """The prompt of each turn, by message index, or why there is none."""
+        messages = [to_openai(message) for message in session.messages]
+        plan: Plan = {}
+        for index in session.turns:
+            try:
+                plan[index] = await self.fit(messages[:index], session.tools)
+            except (httpx.HTTPError, PromptTooLong) as error:
+                plan[index] = error
+        return plan
 
     async def fit(self, history: list[dict[str, Any]], tools: list[dict[str, Any]]) -> Prompt:
         room = self.context - self.options["max_tokens"] - 1
@@ -139,22 +162,25 @@ class _Server:
         usage, finished, first, last = None, False, None, None
         began = time.perf_counter()
         try:
-            stream = await self.client.chat.completions.create(
-                model=self.model,
-                messages=prompt.messages,  # type: ignore[arg-type]
-                tools=session.tools or None,  # type: ignore[arg-type]
-                stream=True,
-                stream_options={"include_usage": True},
-                **self.options,
-            )
-            async for chunk in stream:
-                usage = chunk.usage or usage
-                for choice in chunk.choices:
-                    finished = finished or choice.finish_reason is not None
-                    if piece := text_of(choice.delta):
-                        pieces.append(piece)
-                        last = time.perf_counter()
-                        first = first or last
+            async with asyncio.timeout(self.http.timeout.read):  # of the whole answer
+                stream = await self.client.chat.completions.create(
+                    model=self.model,
+                    messages=prompt.messages,  # type: ignore[arg-type]
+                    tools=session.tools or None,  # type: ignore[arg-type]
+                    stream=True,
+                    stream_options={"include_usage": True},
+                    **self.options,
+                )
+                async for chunk in stream:
+                    usage = chunk.usage or usage
+                    for choice in chunk.choices:
+                        finished = finished or choice.finish_reason is not None
+                        if piece := text_of(choice.delta):
+                            pieces.append(piece)
+                            last = time.perf_counter()
+                            first = first or last
+        except TimeoutError:
+            return _failed(session, index, prompt, TimeoutError(f"no whole answer in {self.http.timeout.read:g} s"))
         except (OpenAIError, httpx.HTTPError) as error:
             return _failed(session, index, prompt, error)
         if not finished or usage is None:
@@ -209,7 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=_positive, help="replay the first N sessions only")
     parser.add_argument("--max-tokens", type=_positive, default=MAX_TOKENS, help="of a turn (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--timeout", type=float, default=TIMEOUT_SECONDS, help="seconds a request may take")
+    parser.add_argument("--timeout", type=_positive, default=TIMEOUT_SECONDS, help="seconds a request may take")
     parser.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be read, and count them")
     parser.add_argument("--label", default="server", help="name of the row in the table")
     parser.add_argument("--json-out", type=Path, help="write the JSON line to this file too")
@@ -217,7 +243,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.json_out and not args.json_out.resolve().parent.is_dir():
+        parser.error(f"argument --json-out: {args.json_out}: its folder does not exist; create it first")
     try:
         loaded = load_traces(args.traces, skip_bad=args.skip_bad)
     except TraceError as error:
@@ -226,6 +255,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in loaded.skipped:
         print(f"skipped: {line}", file=sys.stderr)
     sessions = loaded.sessions[: args.limit]
+    if not any(session.turns for session in sessions):
+        print("error: TRACE: no recorded assistant turn to replay; give other traces", file=sys.stderr)
+        return 2
     try:
         report = replay(
             sessions,
@@ -237,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             timeout_s=args.timeout,
             progress=_print_failure,
         )
-    except ServerUnreachable as error:
+    except (ServerUnreachable, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -36,7 +36,8 @@ class Report:
     label: str
     turns: tuple[Turn, ...]
     wall_s: float
-    totals: Totals | None  # what the server counted meanwhile; None without speculation
+    totals: Totals | None  # what the server counted meanwhile; None where it is not WHIFLASH
+    speculates: bool = False  # by whatever algorithm
 
     def texts(self) -> dict[tuple[str, int], str | None]:
         """Text by (session, message index); None where the request failed."""
@@ -56,15 +57,19 @@ class Report:
             "shortened_prompts": sum(turn.shortened for turn in self.turns),
             **_milliseconds("ttft_ms", [turn.ttft_s for turn in done]),
             **_milliseconds("tpot_ms", [turn.tpot_s for turn in done]),
-            **speculation(self.totals, self.wall_s),
+            **self._speculation(),
         }
 
+    def _speculation(self) -> dict[str, Any]:
+        """Figures of the server's counters. `host_share` is what of the wall time no model forward ran in."""
+        if self.totals is None:
+            nothing = dict.fromkeys(("rounds", "rounds_by_drafter", "share_by_drafter", "switches", "host_share"))
+            # Without speculation every token is a round of its own; another algorithm's rounds are not known.
+            return {"acceptance_length": None if self.speculates else 1.0} | nothing
+        return _counted(self.totals, self.wall_s)
 
-def speculation(totals: Totals | None, wall_s: float) -> dict[str, Any]:
-    """Figures of the server's counters. Without speculation a round is a token, and there is nothing to count."""
-    if totals is None:
-        nothing = dict.fromkeys(("rounds", "rounds_by_drafter", "share_by_drafter", "switches", "host_share"))
-        return {"acceptance_length": 1.0} | nothing
+
+def _counted(totals: Totals, wall_s: float) -> dict[str, Any]:
     rounds = totals["rounds"]
     by_drafter = totals["rounds_by_drafter"]
     # Seconds in model forwards; `prefill` and `verify` are the target's, `draft` and `ingest` the drafters'.
@@ -86,7 +91,8 @@ def merge(reports: Sequence[Report]) -> Report:
     turns = tuple(turn for report in reports for turn in report.turns)
     counted = [report.totals for report in reports if report.totals is not None]
     totals = sum_of(counted) if counted else None
-    return Report(reports[0].label, turns, sum(report.wall_s for report in reports), totals)
+    wall_s = sum(report.wall_s for report in reports)
+    return Report(reports[0].label, turns, wall_s, totals, reports[0].speculates)
 
 
 def sum_of(parts: Iterable[Totals]) -> Totals:

@@ -15,26 +15,28 @@ from transformers import Qwen3ForCausalLM
 
 from whiflash_sglang.training.drafters import DFlash, DrafterShape, Eagle3, Verdict, judge
 from whiflash_sglang.training.loop import Result, Settings, train
-from whiflash_sglang.training.text import CONTEXT, REASONING
+from whiflash_sglang.training.text import CONTEXT
 
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]
 
 EAGLE3_STEPS = 7
-# Weights of spans in the loss: published drafters have their strengths by what they were trained on, and so have these.
-EAGLE3_SPANS = {CONTEXT: 0.0, REASONING: 1.0}
-DFLASH_SPANS = {CONTEXT: 0.0, REASONING: 0.15}
 STEP_DECAY = 0.85
-# EAGLE-3 is trained above all for the round starts that an entropy router gives it: its anchor was an open choice.
-OPEN_NATS = 0.3
-SETTLED_WEIGHT = 0.2  # of an anchor that was no open choice
+# Each drafter is trained for the round starts that an entropy router gives it: EAGLE-3 where the anchor was an open
+# choice, DFlash for the settled ones. Trained on all of them, DFlash was the better one everywhere (docs/log.md).
+OPEN_NATS = 0.4
+EAGLE3_SETTLED = 0.2  # weight of an anchor that was no open choice
+DFLASH_OPEN = 0.02  # weight of an anchor that was one
 
 
-def span_weights(spans: torch.Tensor, weights: dict[int, float]) -> torch.Tensor:
-    """Loss weight of each token [rows, n], 1 for spans that `weights` does not name."""
-    result = torch.ones(spans.shape, device=spans.device)
-    for span, weight in weights.items():
-        result[spans == span] = weight
-    return result
+def reply_weights(verdict: Verdict) -> torch.Tensor:
+    """Loss weight of each token [rows, n]: what the target says counts, what it is told does not."""
+    return ((verdict.spans != CONTEXT) & (verdict.ids >= 0)).float()
+
+
+def anchor_weights(verdict: Verdict, weights: torch.Tensor, settled: float, open_: float) -> torch.Tensor:
+    """Weight of each position [rows, n] as an anchor, by whether the target was sure of it and what follows it."""
+    is_open = (verdict.entropy > OPEN_NATS).roll(1, dims=1)  # anchor a was chosen after a - 1
+    return shifted(weights, 1) * torch.where(is_open, open_, settled)
 
 
 def shifted(values: torch.Tensor, by: int) -> torch.Tensor:
@@ -52,9 +54,8 @@ def eagle3_loss(model: Eagle3, embed: torch.nn.Module, verdict: Verdict, num_cha
     """
     to_draft = torch.full((model.shape.vocab,), -100, device=verdict.ids.device)
     to_draft[model.draft_tokens] = torch.arange(len(model.draft_tokens), device=verdict.ids.device)
-    weights = span_weights(verdict.spans, EAGLE3_SPANS) * (verdict.ids >= 0)
-    is_open = (verdict.entropy > OPEN_NATS).roll(1, dims=1)  # anchor a was chosen after a - 1
-    starts = shifted(weights, 1) * torch.where(is_open, 1.0, SETTLED_WEIGHT)
+    weights = reply_weights(verdict)
+    starts = anchor_weights(verdict, weights, settled=EAGLE3_SETTLED, open_=1.0)
     entries = pick_anchors(starts, num_chains, EAGLE3_STEPS + 2) - 1  # entry i is anchored at i + 1
     alive = torch.ones_like(verdict.follows)
     total = norm = torch.zeros((), device=verdict.ids.device)
@@ -77,8 +78,9 @@ def dflash_loss(
     Entry j (from 0) of the block at anchor a predicts token a + 1 + j, which the target chooses after token a + j. It
     counts while tokens a + 1 .. a + j are the target's own choices.
     """
-    weights = span_weights(verdict.spans, DFLASH_SPANS) * (verdict.ids >= 0)
-    anchors = pick_anchors(shifted(weights, 1), num_anchors, model.block)
+    weights = reply_weights(verdict)
+    starts = anchor_weights(verdict, weights, settled=1.0, open_=DFLASH_OPEN)
+    anchors = pick_anchors(starts, num_anchors, model.block)
     logits = model.blocks(embed, head, verdict, anchors)
     offsets = torch.arange(model.block - 1, device=anchors.device)
     at = (anchors[:, :, None] + offsets).flatten(1)  # positions a + j
