@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
@@ -83,4 +84,5 @@ def shorten(messages: list[Message], share: float) -> list[Message]:
 
 def upper_bound(messages: list[Message], tools: list[dict[str, Any]]) -> int:
     """Tokens that the prompt has at most; saves asking the server about short ones."""
-    return len(str(messages).encode()) + len(str(tools).encode()) + TEMPLATE_TOKENS_PER_MESSAGE * (len(messages) + 1)
+    # As ASCII JSON no text is shorter than its bytes, nor than a template's own JSON of it.
+    return len(json.dumps(messages)) + len(json.dumps(tools)) + TEMPLATE_TOKENS_PER_MESSAGE * (len(messages) + 1)
