@@ -56,7 +56,9 @@ def _read(path: Path) -> Iterator[Session | TraceError]:
         yield TraceError(path, 0, "(file)", f"is not UTF-8 ({error.reason})", "give a trace file in UTF-8")
         return
     document = _whole_document(text)
-    if isinstance(document, list):
+    if document == []:
+        yield TraceError(path, 1, "(file)", "holds no session", "give a file with at least one session")
+    elif isinstance(document, list):
         yield from _sessions(path, ((1, i, entry) for i, entry in enumerate(document)), _from_tau_bench)
     elif isinstance(document, dict) and "history" in document:
         yield from _sessions(path, [(1, 0, document)], _from_swe_agent)
@@ -68,7 +70,7 @@ def _whole_document(text: str) -> Any:
     """The file as one JSON value, or None where it is several lines of them."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -84,6 +86,8 @@ def _json_lines(path: Path, text: str) -> Iterator[Session | TraceError]:
             yield TraceError(path, number, f"(column {error.colno})", f"not JSON: {error.msg}", MEND)
         except TraceError as error:
             yield error
+        except (ValueError, RecursionError) as error:  # a number or a nesting beyond what can be read
+            yield TraceError(path, number, "(line)", f"not read: {error}", MEND)
     if not found:
         yield TraceError(path, 1, "(file)", "holds no session", "give a file with at least one session")
 
@@ -111,7 +115,7 @@ def _from_swe_agent(document: dict[str, Any], path: Path, index: int) -> dict[st
     messages = []
     for i, raw in enumerate(document["history"]):
         ids = raw.get("tool_call_ids") if isinstance(raw, dict) else None
-        messages.append(_message(raw, path, f"history[{i}]", ids[0] if ids else None))
+        messages.append(_message(raw, path, f"history[{i}]", ids[0] if isinstance(ids, list) and ids else None))
     return _record(f"swe-agent-{path.stem}", "swe-agent", messages)
 
 
@@ -122,8 +126,10 @@ def _message(raw: Any, path: Path, where: str, answered: str | None) -> dict[str
     role, content = raw["role"], _text(raw.get("content"), path, where)
     if role == "assistant":
         message = {"role": role, "content": content}
-        if raw.get("tool_calls"):
-            message["tool_calls"] = [_call(call, path, where) for call in raw["tool_calls"]]
+        if calls := raw.get("tool_calls"):
+            if not isinstance(calls, list):
+                raise TraceError(path, 1, f"{where}.tool_calls", "not a list of calls", MEND)
+            message["tool_calls"] = [_call(call, path, where) for call in calls]
         return message
     if role == "tool":
         return {"role": role, "content": content or "", "tool_call_id": raw.get("tool_call_id") or answered}
@@ -133,6 +139,8 @@ def _message(raw: Any, path: Path, where: str, answered: str | None) -> dict[str
 def _call(raw: Any, path: Path, where: str) -> dict[str, Any]:
     try:
         function = {"name": raw["function"]["name"], "arguments": raw["function"]["arguments"]}
+        if not isinstance(function["name"], str):
+            raise TypeError("the name is no text")
         return {"id": raw["id"], "type": "function", "function": function}
     except (KeyError, TypeError) as error:
         raise TraceError(
@@ -144,9 +152,13 @@ def _text(content: Any, path: Path, where: str) -> str | None:
     """Content as one text: a list of parts is joined."""
     if content is None or isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+    if isinstance(content, list) and all(map(_is_text_part, content)):
         return "".join(part["text"] for part in content)
     raise TraceError(path, 1, f"{where}.content", "neither text nor a list of text parts", MEND)
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _record(name: str, source: str, messages: list[dict[str, Any]]) -> dict[str, Any]:

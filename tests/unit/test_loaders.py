@@ -27,6 +27,7 @@ OURS: dict[str, Any] = {
         {"role": "assistant", "content": "It was shipped."},
     ],
 }
+NAMELESS = {"id": "1", "function": {"name": ["find_order"], "arguments": "{}"}}
 FOREIGN_CALL = {key: CALL[key] for key in ("id", "function")}
 TAU_BENCH: list[dict[str, Any]] = [
     {
@@ -145,6 +146,8 @@ def without(record: dict[str, Any], key: str) -> dict[str, Any]:
         ({**OURS, "extra": 1}, "extra"),
         ('{"schema_version": 1,', "(column 22)"),
         ([1], "(whole record)"),
+        ("9" * 5000, "(line)"),
+        ("[" * 100_000, "(line)"),
     ],
 )
 def test_a_malformed_line_is_named_and_can_be_skipped(tmp_path: Path, bad: object, field: str) -> None:
@@ -167,7 +170,12 @@ def test_a_malformed_line_is_named_and_can_be_skipped(tmp_path: Path, bad: objec
         ({"content": "x"}, "[1].traj[0].role"),
         ({"role": "user", "content": 7}, "[1].traj[0].content"),
         ({"role": "user", "content": [{"type": "image"}]}, "[1].traj[0].content"),
+        ({"role": "user", "content": [{"type": "text"}]}, "[1].traj[0].content"),
+        ({"role": "user", "content": [{"type": "text", "text": 7}]}, "[1].traj[0].content"),
         ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "[1].traj[0].tool_calls"),
+        ({"role": "assistant", "content": None, "tool_calls": 7}, "[1].traj[0].tool_calls"),
+        ({"role": "assistant", "content": None, "tool_calls": [NAMELESS]}, "[1].traj[0].tool_calls"),
+        ({"role": "tool", "content": "an output of no call"}, "messages.0.tool.tool_call_id"),
     ],
 )
 def test_a_malformed_tau_bench_entry_leaves_the_others(tmp_path: Path, message: object, field: str) -> None:
@@ -189,7 +197,22 @@ def test_a_swe_agent_file_without_messages(tmp_path: Path) -> None:
         load_traces([write(tmp_path / "a.traj", {"history": "none"})])
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"", "holds no session"), (b"\xff\xfe", "is not UTF-8")])
+@pytest.mark.parametrize("ids", [7, {"a": 1}, []])
+def test_a_swe_agent_output_that_answers_no_call(tmp_path: Path, ids: object) -> None:
+    history = [{"role": "user", "content": "Mend it."}, {"role": "tool", "content": "x", "tool_call_ids": ids}]
+    with pytest.raises(TraceError, match=r"line 1, field messages\.1\.tool\.tool_call_id: "):
+        load_traces([write(tmp_path / "a.traj", {"history": history})])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", r"a\.jsonl, line 1, field \(file\): holds no session"),
+        (b" \n\n", r"a\.jsonl, line 1, field \(file\): holds no session"),
+        (b"[]", r"a\.jsonl, line 1, field \(file\): holds no session"),
+        (b"\xff\xfe", r"a\.jsonl, line 0, field \(file\): is not UTF-8"),
+    ],
+)
 def test_a_file_that_holds_no_traces(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
