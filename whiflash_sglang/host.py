@@ -123,6 +123,11 @@ def install_hooks() -> None:
     # Live figures: /server_info shows the scheduler's internal state, and has no place for a plugin's own.
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _add_figures, HookType.AFTER)
 
+    # Refusals: SGLang names the algorithm of which ours counts as one of the family, and no mend.
+    HookRegistry.register(
+        "sglang.srt.speculative.dflash_utils.validate_dflash_request", _name_ourselves, HookType.AFTER
+    )
+
 
 def _capture_union(
     original: Any, *, server_args: Any, model_config: Any, spec_algorithm: Any, is_draft_worker: bool
@@ -150,6 +155,13 @@ def _capture_union(
 def _bigram_keys(context: Any) -> None:
     if "e3" in active_config().drafter_names and context.server_args.speculative_algorithm == ALGORITHM:
         context.params.is_eagle = True
+
+
+def _name_ourselves(refusal: str | None, *args: Any) -> str | None:
+    if refusal is None:
+        return None
+    mend = "Leave it out of the request, or start the server with --whiflash-router off."
+    return f"{refusal.replace('DFLASH', ALGORITHM)} {mend}"
 
 
 def _add_figures(result: Any, scheduler: Any, *args: Any) -> Any:

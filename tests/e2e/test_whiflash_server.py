@@ -161,7 +161,7 @@ def test_logprobs_are_refused_clearly(alternate, prompts, reference):
     params = {"temperature": 0, "max_new_tokens": 4}
     reply = ask(alternate, input_ids=prompts[0], sampling_params=params, return_logprob=True)
     assert reply.status_code == 400
-    assert "logprob" in reply.text
+    assert "WHIFLASH" in reply.text and "logprob" in reply.text and "--whiflash-router off" in reply.text
     assert asyncio.run(generate(alternate, prompts[:1], NUM_TOKENS, in_flight=1)) == reference[:1]
 
 

@@ -25,6 +25,9 @@ from torch.nn.functional import linear, rms_norm
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
+# The overload itself: finding it anew takes a microsecond in each of a hundred calls a forward.
+packed_linear = torch.ops.mkldnn._linear_pointwise.default
+
 # Packing keeps a second copy of a weight: only small ones (64 MB in float32) get one.
 MAX_PACKED_WEIGHT = 16 * 1024 * 1024
 
@@ -113,4 +116,4 @@ def linear_forward(
     packed = layer.__dict__.get("whiflash_packed")
     if packed is None or x.ndim != 2 or x.shape[0] > MAX_PACKED_ROWS or x.dtype != layer.weight.dtype:
         return linear(x, layer.weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return packed_linear(x, packed, bias, "none", [], "")
