@@ -1,0 +1,107 @@
+"""Other ways to start a WHIFLASH server, and how it ends. Each test has a server of its own, on the bundled models."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from itertools import islice
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytest.importorskip("sglang")
+
+from transformers import AutoTokenizer
+
+from whiflash_sglang.launch_server import DEMO_MODELS
+from whiflash_sglang.training.text import histories
+from workloads.demo.generate import sessions
+from workloads.lossless import generate
+from workloads.server import Server, start
+
+pytestmark = pytest.mark.e2e
+
+LAUNCHER = "whiflash_sglang.launch_server"
+NUM_TOKENS = 64
+END_SECONDS = 30
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODELS / "target")
+    return list(islice((p for session in sessions("heldout", 6) for _, p in histories(session, tokenizer)), 6))
+
+
+@pytest.fixture
+def launch(tmp_path: Path):
+    """A started server that answers; what is left of it is killed at the end."""
+    servers: list[Server] = []
+
+    def launch(*flags: str) -> Server:
+        servers.append(start(LAUNCHER, "--demo", *flags, log=tmp_path / f"server-{len(servers)}.log"))
+        servers[-1].wait_until_ready()
+        return servers[-1]
+
+    yield launch
+    for server in servers:
+        server.stop()
+
+
+def texts(server: Server, prompts: list[list[int]]) -> list[list[int]]:
+    return asyncio.run(generate(server.base_url, prompts, NUM_TOKENS, in_flight=3))
+
+
+def totals(server: Server) -> dict:
+    return httpx.get(f"{server.base_url}/server_info", timeout=30).json()["internal_states"][0]["whiflash"]
+
+
+def group_of(server: Server) -> list[int]:
+    """Ids of the processes in the server's process group that still run."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+                continue
+            if int(fields[2]) == server.process.pid and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def ends(server: Server) -> bool:
+    deadline = time.monotonic() + END_SECONDS
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None and not group_of(server):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def test_each_drafter_alone(launch, prompts):
+    """One drafter is served without the other, with the same text; and the whole server ends with its scheduler."""
+    both = {}
+    for name in ("df", "e3"):
+        server = launch("--whiflash-drafters", name)
+        both[name] = texts(server, prompts)
+        counted = totals(server)
+        assert set(counted["rounds_by_drafter"]) == {name}
+        assert counted["accepted_drafts"] > counted["rounds"]
+        (scheduler,) = (pid for pid in group_of(server) if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(scheduler, signal.SIGKILL)
+        assert ends(server), "a server without its scheduler stands and answers nobody"
+    assert both["df"] == both["e3"]
+
+
+def test_bfloat16_and_ctrl_c(launch, prompts):
+    """bfloat16 rounds logits, so that the text may be another; drafts are accepted all the same. Ctrl-C ends it all."""
+    server = launch("--dtype", "bfloat16", "--whiflash-router", "entropy")
+    assert [len(text) for text in texts(server, prompts)] == [NUM_TOKENS] * len(prompts)
+    counted = totals(server)
+    assert set(counted["rounds_by_drafter"]) == {"df", "e3"}
+    assert counted["accepted_drafts"] > counted["rounds"]
+    os.killpg(server.process.pid, signal.SIGINT)  # as a terminal does
+    assert ends(server)
