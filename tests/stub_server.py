@@ -17,7 +17,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-Failure = Literal["500", "drop", "cut", "stall", "error chunk"]
+Failure = Literal["500", "400", "drop", "cut", "stall", "error chunk", "no json"]
 Json = dict[str, Any]
 
 NO_TOTALS: Json = {
@@ -43,14 +43,18 @@ class StubServer:
         fail: dict[int, Failure] | None = None,
         deltas: list[Json] | None = None,
         speculates: bool = True,
+        algorithm: str | None = None,
         cache_report: bool = True,
+        counts_tokens: bool = True,
         delay: float = 0.0,
     ):
         self.context = context
         self.deltas = deltas or _deltas(answer_words)
         self.answer_words = answer_words
         self.fail = fail or {}  # number of the chat completion, from 0 -> how it fails
+        self.algorithm = algorithm or ("WHIFLASH" if speculates else None)
         self.cache_report = cache_report
+        self.counts_tokens = counts_tokens
         self.delay = delay  # seconds before each chunk
         self.totals: Json | None = copy.deepcopy(NO_TOTALS) if speculates else None
         self.requests: list[Json] = []
@@ -58,6 +62,7 @@ class StubServer:
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
         self.stopping = threading.Event()
+        self.gone = threading.Event()  # set it, and connections end without a reply from then on
 
     def __enter__(self) -> StubServer:
         stub = self
@@ -80,7 +85,7 @@ class StubServer:
 
     def info(self) -> Json:
         state = {} if self.totals is None else {"whiflash": self.totals}
-        return {"version": "0.5.17", "internal_states": [state]}
+        return {"version": "0.5.17", "speculative_algorithm": self.algorithm, "internal_states": [state]}
 
     def begin(self, body: Json) -> int:
         """Note a chat completion; its number."""
@@ -126,7 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        if self.path == "/v1/models":
+        if self.server_state.gone.is_set():
+            self.close_connection = True
+        elif self.path == "/v1/models":
             self.reply({"data": [{"id": "stub", "max_model_len": self.server_state.context}]})
         elif self.path == "/server_info":
             self.reply(self.server_state.info())
@@ -135,22 +142,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         stub, body = self.server_state, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if stub.gone.is_set():
+            self.close_connection = True
+            return
         if self.path in ("/tokenize", "/v1/tokenize"):
             stub.tokenized.append(body)
-            self.reply({"tokens": [], "count": num_tokens(body), "max_model_len": -1})
+            self.reply({"count": num_tokens(body), "max_model_len": -1} if stub.counts_tokens else {})
             return
         number = stub.begin(body)
         try:
             self.complete(body, stub.fail.get(number))
-        except BrokenPipeError:  # the client has gone
+        except ConnectionError:  # the client has gone
             self.close_connection = True
         finally:
             stub.end()
 
     def complete(self, body: Json, failure: Failure | None) -> None:
         stub, prompt_tokens = self.server_state, num_tokens(body)
-        if failure == "500":
-            self.reply({"message": "scripted failure", "code": 500}, 500)
+        if failure in ("400", "500"):
+            self.reply({"message": "scripted failure", "code": int(failure)}, int(failure))
             return
         if prompt_tokens + body["max_tokens"] > stub.context:
             said = f"Requested token count exceeds the model's maximum context length of {stub.context} tokens."
@@ -168,6 +178,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.connection.close()
                 self.close_connection = True
                 return
+            if i and failure == "no json":
+                self.write(b"data: {scripted failure\n\n")
+                break
             if i and failure == "error chunk":
                 self.event({"error": {"message": "scripted failure", "code": 400}})
                 break

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -23,7 +24,7 @@ import httpx
 from openai import AsyncOpenAI, OpenAIError
 from rich.console import Console
 
-from workloads.fitting import Prompt, PromptTooLong, fit, upper_bound
+from workloads.fitting import Prompt, fit, upper_bound
 from workloads.loaders import load_traces
 from workloads.provenance import provenance
 from workloads.report import TABLE_WIDTH, Report, Totals, Turn, difference, merge, table
@@ -139,7 +140,7 @@ class _Server:
         for index in session.turns:
             try:
                 plan[index] = await self.fit(messages[:index], session.tools)
-            except (httpx.HTTPError, PromptTooLong) as error:
+            except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:  # also PromptTooLong
                 plan[index] = error
         return plan
 
@@ -181,7 +182,7 @@ class _Server:
                             first = first or last
         except TimeoutError:
             return _failed(session, index, prompt, TimeoutError(f"no whole answer in {self.http.timeout.read:g} s"))
-        except (OpenAIError, httpx.HTTPError) as error:
+        except (OpenAIError, httpx.HTTPError, ValueError) as error:  # ValueError: an event that is no JSON
             return _failed(session, index, prompt, error)
         if not finished or usage is None:
             return _failed(session, index, prompt, ConnectionError("the stream ended before the text did"))
@@ -225,16 +226,34 @@ def _positive(text: str) -> int:
     return value
 
 
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a number of at least 0; give e.g. 0.7")
+    return value
+
+
+def _url(text: str) -> str:
+    try:
+        httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise argparse.ArgumentTypeError(f"`{text}` is no URL ({error}); give e.g. http://127.0.0.1:30000") from error
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m workloads.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="demo JSON lines, tau-bench or SWE-agent")
-    parser.add_argument("--base-url", required=True, help="e.g. http://127.0.0.1:30000")
+    parser.add_argument("--base-url", type=_url, required=True, help="e.g. http://127.0.0.1:30000")
     parser.add_argument("--concurrency", type=_positive, default=1, help="sessions at a time (default: %(default)s)")
     parser.add_argument("--limit", type=_positive, help="replay the first N sessions only")
     parser.add_argument("--max-tokens", type=_positive, default=MAX_TOKENS, help="of a turn (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--temperature", type=_temperature, default=0.0)
     parser.add_argument("--timeout", type=_positive, default=TIMEOUT_SECONDS, help="seconds a request may take")
     parser.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be read, and count them")
     parser.add_argument("--label", default="server", help="name of the row in the table")
@@ -245,6 +264,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.json_out and args.json_out.is_dir():
+        parser.error(f"argument --json-out: {args.json_out}: is a folder; give a file")
     if args.json_out and not args.json_out.resolve().parent.is_dir():
         parser.error(f"argument --json-out: {args.json_out}: its folder does not exist; create it first")
     try:
@@ -278,9 +299,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Console(width=TABLE_WIDTH).print(table({args.label: figures}))
     arguments = {name: _plain(value) for name, value in vars(args).items()}
     line = json.dumps({"benchmark": "replay", "arguments": arguments, "figures": figures, **provenance()})
+    print(line)
     if args.json_out:
         args.json_out.write_text(line + "\n")
-    print(line)
     return 1 if figures["failed"] else 0
 
 

@@ -126,12 +126,13 @@ def test_reasoning_content_and_tool_calls_are_one_text() -> None:
 
 
 def test_times_of_a_turn() -> None:
-    """Two chunks 0.05 s apart, each after 0.05 s: six tokens, of which five behind the first."""
+    """Two chunks, each after 0.05 s: six tokens, of which five behind the first. A busy client sees the first late."""
     with StubServer(delay=0.05) as stub:
         (first, *_) = replay([session()], stub.base_url).turns
     assert first.ttft_s is not None and first.tpot_s is not None
     assert 0.05 <= first.ttft_s < 1
-    assert 0.01 <= first.tpot_s < 0.2
+    assert 0 < first.tpot_s < 0.2
+    assert first.ttft_s + 5 * first.tpot_s >= 0.1 - 1e-9
 
 
 def test_one_token_has_no_time_per_token() -> None:
@@ -166,6 +167,11 @@ def test_without_speculation_a_step_is_a_token() -> None:
     assert report.totals is None
     assert figures["acceptance_length"] == 1.0
     assert [figures[name] for name in ("rounds", "rounds_by_drafter", "switches", "host_share")] == [None] * 4
+
+
+def test_what_another_algorithm_accepts_is_unknown() -> None:
+    with StubServer(speculates=False, algorithm="EAGLE3") as stub:
+        assert replay([session()], stub.base_url).figures()["acceptance_length"] is None
 
 
 def test_figures() -> None:
@@ -264,10 +270,12 @@ def test_short_prompts_are_not_counted() -> None:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("500", "scripted failure"),
+        ("500", "InternalServerError: Error code: 500"),
+        ("400", "BadRequestError: Error code: 400"),
         ("drop", "RemoteProtocolError"),
         ("cut", "the stream ended before the text did"),
         ("error chunk", "scripted failure"),
+        ("no json", "JSONDecodeError"),
     ],
 )
 def test_a_failed_turn_is_noted_and_the_session_goes_on(how: Any, said: str) -> None:
@@ -283,9 +291,31 @@ def test_a_failed_turn_is_noted_and_the_session_goes_on(how: Any, said: str) -> 
 
 def test_a_silent_server_is_not_waited_for() -> None:
     with StubServer(fail={0: "stall"}) as stub:
-        report = replay([session()], stub.base_url, timeout_s=0.2)
+        report = replay([session()], stub.base_url, timeout_s=0.5)
     assert report.turns[0].error is not None and "imeout" in report.turns[0].error
     assert report.turns[1].error is None
+
+
+def test_an_answer_that_only_trickles_in_is_not_waited_for() -> None:
+    """Every piece comes within the time limit, the whole does not."""
+    with StubServer(delay=0.1, answer_words=60) as stub:
+        report = replay([session()], stub.base_url, timeout_s=0.25)
+    assert [turn.error for turn in report.turns] == ["TimeoutError: no whole answer in 0.25 s"] * 2
+
+
+def test_a_server_that_goes_away_fails_the_turns_behind() -> None:
+    with StubServer() as stub:
+        report = replay([session(), session("t")], stub.base_url, progress=lambda turn: stub.gone.set())
+    assert [turn.error is None for turn in report.turns] == [True, False, False, False]
+    assert report.figures()["failed"] == 3
+
+
+def test_a_prompt_whose_tokens_the_server_does_not_count_is_not_asked_for() -> None:
+    """The first turn's prompt is short enough without."""
+    with StubServer(context=760, counts_tokens=False) as stub:
+        first, second = replay([session(words=40)], stub.base_url, max_tokens=20).turns
+    assert first.error is None and second.error == "KeyError: 'count'"
+    assert len(stub.requests) == 1
 
 
 # The command
@@ -343,6 +373,43 @@ def test_a_bad_trace_is_refused_or_skipped(trace: Path, capsys: pytest.CaptureFi
     captured = capsys.readouterr()
     assert f"skipped: {trace}, line 4" in captured.err
     assert json.loads(captured.out.splitlines()[-1])["figures"]["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--base-url", "http://127.0.0.1:port", "`http://127.0.0.1:port` is no URL"),
+        ("--temperature", "-1", "`-1` is not a number of at least 0"),
+        ("--temperature", "nan", "`nan` is not a number of at least 0"),
+        ("--temperature", "warm", "`warm` is not a number of at least 0"),
+        ("--json-out", "/", "/: is a folder"),
+        ("--json-out", "/no/such/folder/a.json", "/no/such/folder/a.json: its folder does not exist"),
+    ],
+)
+def test_other_bad_values_are_refused(flag: str, value: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_main("trace.jsonl", "--base-url=http://127.0.0.1:9", f"{flag}={value}")
+    assert end.value.code == 2
+    assert f"argument {flag}: {said}" in capsys.readouterr().err
+
+
+def test_more_tokens_than_the_context_are_refused(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with StubServer(context=100) as stub:
+        assert run_main(trace, "--base-url", stub.base_url, "--max-tokens", 100) == 2
+    assert capsys.readouterr().err == "error: --max-tokens 100: the server's context is 100; give less\n"
+
+
+def test_traces_without_a_turn_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(session(messages=[{"role": "user", "content": "Hello?"}]).model_dump_json(exclude_none=True))
+    assert run_main(path, "--base-url", "http://127.0.0.1:9") == 2
+    assert "no recorded assistant turn" in capsys.readouterr().err
+
+
+def test_the_base_url_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_main("trace.jsonl")
+    assert end.value.code == 2 and "--base-url" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--concurrency", "--limit", "--max-tokens"])
