@@ -59,9 +59,9 @@ def _read(path: Path) -> Iterator[Session | TraceError]:
     if document == []:
         yield TraceError(path, 1, "(file)", "holds no session", "give a file with at least one session")
     elif isinstance(document, list):
-        yield from _sessions(path, ((1, i, entry) for i, entry in enumerate(document)), _from_tau_bench)
+        yield from _sessions(path, ((f"[{i}].", i, entry) for i, entry in enumerate(document)), _from_tau_bench)
     elif isinstance(document, dict) and "history" in document:
-        yield from _sessions(path, [(1, 0, document)], _from_swe_agent)
+        yield from _sessions(path, [("", 0, document)], _from_swe_agent)
     else:
         yield from _json_lines(path, text)
 
@@ -92,10 +92,10 @@ def _json_lines(path: Path, text: str) -> Iterator[Session | TraceError]:
         yield TraceError(path, 1, "(file)", "holds no session", "give a file with at least one session")
 
 
-def _sessions(path: Path, entries: Iterable[tuple[int, int, Any]], convert: Any) -> Iterator[Session | TraceError]:
-    for line, index, entry in entries:
+def _sessions(path: Path, entries: Iterable[tuple[str, int, Any]], convert: Any) -> Iterator[Session | TraceError]:
+    for where, index, entry in entries:
         try:
-            yield parse_session(convert(entry, path, index), path, line)
+            yield parse_session(convert(entry, path, index), path, 1, where)
         except TraceError as error:
             yield error
 

@@ -81,13 +81,13 @@ class Session(_Record):
         return tuple(i for i, message in enumerate(self.messages) if i and message.role == "assistant")
 
 
-def parse_session(record: object, path: Path | str, line: int) -> Session:
-    """`record` as a session, or a TraceError for its first bad field."""
+def parse_session(record: object, path: Path | str, line: int, where: str = "") -> Session:
+    """`record` as a session, or a TraceError for its first bad field, with `where` the record is put before it."""
     try:
         return Session.model_validate(record)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "(whole record)"
+        field = where + (".".join(str(part) for part in first["loc"]) or "(whole record)")
         raise TraceError(
             path, line, field, first["msg"], "mend the record, or go on without it by --skip-bad"
         ) from error

@@ -175,7 +175,7 @@ def test_a_malformed_line_is_named_and_can_be_skipped(tmp_path: Path, bad: objec
         ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "[1].traj[0].tool_calls"),
         ({"role": "assistant", "content": None, "tool_calls": 7}, "[1].traj[0].tool_calls"),
         ({"role": "assistant", "content": None, "tool_calls": [NAMELESS]}, "[1].traj[0].tool_calls"),
-        ({"role": "tool", "content": "an output of no call"}, "messages.0.tool.tool_call_id"),
+        ({"role": "tool", "content": "an output of no call"}, "[1].messages.0.tool.tool_call_id"),
     ],
 )
 def test_a_malformed_tau_bench_entry_leaves_the_others(tmp_path: Path, message: object, field: str) -> None:
