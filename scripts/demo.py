@@ -92,7 +92,7 @@ def summary(reports: dict[str, Report]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sessions", type=int, default=24, help="sessions to replay (default: %(default)s)")
+    parser.add_argument("--sessions", type=int, default=40, help="sessions to replay (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=8, help="blocks they are replayed in (default: %(default)s)")
     parser.add_argument("--concurrency", type=int, default=1, help="sessions at a time (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="write the JSON line to this file too")

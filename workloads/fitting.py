@@ -11,7 +11,8 @@ CountTokens = Callable[[list[Message]], Awaitable[int]]
 
 MARK = "\n[... {} characters left out ...]\n"
 MAX_SHORTENINGS = 24
-# A byte-level tokenizer makes at most one token of a byte; a template adds a few of its own to each message.
+# A byte-level tokenizer makes at most one token of a byte. A template adds a preamble on tools, and role markers.
+TEMPLATE_PREAMBLE_TOKENS = 1024
 TEMPLATE_TOKENS_PER_MESSAGE = 16
 
 
@@ -85,4 +86,5 @@ def shorten(messages: list[Message], share: float) -> list[Message]:
 def upper_bound(messages: list[Message], tools: list[dict[str, Any]]) -> int:
     """Tokens that the prompt has at most; saves asking the server about short ones."""
     # As ASCII JSON no text is shorter than its bytes, nor than a template's own JSON of it.
-    return len(json.dumps(messages)) + len(json.dumps(tools)) + TEMPLATE_TOKENS_PER_MESSAGE * (len(messages) + 1)
+    own = TEMPLATE_PREAMBLE_TOKENS + TEMPLATE_TOKENS_PER_MESSAGE * (len(messages) + 1)
+    return len(json.dumps(messages)) + len(json.dumps(tools)) + own

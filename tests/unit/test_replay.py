@@ -312,7 +312,7 @@ def test_a_server_that_goes_away_fails_the_turns_behind() -> None:
 
 def test_a_prompt_whose_tokens_the_server_does_not_count_is_not_asked_for() -> None:
     """The first turn's prompt is short enough without."""
-    with StubServer(context=760, counts_tokens=False) as stub:
+    with StubServer(context=1024 + 760, counts_tokens=False) as stub:
         first, second = replay([session(words=40)], stub.base_url, max_tokens=20).turns
     assert first.error is None and second.error == "KeyError: 'count'"
     assert len(stub.requests) == 1

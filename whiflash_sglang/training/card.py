@@ -22,8 +22,8 @@ cores, trained for that world only. They show the serving system; they are no as
 | `dflash/` | DFlash (z-lab's format): two Qwen3 layers on features of layers 0, 2, 4, 6, blocks of 8 |
 
 Data: sessions that a scripted expert plays in generated worlds, split by seed into training and held-out ones; no data
-of anyone. Both drafters are distilled from the target's own choices; EAGLE-3 with the weight on reasoning, DFlash on
-structured text, as published drafters have their strengths by what they were trained on.
+of anyone. Both drafters are distilled from the target's own choices, each for the round starts that an entropy router
+gives it: EAGLE-3 where the anchor was an open choice of the target, DFlash where it was a settled one.
 """
 
 
