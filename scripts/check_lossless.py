@@ -46,20 +46,21 @@ def heldout_prompts(count: int, tokenizer_path: Path) -> list[list[int]]:
 
 def check(args: argparse.Namespace, launcher_flags: list[str], log: Path) -> dict[str, dict[str, Comparison]]:
     prompts = heldout_prompts(args.prompts, args.tokenizer)
-    flags = [*launcher_flags, "--sleep-on-idle"]
     results: dict[str, dict[str, Comparison]] = {}
 
     def texts(base_url: str, in_flight: int) -> list[list[int]]:
         return asyncio.run(generate(base_url, prompts, args.tokens, in_flight))
 
-    off = server.running_server(LAUNCHER, *flags, "--whiflash-router", "off", log=log / "off.log")
+    off = server.running_server(LAUNCHER, *launcher_flags, "--whiflash-router", "off", log=log / "off.log")
     with off as off_url:
         reference = texts(off_url, 1)
         together = texts(off_url, args.in_flight)
         results["off"] = {"together": compare(off_url, prompts, reference, together)}
         for policy in args.policy or POLICIES:
             name = policy.replace(":", "-")
-            running = server.running_server(LAUNCHER, *flags, "--whiflash-router", policy, log=log / f"{name}.log")
+            running = server.running_server(
+                LAUNCHER, *launcher_flags, "--whiflash-router", policy, log=log / f"{name}.log"
+            )
             with running as base_url:
                 results[policy] = {
                     mode: compare(off_url, prompts, reference, texts(base_url, in_flight))

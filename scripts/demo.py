@@ -52,7 +52,7 @@ def start_servers(logs: Path, stack: contextlib.ExitStack) -> dict[str, str]:
     servers = {}
     for policy in POLICIES:
         log = logs / f"{policy.replace(':', '-')}.log"
-        flags = ("--demo", "--sleep-on-idle", "--whiflash-router", policy)
+        flags = ("--demo", "--whiflash-router", policy)
         servers[policy] = server.start("whiflash_sglang.launch_server", *flags, log=log)
         stack.callback(servers[policy].stop)
     for running in servers.values():

@@ -143,20 +143,25 @@ class WhiFlashConfig:
             raise ConfigError(FLAG_DRAFTERS, drafters, "unknown drafters", f"use one of {', '.join(DRAFTERS)}")
         names = DRAFTERS[drafters]
         default_router = cls.router if len(names) > 1 else f"fixed:{names[0]}"
+        threshold, steps = namespace.whiflash_entropy_threshold, namespace.whiflash_eagle_steps
         return cls(
             drafters=drafters,
             dflash_draft=namespace.speculative_draft_model_path,
             eagle_draft=namespace.whiflash_eagle_draft,
             router=default_router if namespace.whiflash_router is None else namespace.whiflash_router,
-            entropy_threshold=_number(float, FLAG_THRESHOLD, namespace.whiflash_entropy_threshold),
-            eagle_steps=_number(int, FLAG_STEPS, namespace.whiflash_eagle_steps),
+            entropy_threshold=_number(
+                float, FLAG_THRESHOLD, namespace.whiflash_entropy_threshold, cls.entropy_threshold
+            ),
+            eagle_steps=_number(int, FLAG_STEPS, namespace.whiflash_eagle_steps, cls.eagle_steps),
         )
 
 
 _START_MEND = "start the server with `python -m whiflash_sglang.launch_server`"
 
 
-def _number(kind: Callable[[str], Number], flag: str, text: str) -> Number:
+def _number(kind: Callable[[str], Number], flag: str, text: str | None, default: Number) -> Number:
+    if text is None:
+        return default
     try:
         return kind(text)
     except ValueError as error:
@@ -191,13 +196,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         FLAG_THRESHOLD,
         metavar="NATS",
-        default=str(WhiFlashConfig.entropy_threshold),
-        help="router entropy: above it EAGLE-3 drafts, else DFlash (default: %(default)s)",
+        default=None,
+        help=f"router entropy: above it EAGLE-3 drafts, else DFlash (default: {WhiFlashConfig.entropy_threshold})",
     )
     group.add_argument(
         FLAG_STEPS,
         metavar="K",
-        default=str(WhiFlashConfig.eagle_steps),
-        help=f"draft tokens of one EAGLE-3 chain, 1 to {MAX_EAGLE_STEPS} (default: %(default)s)",
+        default=None,
+        help=f"draft tokens of one EAGLE-3 chain, 1 to {MAX_EAGLE_STEPS} (default: {WhiFlashConfig.eagle_steps})",
     )
     return group

@@ -47,7 +47,11 @@ DEMO_DEFAULTS = (
     "--tool-call-parser=qwen25",
     "--enable-cache-report",
     "--skip-server-warmup",
+    "--sleep-on-idle",
 )
+
+# What the bundled drafters do best with, measured by scripts/train_demo_models.py --stage evaluate.
+DEMO_THRESHOLD = "0.1"  # nats
 
 FLAG_ALGORITHM = "--speculative-algorithm"
 FLAG_WIDTH = "--speculative-num-draft-tokens"
@@ -85,7 +89,7 @@ def build_argv(argv: Sequence[str]) -> tuple[WhiFlashConfig, list[str]]:
     flags, rest = build_parser().parse_known_args(list(argv))
     _refuse_what_sglang_would_misread(flags, rest)
     if flags.demo:
-        _fill_demo_models(flags)
+        _fill_demo_defaults(flags)
     config = WhiFlashConfig.from_namespace(flags)
     defaults = list(DEMO_DEFAULTS) if flags.demo else []
     if flags.model_path is None:
@@ -181,8 +185,8 @@ def _refuse_what_sglang_would_misread(flags: argparse.Namespace, rest: Sequence[
             raise ConfigError(name, None, "unknown flag", "see --help")
 
 
-def _fill_demo_models(flags: argparse.Namespace) -> None:
-    """Put the bundled models where the operator named none."""
+def _fill_demo_defaults(flags: argparse.Namespace) -> None:
+    """Put the bundled models, and what suits them, where the operator named none."""
     if not (DEMO_MODELS / "target" / "config.json").is_file():
         mend = "rebuild them with `python scripts/train_demo_models.py`, or give your own models without --demo"
         raise ConfigError("--demo", None, f"the bundled models are not in {DEMO_MODELS}", mend)
@@ -191,6 +195,7 @@ def _fill_demo_models(flags: argparse.Namespace) -> None:
         flags.speculative_draft_model_path = str(DEMO_MODELS / "dflash")
     if flags.whiflash_eagle_draft is None and flags.whiflash_drafters != "df":
         flags.whiflash_eagle_draft = str(DEMO_MODELS / "eagle3")
+    flags.whiflash_entropy_threshold = flags.whiflash_entropy_threshold or DEMO_THRESHOLD
 
 
 def _with_local_drafters(config: WhiFlashConfig, flags: argparse.Namespace) -> WhiFlashConfig:
