@@ -57,11 +57,8 @@ def check(args: argparse.Namespace, launcher_flags: list[str], log: Path) -> dic
         together = texts(off_url, args.in_flight)
         results["off"] = {"together": compare(off_url, prompts, reference, together)}
         for policy in args.policy or POLICIES:
-            name = policy.replace(":", "-")
-            running = server.running_server(
-                LAUNCHER, *launcher_flags, "--whiflash-router", policy, log=log / f"{name}.log"
-            )
-            with running as base_url:
+            flags = (*launcher_flags, "--whiflash-router", policy)
+            with server.running_server(LAUNCHER, *flags, log=log / f"{policy.replace(':', '-')}.log") as base_url:
                 results[policy] = {
                     mode: compare(off_url, prompts, reference, texts(base_url, in_flight))
                     for mode, in_flight in (("alone", 1), ("together", args.in_flight))

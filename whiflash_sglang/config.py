@@ -149,10 +149,8 @@ class WhiFlashConfig:
             dflash_draft=namespace.speculative_draft_model_path,
             eagle_draft=namespace.whiflash_eagle_draft,
             router=default_router if namespace.whiflash_router is None else namespace.whiflash_router,
-            entropy_threshold=_number(
-                float, FLAG_THRESHOLD, namespace.whiflash_entropy_threshold, cls.entropy_threshold
-            ),
-            eagle_steps=_number(int, FLAG_STEPS, namespace.whiflash_eagle_steps, cls.eagle_steps),
+            entropy_threshold=_number(float, FLAG_THRESHOLD, threshold, cls.entropy_threshold),
+            eagle_steps=_number(int, FLAG_STEPS, steps, cls.eagle_steps),
         )
 
 
