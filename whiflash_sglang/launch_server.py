@@ -195,7 +195,8 @@ def _fill_demo_defaults(flags: argparse.Namespace) -> None:
         flags.speculative_draft_model_path = str(DEMO_MODELS / "dflash")
     if flags.whiflash_eagle_draft is None and flags.whiflash_drafters != "df":
         flags.whiflash_eagle_draft = str(DEMO_MODELS / "eagle3")
-    flags.whiflash_entropy_threshold = flags.whiflash_entropy_threshold or DEMO_THRESHOLD
+    if flags.whiflash_entropy_threshold is None:
+        flags.whiflash_entropy_threshold = DEMO_THRESHOLD
 
 
 def _with_local_drafters(config: WhiFlashConfig, flags: argparse.Namespace) -> WhiFlashConfig:

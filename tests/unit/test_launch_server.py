@@ -146,6 +146,13 @@ def test_flags_given_beside_demo_win(demo: Path, tiny: tiny_models.TinyModels) -
     assert value(argv, "--context-length") == "4096"
 
 
+def test_the_demos_threshold_gives_way_to_a_given_one(demo: Path) -> None:
+    assert build_argv(["--demo"])[0].entropy_threshold == float(launch_server.DEMO_THRESHOLD)
+    assert build_argv(["--demo", "--whiflash-entropy-threshold", "0"])[0].entropy_threshold == 0
+    with pytest.raises(ConfigError, match="--whiflash-entropy-threshold"):
+        build_argv(["--demo", "--whiflash-entropy-threshold", ""])
+
+
 def test_demo_without_speculation_keeps_the_demos_defaults(demo: Path) -> None:
     _, argv = build_argv(["--demo", "--whiflash-router", "off"])
     assert argv[:-1] == list(launch_server.DEMO_DEFAULTS)
