@@ -89,3 +89,15 @@ def test_record_stream_is_a_no_op_on_the_cpu():
         raise AssertionError("called for a CPU tensor")
 
     twins.record_stream(raises, torch.zeros(1), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_grammars_mask_leaves_allowed_tokens_alone(dtype):
+    """Upstream allocates pinned memory and runs a Triton kernel: one JSON schema ended the scheduler."""
+    mask = twins.allocate_token_bitmask(vocab_size=70, batch_size=2)
+    mask[0] = 0
+    mask[0, 0], mask[0, 2] = 0b101, 0b1  # tokens 0, 2 and 64
+    logits = torch.zeros(2, 70, dtype=dtype)
+    twins.apply_vocab_mask(None, logits, mask)
+    assert logits[0].isfinite().nonzero().flatten().tolist() == [0, 2, 64]
+    assert logits[1].isfinite().all()

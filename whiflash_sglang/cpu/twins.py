@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import xgrammar
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from whiflash_sglang.cpu import layers, processes
 from whiflash_sglang.cpu.platform import DISPATCH_KEY
 
 LINEAR = "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod"
+XGRAMMAR = "sglang.srt.constrained.xgrammar_backend"
 WEIGHT_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 
 
@@ -79,6 +81,17 @@ def record_stream(original: Callable, tensor: torch.Tensor, stream: torch.Stream
         original(tensor, stream)
 
 
+def allocate_token_bitmask(vocab_size: int, batch_size: int) -> torch.Tensor:
+    """A bit for each token of each row, int32, all set: xgrammar's own allocation. SGLang asks for pinned memory, which
+    needs a driver."""
+    return xgrammar.allocate_token_bitmask(batch_size, vocab_size)
+
+
+def apply_vocab_mask(grammar: object, logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
+    """Tokens that the grammar does not allow to minus infinity, in place, by xgrammar's kernel for a CPU."""
+    xgrammar.apply_token_bitmask_inplace(logits, vocab_mask)
+
+
 TWINS: tuple[tuple[str, Callable, HookType], ...] = (
     # Triton kernels: reserving a request's next slots, and reading them back for a verify or a draft block.
     ("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_req_to_token_pool, HookType.REPLACE),
@@ -89,6 +102,9 @@ TWINS: tuple[tuple[str, Callable, HookType], ...] = (
     ),
     # Raises for a CPU tensor; the overlapped scheduler calls it on request indices.
     ("torch.Tensor.record_stream", record_stream, HookType.AROUND),
+    # Grammars: pinned memory and Triton kernels, without which a request with a JSON schema ended the scheduler.
+    (f"{XGRAMMAR}._allocate_token_bitmask", allocate_token_bitmask, HookType.REPLACE),
+    (f"{XGRAMMAR}.XGrammarGrammar.apply_vocab_mask", apply_vocab_mask, HookType.REPLACE),
     # Linear layers pack their weights in every call.
     (f"{LINEAR}.process_weights_after_loading", layers.pack_weight, HookType.AFTER),
     (f"{LINEAR}.apply", layers.linear_forward, HookType.REPLACE),
