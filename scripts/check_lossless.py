@@ -92,7 +92,7 @@ def main() -> None:
     results = check(args, args.launcher_flags or ["--demo"], log)
     Console().print(table(results))
     figures = {policy: {mode: c.figures() for mode, c in modes.items()} for policy, modes in results.items()}
-    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    arguments = vars(args) | {"tokenizer": None if args.tokenizer == TOKENIZER else str(args.tokenizer)}
     print(json.dumps({"benchmark": "check_lossless", "arguments": arguments, "policies": figures, **provenance()}))
     if any(mode["different"] for modes in figures.values() for mode in modes.values()):
         raise SystemExit(1)

@@ -101,7 +101,7 @@ def test_rotary_follows_a_table_that_grew():
 @both_dtypes
 @pytest.mark.parametrize("num_rows", [1, 8, 200])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_linear_equals_the_plain_product(dtype, num_rows, has_bias):
+def test_linear_equals_the_plain_product(dtype, num_rows, has_bias, packing):
     layer = torch.nn.Linear(32, 24, bias=has_bias).to(dtype)
     layers.pack_weight(None, None, layer)
     x = torch.randn(num_rows, 32).to(dtype)
@@ -111,7 +111,25 @@ def test_linear_equals_the_plain_product(dtype, num_rows, has_bias):
         )
 
 
-def test_weights_overwritten_while_serving_are_packed_again():
+@pytest.fixture
+def packing(monkeypatch):
+    """Weights are packed, whatever is faster on this machine."""
+    monkeypatch.setattr(layers, "packing_pays", lambda weight, packed: True)
+
+
+def test_the_faster_form_is_kept(monkeypatch):
+    """On one CPU the packed product of a few rows was faster, on another the plain one: it is measured."""
+    for plain_seconds, is_packed in ((2.0, True), (1.0, False)):
+        monkeypatch.setattr(layers, "_packing_pays", {})
+        monkeypatch.setattr(
+            layers, "quickest", lambda call, plain=plain_seconds: plain if call.func is layers.linear else 1.0
+        )
+        layer = torch.nn.Linear(8, 8)
+        layers.pack_weight(None, None, layer)
+        assert ("whiflash_packed" in layer.__dict__) == is_packed
+
+
+def test_weights_overwritten_while_serving_are_packed_again(packing):
     """A packed copy would otherwise go on answering with the old weights."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
     layers.pack_weight(None, None, model[0])

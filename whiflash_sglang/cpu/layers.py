@@ -3,16 +3,20 @@
 SGLang's plain-PyTorch forms are written for clarity: a rotary embedding is some twenty operations, and each costs
 microseconds, as much as the arithmetic of a small layer. Same results but for rounding:
 
-    RMSNorm            one fused operation
+    RMSNorm            the root mean square from one reduction, instead of a chain of seven operations
     RotaryEmbedding    query and key rotated together: x * cos + swapped halves * signed sin
-    linear layers      weights packed once by oneDNN; the plain call packs them anew in every forward, which for the
-                       few rows of a verify takes longer than the product
+    linear layers      weights packed once by oneDNN, where that is the faster form for the few rows of a verify: on
+                       some CPUs the plain call packs them anew in every forward, on others it is a fast kernel
 
 A layer with options that a form does not have keeps SGLang's own, and so does a long prompt's linear layer.
 """
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,14 +56,29 @@ def norm_forward(
     if not is_plain or layer.variance_size_override is not None or post_residual_addition is not None:
         return layer.forward_native(x, residual, post_residual_addition)
     if residual is None:
-        return rms_norm(x, (layer.hidden_size,), layer.weight, layer.variance_epsilon)
+        return rms(x, layer.weight, layer.variance_epsilon)
     if x.dtype == torch.float32:
         total = rounded = x + residual
     else:
         total = x.to(torch.float32) + residual.to(torch.float32)
         rounded = total.to(x.dtype)
-    normed = rms_norm(total, (layer.hidden_size,), layer.weight.to(total.dtype), layer.variance_epsilon)
-    return normed.to(x.dtype), rounded
+    return rms(total, layer.weight.to(total.dtype), layer.variance_epsilon).to(x.dtype), rounded
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension of x [..., n]."""
+    if x.dtype != torch.float32:
+        return rms_norm(x, (x.shape[-1],), weight, epsilon)
+    # hypot(a, b) = sqrt(a^2 + b^2), so that epsilon needs no operation of its own.
+    per_entry, floor = norm_constants(x.shape[-1], epsilon)
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(per_entry).hypot_(floor)
+    return x.div(size).mul_(weight)
+
+
+@cache
+def norm_constants(n: int, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 / sqrt(n) and sqrt(epsilon), as tensors: a Python number would be made one in every call."""
+    return torch.tensor(1 / math.sqrt(n)), torch.tensor(math.sqrt(epsilon))
 
 
 def rotary_forward(
@@ -96,7 +115,35 @@ def pack_weight(result: None, method: UnquantizedLinearMethod | None, layer: tor
     """After a linear layer's weights were loaded: keep them packed beside the plain ones."""
     weight = layer.weight.data
     if weight.ndim == 2 and weight.numel() <= MAX_PACKED_WEIGHT and weight.dtype in (torch.float32, torch.bfloat16):
-        layer.__dict__["whiflash_packed"] = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        if packing_pays(weight, packed):
+            layer.__dict__["whiflash_packed"] = packed
+
+
+def packing_pays(weight: torch.Tensor, packed: torch.Tensor) -> bool:
+    """Whether the packed form is the faster one on this CPU for one row and for eight; measured once for each shape."""
+    key = (tuple(weight.shape), weight.dtype)
+    if key not in _packing_pays:
+        inputs = [torch.zeros(rows, weight.shape[1], dtype=weight.dtype) for rows in (1, 8)]
+        with torch.inference_mode():
+            plain = sum(quickest(partial(linear, x, weight)) for x in inputs)
+            faster = sum(quickest(partial(packed_linear, x, packed, None, "none", [], "")) for x in inputs)
+        _packing_pays[key] = faster < 0.9 * plain
+    return _packing_pays[key]
+
+
+_packing_pays: dict[tuple[tuple[int, ...], torch.dtype], bool] = {}
+
+
+def quickest(call: Callable[[], object], batches: int = 7, calls: int = 10) -> float:
+    """Seconds of a call in the fastest of some batches: other processes can only slow one down."""
+    times = []
+    for _ in range(batches):
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - began) / calls)
+    return min(times)
 
 
 def pack_again(result: object, updater: WeightUpdater, *args: object) -> None:
