@@ -159,7 +159,7 @@ class _Server:
 
     async def stream(self, session: Session, index: int, prompt: Prompt) -> Turn:
         """One request; its text, counts and times as they arrive."""
-        pieces: list[str] = []
+        parts: dict[str, list[str]] = {"reasoning": [], "content": [], "calls": []}
         usage, finished, first, last = None, False, None, None
         began = time.perf_counter()
         try:
@@ -176,8 +176,7 @@ class _Server:
                     usage = chunk.usage or usage
                     for choice in chunk.choices:
                         finished = finished or choice.finish_reason is not None
-                        if piece := text_of(choice.delta):
-                            pieces.append(piece)
+                        if collect(choice.delta, parts):
                             last = time.perf_counter()
                             first = first or last
         except TimeoutError:
@@ -191,7 +190,8 @@ class _Server:
         return Turn(
             session_id=session.session_id,
             index=index,
-            text="".join(pieces),
+            # A streaming parser keeps or drops white space between the parts by where its chunks end.
+            text="".join("".join(pieces).strip() for pieces in parts.values()),
             prompt_tokens=usage.prompt_tokens,
             cached_tokens=cached or 0,
             completion_tokens=count,
@@ -203,12 +203,17 @@ class _Server:
         )
 
 
-def text_of(delta: Any) -> str:
-    """All text of a streamed delta: reasoning, content, and tool calls as name and arguments."""
+def collect(delta: Any, parts: dict[str, list[str]]) -> bool:
+    """Add a streamed delta's text to `parts`, tool calls as name and arguments; whether there was any."""
     calls = [call.function for call in delta.tool_calls or () if call.function]
-    parts = [getattr(delta, "reasoning_content", None), delta.content]
-    parts += [part for call in calls for part in (call.name, call.arguments)]
-    return "".join(part for part in parts if part)
+    found = {
+        "reasoning": [getattr(delta, "reasoning_content", None)],
+        "content": [delta.content],
+        "calls": [part for call in calls for part in (call.name, call.arguments)],
+    }
+    for kind, pieces in found.items():
+        parts[kind] += [piece for piece in pieces if piece]
+    return any(piece for pieces in found.values() for piece in pieces)
 
 
 def _failed(session: Session, index: int, prompt: Prompt, error: Exception) -> Turn:

@@ -20,7 +20,7 @@ class Turn:
 
     session_id: str
     index: int  # of the recorded assistant message
-    text: str  # reasoning, content and tool calls, one after the other
+    text: str  # reasoning, content and tool calls, one after the other, without white space at their edges
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
