@@ -25,7 +25,7 @@ from workloads.schema import Session
 
 TOOL = {"type": "function", "function": {"name": "find_order", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"id": "call-1", "type": "function", "function": {"name": "find_order", "arguments": "{}"}}
-ALL_WORDS = "".join(f"word-{i} " for i in range(1, 7))
+ALL_WORDS = " ".join(f"word-{i}" for i in range(1, 7))
 
 
 def session(name: str = "s", words: int = 3, **changes: Any) -> Session:
