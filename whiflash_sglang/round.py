@@ -1,6 +1,6 @@
 """One decode round: route -> draft -> verify -> accept -> commit. Knows no drafter, device or model by name.
 
-What each part promises is written in its protocol here; `tests/conformance` checks implementations against it.
+What each part promises is written in its protocol here; `tests/conformance` holds every router to it.
 """
 
 from __future__ import annotations
