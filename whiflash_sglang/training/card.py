@@ -62,8 +62,8 @@ def _evaluation(figures: dict[str, Any]) -> list[str]:
         f"Greedy replies to {figures['replies']} recorded histories. Of {calls['calls']} tool calls "
         f"{parse:.1f}% parse as JSON with a name and arguments, and {equal:.1f}% equal the recorded call.",
         "",
-        "Acceptance length (bonus token included) with seven drafts a round, every position of a reply taken as the start of "
-        "one:",
+        "Acceptance length (bonus token included) with seven drafts a round, "
+        "every position of a reply taken as the start of one:",
         "",
         "| span | positions | EAGLE-3 | DFlash | mean entropy, nats |",
         "|---|---|---|---|---|",
