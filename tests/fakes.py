@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from whiflash_sglang.types import Context, Proposal, Rows, Verified
+from whiflash_sglang.backlog import Backlog
+from whiflash_sglang.types import Drafts, Entries, Prefill, Proposal, Rows, Verified
 
 VOCAB = 11
 
@@ -54,8 +55,11 @@ class World:
         anchors = torch.tensor([self.texts[slot][-1] for slot in slots])
         return Rows(index, anchors, lens, self.table[index[:, None], window], None)
 
-    def prefill_context(self, slots: Sequence[int]) -> Context:
-        """All committed positions of the given requests, as a prefill would hand them to the drafters."""
+    def backlog(self, names: Sequence[str], capacity: int = 16) -> Backlog:
+        return Backlog(dict.fromkeys(names, (1, torch.float64)), self.table, capacity)
+
+    def prefill(self, slots: Sequence[int]) -> Prefill:
+        """All committed positions of the given requests, as a prefill would hand them to the round."""
         features, following, positions, kv_slots, last = [], [], [], [], []
         for slot in slots:
             text = self.texts[slot]
@@ -65,13 +69,14 @@ class World:
                 positions.append(position)
                 kv_slots.append(int(self.table[slot, position]))
             last.append(len(positions) - 1)
-        return Context(
+        return Prefill(
             torch.tensor(features, dtype=torch.float64),
             torch.tensor(following),
             torch.tensor(positions),
             torch.tensor(kv_slots),
             torch.tensor(slots),
             torch.tensor(last),
+            torch.tensor([len(self.texts[slot]) - 1 for slot in slots]),
         )
 
 
@@ -103,20 +108,22 @@ class FakeDrafter:
         self.world = world
         self.skill = skill
         self.random = random.Random(f"{name}{seed}")
+        self.broken = False
         self.entries: dict[int, tuple[float, int, int]] = {}  # KV slot -> feature, next token, position
-        self.last_feature: dict[int, float] = {}
 
-    def ingest(self, context: Context) -> None:
-        for i, kv_slot in enumerate(context.kv_slots.tolist()):
-            entry = (float(context.features[i, 0]), int(context.next_tokens[i]), int(context.positions[i]))
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        return -features  # a drafter keeps something of its own
+
+    def ingest(self, entries: Entries) -> None:
+        for i, kv_slot in enumerate(entries.kv_slots.tolist()):
+            entry = (-float(entries.features[i, 0]), int(entries.next_tokens[i]), int(entries.positions[i]))
             self.entries[kv_slot] = entry
-        for slot, last in zip(context.slots.tolist(), context.last.tolist(), strict=True):
-            self.last_feature[slot] = float(context.features[last, 0])
 
-    def draft(self, rows: Rows) -> torch.Tensor:
-        return torch.tensor([self.draft_row(rows, row) for row in range(len(rows.slots))])
+    def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
+        tokens = torch.tensor([self.draft_row(rows, row, -float(last[row, 0])) for row in range(len(rows.slots))])
+        return Drafts(tokens, torch.tensor(not self.broken))
 
-    def draft_row(self, rows: Rows, row: int) -> list[int]:
+    def draft_row(self, rows: Rows, row: int, last: float) -> list[int]:
         slot = int(rows.slots[row])
         text = self.world.texts[slot]
         assert int(rows.anchors[row]) == text[-1]
@@ -124,7 +131,7 @@ class FakeDrafter:
         for position in range(len(text) - 1):
             kv_slot = int(self.world.table[slot, position])
             assert self.entries[kv_slot] == (feature(text[: position + 1]), text[position + 1], position)
-        assert self.last_feature[slot] == feature(text[:-1])
+        assert last == feature(text[:-1])
         drafts: list[int] = []
         for _ in range(self.num_drafts):
             right = next_token([*text, *drafts])

@@ -27,7 +27,7 @@ NO_TOTALS: Json = {
     "drafted": 0,
     "switches": 0,
     "steps": 0,
-    "seconds": {"draft": 0.0, "verify": 0.0, "ingest": 0.0, "prefill": 0.0, "round": 0.0},
+    "seconds": {"draft": 0.0, "verify": 0.0, "catch_up": 0.0, "prefill_drafters": 0.0, "prefill": 0.0, "round": 0.0},
 }
 STALL_SECONDS = 30.0
 
@@ -109,7 +109,7 @@ class StubServer:
             by_drafter["df"] = by_drafter.get("df", 0) + rounds
             self.totals["accepted_drafts"] += 2 * rounds
             self.totals["switches"] += 1
-            for part, seconds in {"draft": 0.1, "verify": 0.2, "ingest": 0.1, "round": 0.5}.items():
+            for part, seconds in {"draft": 0.1, "verify": 0.2, "catch_up": 0.1, "round": 0.5}.items():
                 self.totals["seconds"][part] += seconds
 
 

@@ -27,6 +27,7 @@ Number = TypeVar("Number", int, float)
 DRAFTERS = {"df-e3": ("df", "e3"), "df": ("df",), "e3": ("e3",)}
 ROUTERS = "entropy, fixed:e3, fixed:df, alternate, random:SEED or off"
 MAX_EAGLE_STEPS = 15
+CATCH_UP = ("lazy", "eager")
 
 FLAG_DRAFTERS = "--whiflash-drafters"
 FLAG_DFLASH = "--speculative-draft-model-path"
@@ -34,6 +35,8 @@ FLAG_EAGLE = "--whiflash-eagle-draft"
 FLAG_ROUTER = "--whiflash-router"
 FLAG_THRESHOLD = "--whiflash-entropy-threshold"
 FLAG_STEPS = "--whiflash-eagle-steps"
+FLAG_CATCH_UP = "--whiflash-catchup"
+FLAG_BACKLOG = "--whiflash-max-backlog"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class WhiFlashConfig:
     router: str = "entropy"
     entropy_threshold: float = 0.5  # nats; above it `e3` drafts, else `df`
     eagle_steps: int = 5  # draft tokens of one EAGLE-3 chain
+    catch_up: str = "lazy"  # a drafter ingests when it is needed, or in every round
+    max_backlog: int = 128  # tokens of a request that a drafter may lag behind
 
     def __post_init__(self) -> None:
         self.validate()
@@ -111,6 +116,14 @@ class WhiFlashConfig:
             raise ConfigError(FLAG_STEPS, steps, "not a whole number", "give draft tokens a round, e.g. 5")
         if not 1 <= steps <= MAX_EAGLE_STEPS:
             raise ConfigError(FLAG_STEPS, steps, "out of bounds", f"use 1 to {MAX_EAGLE_STEPS}")
+        if self.catch_up not in CATCH_UP:
+            raise ConfigError(FLAG_CATCH_UP, self.catch_up, "unknown catch-up mode", f"use {' or '.join(CATCH_UP)}")
+        backlog = self.max_backlog
+        if isinstance(backlog, bool) or not isinstance(backlog, int):
+            raise ConfigError(FLAG_BACKLOG, backlog, "not a whole number", "give tokens, e.g. 128")
+        if backlog < 1 + steps:
+            problem = f"below the verify width, which {FLAG_STEPS} {steps} makes {1 + steps} or more"
+            raise ConfigError(FLAG_BACKLOG, backlog, problem, "give tokens, e.g. 128")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -151,6 +164,8 @@ class WhiFlashConfig:
             router=default_router if namespace.whiflash_router is None else namespace.whiflash_router,
             entropy_threshold=_number(float, FLAG_THRESHOLD, threshold, cls.entropy_threshold),
             eagle_steps=_number(int, FLAG_STEPS, steps, cls.eagle_steps),
+            catch_up=namespace.whiflash_catchup,
+            max_backlog=_number(int, FLAG_BACKLOG, namespace.whiflash_max_backlog, cls.max_backlog),
         )
 
 
@@ -163,8 +178,8 @@ def _number(kind: Callable[[str], Number], flag: str, text: str | None, default:
     try:
         return kind(text)
     except ValueError as error:
-        what, example = ("number", "0.5 (nats)") if kind is float else ("whole number", "5")
-        raise ConfigError(flag, text, f"not a {what}", f"give e.g. {example}") from error
+        what = "number" if kind is float else "whole number"
+        raise ConfigError(flag, text, f"not a {what}", f"give e.g. {default}") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -202,5 +217,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         metavar="K",
         default=None,
         help=f"draft tokens of one EAGLE-3 chain, 1 to {MAX_EAGLE_STEPS} (default: {WhiFlashConfig.eagle_steps})",
+    )
+    group.add_argument(
+        FLAG_CATCH_UP,
+        metavar="{lazy,eager}",
+        default=WhiFlashConfig.catch_up,
+        help="when a drafter that is not chosen ingests new tokens: when it is needed (lazy), or in every round "
+        "(eager, for comparison) (default: %(default)s)",
+    )
+    group.add_argument(
+        FLAG_BACKLOG,
+        metavar="TOKENS",
+        default=None,
+        help="tokens of a request that a drafter may lag behind before it is brought up to date anyway, at least the "
+        f"verify width (default: {WhiFlashConfig.max_backlog})",
     )
     return group

@@ -74,11 +74,34 @@ class WhiFlashDraftInput(DFlashDraftInputV2):
     """What survives between rounds: each request's bonus token and length; and how room for the next one is made."""
 
     def prepare_for_decode(self, batch: Any) -> None:
+        """Reserve KV slots for each request's next window.
+
+        One window, where SGLang's own reserves two: the second is for its overlapped schedule, in which lengths lag a
+        round behind. Slots that nobody will write are prompt tokens that the radix tree could have kept.
+        """
+        from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
+        from sglang.srt.runtime_context import get_spec
+
         # SGLang counts tokens for penalties only where it decodes one at a time. Rows with penalties are not drafted
         # for (target.py), so that exactly one token, the last, is new.
         if batch.sampling_info.penalizer_orchestrator.is_required:
             batch.cumulate_penalty_output_tokens()
-        super().prepare_for_decode(batch)
+        committed = torch.tensor([request.kv_committed_len for request in batch.reqs], dtype=torch.int64)
+        allocated = torch.tensor([request.kv.kv_allocated_len for request in batch.reqs], dtype=torch.int32)
+        reserved = allocated.maximum((committed + get_spec().speculative_num_draft_tokens).to(torch.int32))
+        alloc_for_spec_decode(
+            batch.tree_cache,
+            batch.req_to_token_pool,
+            reqs=batch.reqs,
+            req_pool_indices=batch.req_pool_indices,
+            cur_kv_lens=allocated.to(batch.device),
+            cur_kv_lens_cpu=allocated,
+            nxt_kv_lens=reserved.to(batch.device),
+            nxt_kv_lens_cpu=reserved,
+            num_needed_tokens=int((reserved - allocated).sum()),
+            batch=batch,
+        )
+        batch.seq_lens_cpu, batch.seq_lens_sum = committed, int(committed.sum())
 
 
 def draft_input(bonus_tokens: torch.Tensor, new_seq_lens: torch.Tensor) -> WhiFlashDraftInput:
@@ -122,7 +145,11 @@ def install_hooks() -> None:
     HookRegistry.register("sglang.srt.mem_cache.registry.create_tree_cache", _bigram_keys, HookType.BEFORE)
     # Live figures: /server_info shows the scheduler's internal state, and has no place for a plugin's own.
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _add_figures, HookType.AFTER)
-
+    # Reserve: SGLang keeps room for two windows of each running request when it admits and retracts; see
+    # WhiFlashDraftInput.prepare_for_decode.
+    HookRegistry.register(
+        "sglang.srt.mem_cache.allocation_sizing.get_alloc_reserve_per_decode", _one_window, HookType.AROUND
+    )
     # Refusals: SGLang names the algorithm of which ours counts as one of the family, and no mend.
     HookRegistry.register(
         "sglang.srt.speculative.dflash_utils.validate_dflash_request", _name_ourselves, HookType.AFTER
@@ -155,6 +182,12 @@ def _capture_union(
 def _bigram_keys(context: Any) -> None:
     if "e3" in active_config().drafter_names and context.server_args.speculative_algorithm == ALGORITHM:
         context.params.is_eagle = True
+
+
+def _one_window(original: Any, server_args: Any = None) -> int:
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_len_per_decode
+
+    return int(get_alloc_len_per_decode(server_args))
 
 
 def _name_ourselves(refusal: str | None, *args: Any) -> str | None:
@@ -227,6 +260,11 @@ def prompt_token(request: Any, position: int) -> int | None:
         return int(prompt[position])
     position -= len(prompt)
     return int(request.output_ids[position]) if position < len(request.output_ids) else None
+
+
+def metric_labels(server_args: Any) -> dict[str, str]:
+    """The labels that SGLang gives its own metrics, as far as they tell one of our servers from another."""
+    return {"model_name": server_args.served_model_name, "engine_type": "unified"}
 
 
 def print_start_block(

@@ -23,6 +23,7 @@ from whiflash_sglang import hub
 from whiflash_sglang.checkpoints import FLAG_TARGET, load_drafter_spec, load_target_spec
 from whiflash_sglang.config import (
     ENVIRONMENT_VARIABLE,
+    FLAG_BACKLOG,
     FLAG_DFLASH,
     FLAG_EAGLE,
     FLAG_ROUTER,
@@ -216,6 +217,9 @@ def _verify_width(config: WhiFlashConfig, target_path: str, asked: str | None) -
     target = load_target_spec(target_path)
     specs = [load_drafter_spec(path, name, target) for name, path in config.draft_paths.items()]
     width = max(spec.block_size or 1 + config.eagle_steps for spec in specs)
+    if config.max_backlog < width:
+        problem = f"below the verify width, which is {width} for these drafters"
+        raise ConfigError(FLAG_BACKLOG, config.max_backlog, problem, f"give {width} or more, e.g. 128")
     if asked is None:
         return width
     if not (asked.isascii() and asked.isdigit()):

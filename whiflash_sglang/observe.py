@@ -1,72 +1,197 @@
-"""What rounds did and what they cost, counted as they happen; totals since the server started.
+"""What rounds did and what they cost, counted as they happen: in total since the server started, and by request.
 
-`Totals.snapshot()` is what `GET /server_info` shows under `internal_states[0].whiflash`, and what the replay reads.
+`Totals.snapshot()` is what `GET /server_info` shows under `internal_states[0].whiflash`, and what the replay reads;
+`Totals.request(slot)` is what a request's `meta_info["whiflash"]` shows. `Metrics` puts the totals beside SGLang's own
+Prometheus metrics.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from whiflash_sglang.types import RoundResult, Rows
+from whiflash_sglang.types import CatchUp, RoundResult, Rows
+
+STEPS = ("prefill", "prefill_drafters", "route", "catch_up", "draft", "verify", "commit", "round")
+NOBODY = "none"  # a row that was not drafted for
+
+
+FIELDS = ("rounds", "drafted", "accepted", "switches", "passes", "ingested", "ingest_s")
+ROUNDS, DRAFTED, ACCEPTED, SWITCHES, PASSES, INGESTED, INGEST_S = range(len(FIELDS))
 
 
 class Totals:
-    """Counters over all requests, and the time spent in model forwards and in rounds as a whole."""
+    """Counters of each running request and of all that have been, and the time spent in each step of a round.
+
+    Everything is kept on the host. A float64 counts exactly up to 2**53.
+    """
 
     def __init__(self, drafter_names: tuple[str, ...], num_slots: int):
-        self.names = (*drafter_names, "none")  # "none": a row that was not drafted for
-        self.rounds = dict.fromkeys(self.names, 0)
-        self.drafted = dict.fromkeys(self.names, 0)
-        self.accepted_drafts = dict.fromkeys(self.names, 0)
-        self.switches = 0
+        self.names = (*drafter_names, NOBODY)
+        self.seconds = dict.fromkeys(STEPS, 0.0)
         self.steps = 0
-        self.seconds = {"draft": 0.0, "verify": 0.0, "ingest": 0.0, "prefill": 0.0, "round": 0.0}
-        self.last_choice = torch.full((num_slots,), -1, dtype=torch.int64)  # by request slot, index into names
+        self.switched_off: list[str] = []
+        self.running = torch.zeros(num_slots, len(self.names), len(FIELDS), dtype=torch.float64)
+        self.ended = torch.zeros(len(self.names), len(FIELDS), dtype=torch.float64)
+        self.longest = [0] * num_slots  # backlog that a catch-up found
+        self.longest_ever = 0
+        self.last_choice = torch.full((num_slots,), -1, dtype=torch.int64)  # index into names
 
     def start(self, slots: torch.Tensor) -> None:
-        """A request begins in each of these slots: its first choice is no switch."""
-        self.last_choice[slots.cpu()] = -1
+        """A request begins in each of these slots, or goes on with its prompt: it has had no round."""
+        slots = slots.cpu()
+        self.ended += self.running[slots].sum(dim=0)
+        self.running[slots] = 0
+        self.last_choice[slots] = -1
+        for slot in slots.tolist():
+            self.longest[slot] = 0
 
     def count(self, rows: Rows, result: RoundResult) -> None:
         """Add one batch's round."""
         slots = rows.slots.cpu()
-        drafted, accepted = result.num_drafts.cpu(), result.accepted.num_committed.cpu() - 1
         choice = torch.full_like(slots, len(self.names) - 1)
         for name, index in result.plan.items():
             choice[index.cpu()] = self.names.index(name)
-        for i, name in enumerate(self.names):
-            chosen = choice == i
-            self.rounds[name] += int(chosen.sum())
-            self.drafted[name] += int(drafted[chosen].sum())
-            self.accepted_drafts[name] += int(accepted[chosen].sum())
         last = self.last_choice[slots]
-        self.switches += int(((last >= 0) & (last != choice)).sum())
         self.last_choice[slots] = choice
+        accepted = result.accepted.num_committed.cpu() - 1
+        figures = (torch.ones_like(slots), result.num_drafts.cpu(), accepted, (last >= 0) & (last != choice))
+        self.running[slots, choice, : len(figures)] += torch.stack([figure.double() for figure in figures], dim=1)
         self.steps += 1
+        self.count_catch_ups(result.catch_ups)
+
+    def count_catch_ups(self, catch_ups: Mapping[str, CatchUp]) -> None:
+        """Add passes that brought drafters up to date; a pass's time is shared by the tokens of its requests."""
+        for name, (slots, lens, seconds) in catch_ups.items():
+            each = seconds / sum(lens)
+            figures = torch.tensor([(length > 0, length, length * each) for length in lens], dtype=torch.float64)
+            self.running[slots, self.names.index(name), PASSES:] += figures
+            for slot, length in zip(slots, lens, strict=True):
+                self.longest[slot] = max(self.longest[slot], length)
+            self.longest_ever = max(self.longest_ever, *lens)
 
     @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Add the wall time of the block to `part`. On a device that runs asynchronously this is launch time."""
+    def timed(self, step: str) -> Iterator[None]:
+        """Add the wall time of the block to `step`. On a device that runs asynchronously this is launch time."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[part] += time.perf_counter() - start
+            self.seconds[step] += time.perf_counter() - start
 
-    def snapshot(self) -> dict[str, object]:
-        """Totals as plain data: counts of rows, `seconds` by part, `steps` = rounds of whole batches."""
+    def snapshot(self) -> dict[str, Any]:
+        """Totals as plain data: counts of rows, `seconds` by step, `steps` = rounds of whole batches."""
         return {
-            "rounds": sum(self.rounds.values()),
-            "rounds_by_drafter": {name: n for name, n in self.rounds.items() if n},
-            "drafted_by_drafter": {name: n for name, n in self.drafted.items() if n},
-            "accepted_by_drafter": {name: n for name, n in self.accepted_drafts.items() if n},
-            "accepted_drafts": sum(self.accepted_drafts.values()),
-            "drafted": sum(self.drafted.values()),
-            "switches": self.switches,
+            **self._figures(self.ended + self.running.sum(dim=0), self.longest_ever),
             "steps": self.steps,
-            "seconds": {part: round(seconds, 6) for part, seconds in self.seconds.items()},
+            "seconds": {step: round(seconds, 6) for step, seconds in self.seconds.items()},
+            "switched_off": dict.fromkeys(self.switched_off, 1),
         }
+
+    def request(self, slot: int) -> dict[str, Any]:
+        """The figures of the request in `slot` since its prefill, as plain data."""
+        return self._figures(self.running[slot], self.longest[slot])
+
+    def _figures(self, table: torch.Tensor, longest: int) -> dict[str, Any]:
+        """Plain data of `table` [names, fields]. Every request of a batched catch-up counts as a pass."""
+
+        def by_drafter(field: int) -> dict[str, int]:
+            return {name: int(n) for name, n in zip(self.names, table[:, field].tolist(), strict=True) if n}
+
+        sums = table.sum(dim=0).tolist()
+        return {
+            "rounds": int(sums[ROUNDS]),
+            "rounds_by_drafter": by_drafter(ROUNDS),
+            "drafted": int(sums[DRAFTED]),
+            "drafted_by_drafter": by_drafter(DRAFTED),
+            "accepted_drafts": int(sums[ACCEPTED]),
+            "accepted_by_drafter": by_drafter(ACCEPTED),
+            "switches": int(sums[SWITCHES]),
+            "catch_up": {
+                "passes": int(sums[PASSES]),
+                "tokens": int(sums[INGESTED]),
+                "ms": round(1e3 * sums[INGEST_S], 3),
+            },
+            "catch_up_tokens_by_drafter": by_drafter(INGESTED),
+            "backlog_max": longest,
+            "backlog_mean": round(sums[INGESTED] / sums[PASSES], 3) if sums[PASSES] else 0.0,
+        }
+
+
+class RequestFigures:
+    """A request's figures as SGLang's per-token `customized_info`: nothing until it has ended, then one element.
+
+    SGLang slices this by the tokens that it is about to send, the last time when the request has ended.
+    """
+
+    def __init__(self, totals: Totals, request: Any):
+        self.totals = totals
+        self.request = request
+        self.slot = int(request.req_pool_idx)
+
+    def __getitem__(self, tokens: slice) -> list[dict[str, Any]]:
+        # The slot has been given back by then, but its figures stand until its next request's prefill.
+        return [self.totals.request(self.slot)] if self.request.finished() else []
+
+
+class Metrics:
+    """The totals as Prometheus metrics `whiflash_*`, which `/metrics` shows beside SGLang's own."""
+
+    INTERVAL_S = 1.0
+
+    def __init__(self, totals: Totals, labels: Mapping[str, str]):
+        # Imported late: SGLang has to set the folder for metrics of several processes first.
+        from prometheus_client import Counter, Gauge
+
+        self.totals = totals
+        self.labels = dict(labels)
+        self.shown: dict[tuple[str, str], float] = {}
+        self.next_update = 0.0
+        names = [*labels]
+        counters = {
+            "rounds": ("Decode rounds of requests.", "drafter"),
+            "drafted_tokens": ("Draft tokens proposed.", "drafter"),
+            "accepted_tokens": ("Draft tokens accepted.", "drafter"),
+            "catch_up_tokens": ("Tokens ingested by a drafter after the round that committed them.", "drafter"),
+            "catch_up_passes": ("Times that a request's backlog was ingested.", None),
+            "switches": ("Rounds of a request with another drafter than the one before.", None),
+            "step_seconds": ("Wall time by step of a round; prefill steps too.", "step"),
+        }
+        self.counters = {
+            key: Counter(f"whiflash_{key}", text, [*names, *([label] if label else [])])
+            for key, (text, label) in counters.items()
+        }
+        self.longest = Gauge("whiflash_backlog_max_tokens", "Longest backlog that a catch-up found.", names)
+        self.off = Gauge("whiflash_drafter_switched_off", "1: produced NaN and is not used.", [*names, "drafter"])
+
+    def update(self) -> None:
+        """Bring the metrics up to the totals, at most once in a while."""
+        now = time.monotonic()
+        if now < self.next_update:
+            return
+        self.next_update = now + self.INTERVAL_S
+        self.write(self.totals.snapshot())
+
+    def write(self, figures: Mapping[str, Any]) -> None:
+        by_label = {
+            "rounds": figures["rounds_by_drafter"],
+            "drafted_tokens": figures["drafted_by_drafter"],
+            "accepted_tokens": figures["accepted_by_drafter"],
+            "catch_up_tokens": figures["catch_up_tokens_by_drafter"],
+            "catch_up_passes": {"": figures["catch_up"]["passes"]},
+            "switches": {"": figures["switches"]},
+            "step_seconds": figures["seconds"],
+        }
+        for key, values in by_label.items():
+            for label, value in values.items():
+                own = [label] if label else []
+                counter = self.counters[key].labels(*self.labels.values(), *own)
+                counter.inc(value - self.shown.get((key, label), 0))
+                self.shown[key, label] = value
+        self.longest.labels(*self.labels.values()).set(figures["backlog_max"])
+        for name in figures["switched_off"]:
+            self.off.labels(*self.labels.values(), name).set(1)

@@ -8,9 +8,12 @@ anchor          the bonus token of the previous round; the first token of this r
 committed       positions whose tokens are final and have target KV: 0 .. prefix_len - 1 (without the anchor)
 verify width    tokens a row in the verify forward: the anchor and up to width - 1 drafts; one width a batch
 acceptance length (AL)  tokens committed by a round, bonus included; accepted drafts = AL - 1
-feature         the target's captured hidden states at a position, concatenated over the captured layers
+feature         the target's captured hidden states at a position, concatenated over the captured layers; a drafter's
+                own `fc` reduces them to its width
 request slot    row of SGLang's request table; per-request state of ours is keyed by it
 KV slot         index into the KV pool. Every drafter has a pool of its own and uses the target's KV slots
+ingest          write a drafter's K and V for committed positions, from features (KV-only: no query, attention or MLP)
+backlog         committed positions that a drafter has not ingested; catch-up ingests them in one batched pass
 
 Worked example, width 4, committed tokens `the cat` (prefix_len 2), anchor `sat`:
 
@@ -24,7 +27,7 @@ Worked example, width 4, committed tokens `the cat` (prefix_len 2), anchor `sat`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,15 +76,40 @@ class Accepted(NamedTuple):
     bonus: torch.Tensor  # [rows] int64, the last committed token of each row
 
 
-class Context(NamedTuple):
-    """Positions for a drafter to ingest, flat over requests."""
+class Prefill(NamedTuple):
+    """Prompt positions that the target has just computed, flat over requests."""
 
     features: torch.Tensor  # [n, captures * hidden]
     next_tokens: torch.Tensor  # [n] int64, the token at position + 1
     positions: torch.Tensor  # [n] int64
     kv_slots: torch.Tensor  # [n] int64
     slots: torch.Tensor  # [requests] int64, request slots
-    last: torch.Tensor  # [requests] int64, index into n of each request's last committed position
+    last: torch.Tensor  # [requests] int64, index into n of each request's last position
+    lens: torch.Tensor  # [requests] int64, positions that each request now has
+
+
+class Entries(NamedTuple):
+    """Positions whose K and V a drafter is to write, flat over requests."""
+
+    features: torch.Tensor  # [n, hidden], the drafter's own: reduced by its `fc`
+    next_tokens: torch.Tensor  # [n] int64, the token at position + 1
+    positions: torch.Tensor  # [n] int64
+    kv_slots: torch.Tensor  # [n] int64
+
+
+class Drafts(NamedTuple):
+    """What a drafter proposes."""
+
+    tokens: torch.Tensor  # [rows, num_drafts] int64
+    finite: torch.Tensor  # [] bool; False where the drafter's hidden states hold a NaN or an infinity
+
+
+class CatchUp(NamedTuple):
+    """A pass that brought a drafter up to date."""
+
+    slots: Sequence[int]  # request slots
+    lens: Sequence[int]  # positions that were ingested for each
+    seconds: float  # wall time
 
 
 class RoundResult(NamedTuple):
@@ -89,3 +117,5 @@ class RoundResult(NamedTuple):
     num_drafts: torch.Tensor  # [rows] int64
     accepted: Accepted
     new_prefix_lens: torch.Tensor  # [rows] int64
+    catch_ups: Mapping[str, CatchUp]  # by drafter
+    finite: Mapping[str, torch.Tensor]  # by drafter that drafted: [] bool

@@ -7,7 +7,7 @@ and routing statistics belong to drafters and router, keyed by request slot.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import logging
 from typing import Any
 
 import torch
@@ -16,13 +16,16 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
 from whiflash_sglang import host
+from whiflash_sglang.backlog import Backlog
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.drafters import DRAFTERS
-from whiflash_sglang.observe import Totals
-from whiflash_sglang.round import DecodeRound, Drafter
+from whiflash_sglang.observe import Metrics, RequestFigures, Totals
+from whiflash_sglang.round import DecodeRound
 from whiflash_sglang.router import create_router
 from whiflash_sglang.target import SGLangTarget, draftable
-from whiflash_sglang.types import Context, RoundResult, Rows
+from whiflash_sglang.types import Prefill, RoundResult, Rows
+
+logger = logging.getLogger(__name__)
 
 
 class WhiFlashWorker(BaseSpecWorker):
@@ -39,7 +42,9 @@ class WhiFlashWorker(BaseSpecWorker):
         }
         # SGLang asks for "the" draft worker when it reports memory; the first drafter's stands for both.
         self._draft_worker = next(iter(self.runners.values())).worker
+        self.server_args = server_args
         self.show_start_block = ps.tp_rank == 0
+        self.shows_metrics = server_args.enable_metrics and ps.tp_rank == 0
 
     def alloc_memory_pool(
         self, memory_pool_config: Any = None, req_to_token_pool: Any = None, token_to_kv_pool_allocator: Any = None
@@ -64,18 +69,29 @@ class WhiFlashWorker(BaseSpecWorker):
 
     def assemble(self) -> None:
         """The last step of start-up: everything is allocated, so the round can be put together."""
-        num_slots = self.req_to_token_pool.req_to_token.shape[0]
+        kv_table = self.req_to_token_pool.req_to_token
         captured = host.captured_layers(self.specs.values())
-        self.totals = Totals(self.config.drafter_names, num_slots)
+        self.totals = Totals(self.config.drafter_names, kv_table.shape[0])
+        self.metrics = Metrics(self.totals, host.metric_labels(self.server_args)) if self.shows_metrics else None
         self.target = SGLangTarget(self._target_worker)
-        self.drafters: dict[str, Drafter] = {
-            name: DRAFTERS[name](runner, captured=captured, num_slots=num_slots, num_drafts=self.config.eagle_steps)
+        drafters = {
+            name: DRAFTERS[name](runner, captured=captured, num_drafts=self.config.eagle_steps)
             for name, runner in self.runners.items()
         }
-        self.max_width = 1 + max(drafter.num_drafts for drafter in self.drafters.values())
-        timed_target = _Timed(self.target, self.totals, verify="verify")
-        timed = {name: _Timed(d, self.totals, draft="draft", ingest="ingest") for name, d in self.drafters.items()}
-        self.round = DecodeRound(create_router(self.config, num_slots), timed, timed_target)
+        self.max_width = 1 + max(drafter.num_drafts for drafter in drafters.values())
+        backlog = Backlog(
+            {name: (drafter.feature_size, drafter.feature_dtype) for name, drafter in drafters.items()},
+            kv_table,
+            capacity=self.config.max_backlog,
+        )
+        self.round = DecodeRound(
+            create_router(self.config, kv_table.shape[0]),
+            drafters,
+            self.target,
+            backlog,
+            lazy=self.config.catch_up == "lazy",
+            timed=self.totals.timed,
+        )
         if self.show_start_block:
             host.print_start_block(self.config, self.specs, self._target_worker, self.runners, self.max_width)
 
@@ -99,13 +115,13 @@ class WhiFlashWorker(BaseSpecWorker):
         with self.totals.timed("prefill"):
             result = self._target_worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.FULL)
         logits_output = result.logits_output
-        context = prefill_context(batch, logits_output.hidden_states, result.next_token_ids)
-        for drafter in self.round.drafters.values():
-            drafter.ingest(context)
+        prefill = prefill_positions(batch, logits_output.hidden_states, result.next_token_ids)
         logits = logits_output.next_token_logits
         # Sampling turns SGLang's logits into probabilities in place; their logarithms have the same softmax.
-        self.round.router.observe(context.slots, logits if batch.sampling_info.is_all_greedy else logits.log())
-        self.totals.start(context.slots)
+        self.round.prefill(prefill, logits if batch.sampling_info.is_all_greedy else logits.log())
+        self.totals.start(prefill.slots)
+        for request in batch.reqs:  # shown in the request's meta_info when it has ended
+            request.customized_info = {"whiflash": RequestFigures(self.totals, request)}
         logits_output.hidden_states = None  # large, and of no use to the host
         result.new_seq_lens = batch.seq_lens
         result.next_draft_input = host.draft_input(bonus_tokens=result.next_token_ids, new_seq_lens=batch.seq_lens)
@@ -118,7 +134,38 @@ class WhiFlashWorker(BaseSpecWorker):
             rows = decode_rows(batch, self.req_to_token_pool.req_to_token, self.max_width)
             result = self.round.run(rows)
         self.totals.count(rows, result)
+        for name, finite in result.finite.items():
+            if not bool(finite):
+                self.switch_off(name)
+        if self.metrics is not None:
+            self.metrics.update()
         return batch_result(result)
+
+    def switch_off(self, name: str) -> None:
+        """A drafter whose arithmetic has failed: its drafts would be noise, and its KV may spread to other requests."""
+        logger.error(
+            "WHIFLASH: drafter %s (%s) produced NaN or infinite values and is switched off; "
+            "requests go on with %s. The text is not affected. Check the checkpoint and its dtype, then restart.",
+            name,
+            self.specs[name].path,
+            " and ".join(other for other in self.round.drafters if other != name) or "no drafter",
+        )
+        self.round.switch_off(name)
+        self.totals.switched_off.append(name)
+
+    def prepare_for_kv_cache_release(self, request: Any) -> None:
+        """SGLang calls this when a request has ended, just before its KV slots go into the radix tree.
+
+        The tree may hold tokens of the answer only: what was accepted in the same round behind a stop or the last
+        allowed token is cut off, as no next turn would ever match it.
+        """
+        length = len(request.origin_input_ids) + len(request.output_ids_through_stop)
+        request.kv_committed_len = min(request.kv_committed_len, length)
+        with self.totals.timed("catch_up"):
+            catch_ups = self.round.finish(int(request.req_pool_idx), request.kv_committed_len)
+        self.totals.count_catch_ups(catch_ups)
+        if self.metrics is not None:
+            self.metrics.write(self.totals.snapshot())
 
     def idle(self, batch: Any) -> GenerationBatchResult:
         """A rank without requests in a data-parallel step."""
@@ -132,27 +179,6 @@ class WhiFlashWorker(BaseSpecWorker):
         )
 
 
-class _Timed:
-    """A drafter or target whose named methods add their wall time to the totals."""
-
-    def __init__(self, part: Any, totals: Totals, **names: str):
-        self._part = part
-        for method, name in names.items():
-            setattr(self, method, _timed(getattr(part, method), totals, name))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._part, name)
-
-
-def _timed(method: Any, totals: Totals, name: str) -> Any:
-    def call(*args: Any) -> Any:
-        span: AbstractContextManager[None] = totals.timed(name)
-        with span:
-            return method(*args)
-
-    return call
-
-
 def decode_rows(batch: Any, req_to_token: torch.Tensor, max_width: int) -> Rows:
     """The decode batch as rows. SGLang has reserved KV slots for the whole window already."""
     slots = batch.req_pool_indices.to(torch.int64)
@@ -162,7 +188,7 @@ def decode_rows(batch: Any, req_to_token: torch.Tensor, max_width: int) -> Rows:
     return Rows(slots, batch.spec_info.bonus_tokens, prefix_lens, kv_slots, draftable(batch))
 
 
-def prefill_context(batch: Any, features: torch.Tensor, next_token_ids: torch.Tensor) -> Context:
+def prefill_positions(batch: Any, features: torch.Tensor, next_token_ids: torch.Tensor) -> Prefill:
     """What the drafters ingest after a prefill: every position that this batch computed, flat over requests.
 
     `features` [tokens, captures * hidden]. The token after the last position of a request is the one just sampled, or,
@@ -180,13 +206,14 @@ def prefill_context(batch: Any, features: torch.Tensor, next_token_ids: torch.Te
         following = host.prompt_token(request, batch.prefix_lens[i] + batch.extend_lens[i])
         if following is not None:
             next_tokens[last[i]] = following
-    return Context(
+    return Prefill(
         features=features,
         next_tokens=next_tokens,
         positions=positions.to(device),
         kv_slots=batch.out_cache_loc.to(torch.int64),
         slots=batch.req_pool_indices.to(torch.int64),
         last=last,
+        lens=(starts + lens).to(device),
     )
 
 

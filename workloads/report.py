@@ -72,8 +72,9 @@ class Report:
 def _counted(totals: Totals, wall_s: float) -> dict[str, Any]:
     rounds = totals["rounds"]
     by_drafter = totals["rounds_by_drafter"]
-    # Seconds in model forwards; `prefill` and `verify` are the target's, `draft` and `ingest` the drafters'.
-    forwards = sum(totals["seconds"][part] for part in ("prefill", "verify", "draft", "ingest"))
+    # Seconds in model forwards: the target's prefill and verify, and what the drafters do.
+    steps = ("prefill", "prefill_drafters", "catch_up", "draft", "verify")
+    forwards = sum(totals["seconds"][step] for step in steps)
     return {
         "acceptance_length": round(1 + totals["accepted_drafts"] / rounds, 3) if rounds else None,
         "rounds": rounds,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fakes import FakeDrafter, FakeTarget, World, plain_greedy
+from tests.fakes import FakeDrafter, FakeTarget, World, feature, plain_greedy
 from whiflash_sglang.config import WhiFlashConfig
-from whiflash_sglang.round import DecodeRound
+from whiflash_sglang.round import DecodeRound, Router
 from whiflash_sglang.router import create_router
-from whiflash_sglang.types import Plan, Rows
+from whiflash_sglang.types import Plan, RoundResult, Rows
 
 SLOTS, MAX_LEN = 8, 160
 ROUTERS = ["fixed:e3", "fixed:df", "alternate", "random:3", "entropy"]
@@ -23,13 +24,16 @@ def config(router: str, threshold: float = 0.5) -> WhiFlashConfig:
     return WhiFlashConfig(dflash_draft="d", eagle_draft="e", router=router, entropy_threshold=threshold)
 
 
-def serve(router: str, prompts: list[list[int]], num_tokens: int, seed: int, skill: float = 0.7) -> list[list[int]]:
+def serve(
+    router: str, prompts: list[list[int]], num_tokens: int, seed: int, skill: float = 0.7, lazy: bool = True
+) -> list[list[int]]:
     """Serve the prompts with requests joining and leaving in between; the new tokens of each."""
     shuffle = random.Random(seed)
     world = World(SLOTS, MAX_LEN)
     drafters = {"df": FakeDrafter("df", 7, world, skill, seed), "e3": FakeDrafter("e3", 4, world, skill, seed)}
     target = FakeTarget(world)
-    decode = DecodeRound(create_router(config(router), SLOTS), drafters, target)
+    backlog = world.backlog([*drafters], shuffle.choice([8, 9, 13, 64]))
+    decode = DecodeRound(create_router(config(router), SLOTS), drafters, target, backlog, lazy=lazy)
     waiting, running, outputs = list(enumerate(prompts)), {}, {}
     free = list(range(SLOTS))
     while waiting or running:
@@ -38,9 +42,7 @@ def serve(router: str, prompts: list[list[int]], num_tokens: int, seed: int, ski
             slot = free.pop(shuffle.randrange(len(free)))
             world.texts[slot] = [*prompt, *plain_greedy(prompt, 1)]  # what a prefill samples
             running[slot] = number
-            for drafter in drafters.values():
-                drafter.ingest(world.prefill_context([slot]))
-            decode.router.observe(torch.tensor([slot]), torch.randn(1, 11))
+            decode.prefill(world.prefill([slot]), torch.randn(1, 11))
         slots = shuffle.sample(sorted(running), shuffle.randint(1, len(running)))
         rows = world.rows(slots, 8)
         result = decode.run(rows)
@@ -59,20 +61,31 @@ def serve(router: str, prompts: list[list[int]], num_tokens: int, seed: int, ski
 
 @pytest.mark.parametrize("router", ROUTERS)
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), skill=st.sampled_from([0.0, 0.5, 0.9, 1.0]))
-def test_text_is_plain_greedy_text(router: str, seed: int, skill: float) -> None:
+@given(seed=st.integers(0, 10_000), skill=st.sampled_from([0.0, 0.5, 0.9, 1.0]), lazy=st.booleans())
+def test_text_is_plain_greedy_text(router: str, seed: int, skill: float, lazy: bool) -> None:
     shuffle = random.Random(seed)
     prompts = [[shuffle.randrange(11) for _ in range(shuffle.randint(1, 12))] for _ in range(shuffle.randint(1, 10))]
-    outputs = serve(router, prompts, 40, seed, skill)
+    outputs = serve(router, prompts, 40, seed, skill, lazy)
     assert outputs == [plain_greedy(prompt, 40) for prompt in prompts]
+
+
+def decode_round(world: World, router: Router, names: list[str], slots: list[int], **options: Any) -> DecodeRound:
+    """A round with perfect drafters, whose requests in `slots` have been prefilled."""
+    drafters = {name: FakeDrafter(name, {"df": 7, "e3": 4}[name], world, 1.0) for name in names}
+    decode = DecodeRound(router, drafters, FakeTarget(world), world.backlog(names, 32), **options)
+    decode.prefill(world.prefill(slots), torch.zeros(len(slots), 11))
+    return decode
+
+
+def commit(world: World, slots: list[int], result: RoundResult) -> None:
+    for row, slot in enumerate(slots):
+        world.texts[slot] += result.accepted.tokens[row, : int(result.accepted.num_committed[row])].tolist()
 
 
 def test_perfect_drafts_commit_the_whole_window() -> None:
     world = World(SLOTS, MAX_LEN)
     world.texts[0] = [1, 2, 3]
-    drafter = FakeDrafter("df", 7, world, skill=1.0)
-    drafter.ingest(world.prefill_context([0]))
-    decode = DecodeRound(create_router(config("fixed:df"), SLOTS), {"df": drafter}, FakeTarget(world))
+    decode = decode_round(world, create_router(config("fixed:df"), SLOTS), ["df"], [0])
     result = decode.run(world.rows([0], 8))
     assert result.accepted.num_committed.tolist() == [8]
     assert result.accepted.tokens[0].tolist() == plain_greedy([1, 2, 3], 8)
@@ -92,12 +105,10 @@ def test_one_width_a_batch_and_each_row_its_own_drafter() -> None:
     world = World(SLOTS, MAX_LEN)
     for slot in range(3):
         world.texts[slot] = [slot, 5, 7]
-    drafters = {"df": FakeDrafter("df", 7, world, 1.0), "e3": FakeDrafter("e3", 4, world, 1.0)}
-    for drafter in drafters.values():
-        drafter.ingest(world.prefill_context([0, 1, 2]))
-    target, router = FakeTarget(world), Mixed()
-    result = DecodeRound(router, drafters, target).run(world.rows([0, 1, 2], 8))
-    assert target.widths == [8]
+    router = Mixed()
+    decode = decode_round(world, router, ["df", "e3"], [0, 1, 2])
+    result = decode.run(world.rows([0, 1, 2], 8))
+    assert decode.target.widths == [8]
     # Row 1 has 4 drafts: the padding behind them is not accepted even where it happens to be right. Row 2 has none.
     assert result.accepted.num_committed.tolist() == [8, 5, 1]
     assert router.logits.argmax(-1).tolist() == result.accepted.bonus.tolist()
@@ -106,9 +117,66 @@ def test_one_width_a_batch_and_each_row_its_own_drafter() -> None:
 def test_width_is_no_more_than_the_batch_needs() -> None:
     world = World(SLOTS, MAX_LEN)
     world.texts[0] = [1, 2]
-    drafters = {"df": FakeDrafter("df", 7, world, 1.0), "e3": FakeDrafter("e3", 4, world, 1.0)}
-    for drafter in drafters.values():
-        drafter.ingest(world.prefill_context([0]))
-    target = FakeTarget(world)
-    DecodeRound(create_router(config("fixed:e3"), SLOTS), drafters, target).run(world.rows([0], 8))
-    assert target.widths == [5]
+    decode = decode_round(world, create_router(config("fixed:e3"), SLOTS), ["df", "e3"], [0])
+    decode.run(world.rows([0], 8))
+    assert decode.target.widths == [5]
+
+
+def test_a_drafter_that_is_not_chosen_ingests_nothing_until_its_backlog_is_full() -> None:
+    world = World(SLOTS, MAX_LEN)
+    world.texts[0] = [1, 2]
+    decode = decode_round(world, create_router(config("fixed:e3"), SLOTS), ["df", "e3"], [0])
+    lengths, passes = [], []
+    for _ in range(12):  # 5 tokens a round, a bound of 32, a width of 8
+        result = decode.run(world.rows([0], 8))
+        passes.append(result.catch_ups["df"].lens[0] if "df" in result.catch_ups else 0)
+        commit(world, [0], result)
+        lengths.append(decode.backlog.length("df", 0, int(result.new_prefix_lens[0])))
+    assert passes == [0, 0, 0, 0, 0, 25, 0, 0, 0, 0, 25, 0]
+    assert max(lengths) <= 32
+
+
+def test_eager_leaves_no_backlog() -> None:
+    world = World(SLOTS, MAX_LEN)
+    world.texts[0] = [1, 2]
+    decode = decode_round(world, create_router(config("fixed:e3"), SLOTS), ["df", "e3"], [0], lazy=False)
+    for _ in range(5):
+        result = decode.run(world.rows([0], 8))
+        assert not result.catch_ups
+        commit(world, [0], result)
+        for name in ("df", "e3"):
+            assert decode.backlog.length(name, 0, int(result.new_prefix_lens[0])) == 0
+
+
+def test_a_request_that_ends_is_ingested_up_to_what_is_shared() -> None:
+    world = World(SLOTS, MAX_LEN)
+    world.texts[3] = [1, 2]
+    decode = decode_round(world, create_router(config("fixed:e3"), SLOTS), ["df", "e3"], [3])
+    for _ in range(3):
+        commit(world, [3], decode.run(world.rows([3], 8)))
+    done = decode.finish(3, 14)  # two of the 16 committed positions lie behind a stop
+    assert {name: passed.lens for name, passed in done.items()} == {"df": [13], "e3": [3]}
+    text, entries = world.texts[3], decode.drafters["df"].entries
+    for position in range(14):
+        kept = entries[int(world.table[3, position])]
+        assert kept == (feature(text[: position + 1]), text[position + 1], position)
+
+
+@pytest.mark.parametrize("router", ["fixed:e3", "alternate", "entropy"])
+def test_rows_of_a_drafter_that_is_switched_off_go_to_the_other_one(router: str) -> None:
+    world = World(SLOTS, MAX_LEN)
+    for slot in range(3):
+        world.texts[slot] = [slot, 5, 7]
+    decode = decode_round(world, create_router(config(router, 0.0), SLOTS), ["df", "e3"], [0, 1, 2])
+    decode.drafters["e3"].broken = True
+    finite = {name: bool(ok) for name, ok in decode.run(world.rows([0, 1, 2], 8)).finite.items()}
+    assert finite.get("df", True)
+    decode.switch_off("e3")
+    for _ in range(4):
+        result = decode.run(world.rows([0, 1, 2], 8))
+        assert [*result.plan] == ["df"]
+        assert result.num_drafts.tolist() == [7, 7, 7]
+    decode.switch_off("df")
+    result = decode.run(world.rows([0, 1, 2], 8))
+    assert not result.plan
+    assert result.accepted.num_committed.tolist() == [1, 1, 1]

@@ -9,38 +9,53 @@ or MLP, and an entry depends on its own position only.
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import rms_norm
 
 from whiflash_sglang.drafters.runner import (
     DraftBlock,
     DraftRunner,
     columns_of,
+    kv_rows,
     project,
     select_columns,
 )
-from whiflash_sglang.types import Context, Rows
+from whiflash_sglang.types import Drafts, Entries, Rows
 
 
 class DFlashDrafter:
     name = "df"
 
-    def __init__(self, runner: DraftRunner, captured: tuple[int, ...], num_slots: int, num_drafts: int):
+    def __init__(self, runner: DraftRunner, captured: tuple[int, ...], num_drafts: int):
         self.runner = runner
         self.num_drafts = runner.spec.block_size - 1
         columns = columns_of(runner.spec.layer_ids, captured, runner.spec.hidden_size)
         self.columns = None if columns is None else columns.to(runner.device)
         block = torch.full((1, runner.spec.block_size), runner.spec.mask_token_id, dtype=torch.int64)
         self.block = block.to(runner.device)  # [1, block]
+        self.layers = [layer.self_attn for layer in runner.model.layers]
+        rows = [kv_rows(runner.spec, layer.qkv_proj, layer.q_size) for layer in self.layers]
+        self.kv_weight = by_kind([weight for weight, _ in rows])  # [2 * layers * kv_size, hidden]
+        self.kv_bias = by_kind([bias for _, bias in rows if bias is not None]) if rows[0][1] is not None else None
+        self.k_norm = torch.stack([layer.k_norm.weight for layer in self.layers])[:, None]  # [layers, 1, head_dim]
+        self.norm_epsilon = self.layers[0].k_norm.variance_epsilon
+        self.feature_size, self.feature_dtype = runner.spec.hidden_size, runner.model.fc.weight.dtype
 
-    def ingest(self, context: Context) -> None:
-        model = self.runner.model
-        fused = model.project_target_hidden(select_columns(context.features, self.columns))  # [n, hidden]
-        for layer in model.layers:
-            attention = layer.self_attn
-            k, v = attention.kv_proj_only(model.prepare_context_hidden_for_kv(layer, fused))
-            k = attention.apply_k_rope(context.positions, attention.apply_k_norm(k))
-            self.runner.write_kv(attention.attn, context.kv_slots, k, v)
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """Captured features [n, captures * hidden] through the drafter's `fc`."""
+        return self.runner.model.project_target_hidden(select_columns(features, self.columns))
 
-    def draft(self, rows: Rows) -> torch.Tensor:
+    def ingest(self, entries: Entries) -> None:
+        # All layers at once, as K and V of each are projections of the same features: few operations, however small.
+        shape = (len(entries.positions), 2, len(self.layers), -1)  # K or V, layer, kv_heads * head_dim
+        k, v = project(entries.features, self.kv_weight, self.kv_bias).view(shape).unbind(1)
+        heads = k.reshape(*k.shape[:2], -1, self.k_norm.shape[-1])
+        k = (rms_norm(heads, heads.shape[-1:], eps=self.norm_epsilon) * self.k_norm).flatten(1)
+        _, k = self.layers[0].rotary_emb(entries.positions, torch.empty_like(k), k)
+        k = k.view(v.shape)
+        for i, layer in enumerate(self.layers):
+            self.runner.write_kv(layer.attn, entries.kv_slots, k[:, i], v[:, i])
+
+    def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
         num_rows, block_size = len(rows.slots), self.block.shape[1]
         block = self.block.repeat(num_rows, 1)  # [rows, block]
         block[:, 0] = rows.anchors
@@ -58,4 +73,11 @@ class DFlashDrafter:
         )
         hidden = output.hidden_states.view(num_rows, block_size, -1)[:, 1:]  # row 0 stands for the anchor itself
         head = self.runner.target_model.lm_head.weight[: self.runner.spec.vocab_size]
-        return project(hidden.to(head.dtype), head).argmax(dim=-1)  # [rows, block - 1]
+        tokens = project(hidden.to(head.dtype), head).argmax(dim=-1)  # [rows, block - 1]
+        return Drafts(tokens, hidden.isfinite().all())
+
+
+def by_kind(kv: list[torch.Tensor]) -> torch.Tensor:
+    """K and V rows of several layers, [2 * kv_size, ...] each: the K of all layers, then the V of all."""
+    halves = [part.chunk(2) for part in kv]
+    return torch.cat([half[kind] for kind in (0, 1) for half in halves])

@@ -24,38 +24,45 @@ from whiflash_sglang.drafters.runner import (
     project,
     select_columns,
 )
-from whiflash_sglang.types import Context, Rows
+from whiflash_sglang.types import Drafts, Entries, Rows
 
 
 class Eagle3Drafter:
     name = "e3"
 
-    def __init__(self, runner: DraftRunner, captured: tuple[int, ...], num_slots: int, num_drafts: int):
+    def __init__(self, runner: DraftRunner, captured: tuple[int, ...], num_drafts: int):
         self.runner = runner
         self.num_drafts = num_drafts
         columns = columns_of(runner.spec.layer_ids, captured, runner.spec.target_hidden_size)
         self.columns = None if columns is None else columns.to(runner.device)
         model = runner.model
         self.layer = model.model.layers[0]
+        self.kv_rows = kv_rows(runner.spec, self.layer.self_attn.qkv_proj, self.layer.self_attn.q_size)
         self.token_ids = None if model.hot_token_id is None else model.hot_token_id.to(runner.device)  # [draft vocab]
-        # Features of the last committed position, by request slot: the next round's first step starts from them.
-        self.anchor_features = torch.zeros(num_slots, runner.spec.hidden_size, dtype=model.model.fc.weight.dtype)
-        self.anchor_features = self.anchor_features.to(runner.device)
+        self.feature_size, self.feature_dtype = runner.spec.hidden_size, model.model.fc.weight.dtype
 
-    def ingest(self, context: Context) -> None:
-        fused = self.fuse(select_columns(context.features, self.columns))  # [n, hidden]
-        self.anchor_features[context.slots] = fused[context.last]
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """Captured features [n, captures * hidden] through the drafter's `fc`, and the norms some put before it."""
+        model = self.runner.model.model
+        features = select_columns(features, self.columns).to(model.fc.weight.dtype)
+        if model.input_norm is not None:
+            features = model.input_norm(features)
+        if model.fc_norm is not None:
+            chunks = features.chunk(model.num_aux_hidden_states, dim=-1)
+            features = torch.cat([norm(chunk) for norm, chunk in zip(model.fc_norm, chunks, strict=True)], dim=-1)
+        return model.fc(features)
+
+    def ingest(self, entries: Entries) -> None:
         layer, attention = self.layer, self.layer.self_attn
-        embeds = self.runner.model.model.embed_tokens(context.next_tokens)
-        x = torch.cat([layer.input_layernorm(embeds), layer.hidden_norm(fused)], dim=-1)  # [n, 2 * hidden]
-        weight, bias = kv_rows(attention.qkv_proj.weight, attention.qkv_proj.bias, attention.q_size)
-        k, v = project(x, weight, bias).split([attention.kv_size, attention.kv_size], dim=-1)
+        embeds = self.runner.model.model.embed_tokens(entries.next_tokens)
+        x = torch.cat([layer.input_layernorm(embeds), layer.hidden_norm(entries.features)], dim=-1)  # [n, 2 * hidden]
+        k, v = project(x, *self.kv_rows).split([attention.kv_size, attention.kv_size], dim=-1)
         k = k.contiguous()
-        _, k = attention.rotary_emb(context.positions, torch.empty_like(k), k)
-        self.runner.write_kv(attention.attn, context.kv_slots, k, v)
+        _, k = attention.rotary_emb(entries.positions, torch.empty_like(k), k)
+        self.runner.write_kv(attention.attn, entries.kv_slots, k, v)
 
-    def draft(self, rows: Rows) -> torch.Tensor:
-        tokens, hidden = rows.anchors, self.anchor_features[rows.slots]  # [rows], [rows, hidden]
+    def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
+        tokens, hidden = rows.anchors, last  # [rows], [rows, hidden]
         drafts = []
         for step in range(self.num_drafts):
             entry = rows.prefix_lens - 1 + step  # [rows]; entries 0 .. entry - 1 are cached
@@ -75,15 +82,5 @@ class Eagle3Drafter:
             if self.token_ids is not None:
                 tokens = self.token_ids[tokens]
             drafts.append(tokens)
-        return torch.stack(drafts, dim=1)  # [rows, K]
-
-    def fuse(self, features: torch.Tensor) -> torch.Tensor:
-        """Captured features [n, layers * hidden] through the drafter's `fc`, and the norms some put before it."""
-        model = self.runner.model.model
-        features = features.to(model.fc.weight.dtype)
-        if model.input_norm is not None:
-            features = model.input_norm(features)
-        if model.fc_norm is not None:
-            chunks = features.chunk(model.num_aux_hidden_states, dim=-1)
-            features = torch.cat([norm(chunk) for norm, chunk in zip(model.fc_norm, chunks, strict=True)], dim=-1)
-        return model.fc(features)
+        # Each step is made of the one before it: a NaN in any shows in the last logits.
+        return Drafts(torch.stack(drafts, dim=1), output.next_token_logits.isfinite().all())

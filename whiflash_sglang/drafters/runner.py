@@ -104,9 +104,14 @@ def select_columns(features: torch.Tensor, columns: torch.Tensor | None) -> torc
     return features if columns is None else features.index_select(-1, columns)
 
 
-def kv_rows(weight: torch.Tensor, bias: torch.Tensor | None, q_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The K and V rows of a fused QKV projection, as views."""
-    return weight[q_size:], None if bias is None else bias[q_size:]
+def kv_rows(spec: DrafterSpec, qkv: torch.nn.Module, q_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The K and V rows of a fused QKV projection's weight and bias, as views."""
+    if qkv.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"the drafter {spec.path} is quantized ({qkv.weight.dtype}), and its K and V cannot be projected alone: "
+            "serve a drafter in bfloat16, with --speculative-draft-model-quantization unquant beside --quantization"
+        )
+    return qkv.weight[q_size:], None if qkv.bias is None else qkv.bias[q_size:]
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
