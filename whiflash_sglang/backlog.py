@@ -38,6 +38,7 @@ class Backlog:
         self.kv_slots = kv_table.view(-1)  # [slots * context]
         self.capacity = capacity
         self.ingested = {name: [0] * num_slots for name in features}
+        self.previous = [0] * num_slots  # positions that had been committed when the last round began
         num_rows = num_slots * capacity
         self.next_tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
         self.features = {
@@ -48,6 +49,7 @@ class Backlog:
     def begin(self, name: str, slots: torch.Tensor, lens: torch.Tensor, last: torch.Tensor) -> None:
         """The drafter has ingested positions 0 .. lens - 1 of `slots`; `last` [requests, hidden]: the newest ones'."""
         self.settle(name, slots.tolist(), lens.tolist())
+        self.begin_round(slots.tolist(), lens.tolist())
         self.features[name].index_copy_(0, self.rows(slots, lens - 1), last)
 
     def rows(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -75,6 +77,15 @@ class Backlog:
     def length(self, name: str, slot: int, committed: int) -> int:
         """Tokens waiting for the drafter, of a request with `committed` positions."""
         return committed - self.ingested[name][slot]
+
+    def missed(self, name: str, slot: int) -> int:
+        """Those of the waiting tokens that were waiting already when the last round began."""
+        return max(0, self.previous[slot] - self.ingested[name][slot])
+
+    def begin_round(self, slots: Sequence[int], committed: Sequence[int]) -> None:
+        """A round begins for requests of `committed` positions: what waits from now on was missed by its drafter."""
+        for slot, length in zip(slots, committed, strict=True):
+            self.previous[slot] = length
 
     def overdue(self, name: str, slot: int, committed: int, width: int) -> bool:
         """Whether a request's backlog could outgrow the bound with one more window."""

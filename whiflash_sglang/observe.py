@@ -16,12 +16,13 @@ import torch
 
 from whiflash_sglang.types import CatchUp, RoundResult, Rows
 
-STEPS = ("prefill", "prefill_drafters", "route", "catch_up", "draft", "verify", "commit", "round")
+STEPS = ("prefill", "prefill_drafters", "route", "catch_up", "draft", "verify", "commit", "commit_idle", "round")
+"""`commit` keeps the features of drafters that draft in the round, `commit_idle` those of the others."""
 NOBODY = "none"  # a row that was not drafted for
 
 
-FIELDS = ("rounds", "drafted", "accepted", "switches", "passes", "ingested", "ingest_s")
-ROUNDS, DRAFTED, ACCEPTED, SWITCHES, PASSES, INGESTED, INGEST_S = range(len(FIELDS))
+FIELDS = 9
+ROUNDS, DRAFTED, ACCEPTED, SWITCHES, INGESTED, INGESTIONS, MISSED, CATCH_UPS, CATCH_UP_S = range(FIELDS)
 
 
 class Totals:
@@ -35,9 +36,9 @@ class Totals:
         self.seconds = dict.fromkeys(STEPS, 0.0)
         self.steps = 0
         self.switched_off: list[str] = []
-        self.running = torch.zeros(num_slots, len(self.names), len(FIELDS), dtype=torch.float64)
-        self.ended = torch.zeros(len(self.names), len(FIELDS), dtype=torch.float64)
-        self.longest = [0] * num_slots  # backlog that a catch-up found
+        self.running = torch.zeros(num_slots, len(self.names), FIELDS, dtype=torch.float64)
+        self.ended = torch.zeros(len(self.names), FIELDS, dtype=torch.float64)
+        self.longest = [0] * num_slots  # backlog that a drafter found waiting
         self.longest_ever = 0
         self.last_choice = torch.full((num_slots,), -1, dtype=torch.int64)  # index into names
 
@@ -66,10 +67,10 @@ class Totals:
 
     def count_catch_ups(self, catch_ups: Mapping[str, CatchUp]) -> None:
         """Add passes that brought drafters up to date; a pass's time is shared by the tokens of its requests."""
-        for name, (slots, lens, seconds) in catch_ups.items():
+        for name, (slots, lens, missed, seconds) in catch_ups.items():
             each = seconds / sum(lens)
-            figures = torch.tensor([(length > 0, length, length * each) for length in lens], dtype=torch.float64)
-            self.running[slots, self.names.index(name), PASSES:] += figures
+            figures = [(n, 1, late, late > 0, late * each) for n, late in zip(lens, missed, strict=True)]
+            self.running[slots, self.names.index(name), INGESTED:] += torch.tensor(figures, dtype=torch.float64)
             for slot, length in zip(slots, lens, strict=True):
                 self.longest[slot] = max(self.longest[slot], length)
             self.longest_ever = max(self.longest_ever, *lens)
@@ -97,7 +98,11 @@ class Totals:
         return self._figures(self.running[slot], self.longest[slot])
 
     def _figures(self, table: torch.Tensor, longest: int) -> dict[str, Any]:
-        """Plain data of `table` [names, fields]. Every request of a batched catch-up counts as a pass."""
+        """Plain data of `table` [names, fields].
+
+        A drafter that goes on ingests the last round's tokens. `catch_up` counts only what an idle one had missed
+        before, a pass for each request. `backlog_mean` is of what a drafter found waiting, either way.
+        """
 
         def by_drafter(field: int) -> dict[str, int]:
             return {name: int(n) for name, n in zip(self.names, table[:, field].tolist(), strict=True) if n}
@@ -111,14 +116,14 @@ class Totals:
             "accepted_drafts": int(sums[ACCEPTED]),
             "accepted_by_drafter": by_drafter(ACCEPTED),
             "switches": int(sums[SWITCHES]),
+            "ingested_by_drafter": by_drafter(INGESTED),
             "catch_up": {
-                "passes": int(sums[PASSES]),
-                "tokens": int(sums[INGESTED]),
-                "ms": round(1e3 * sums[INGEST_S], 3),
+                "passes": int(sums[CATCH_UPS]),
+                "tokens": int(sums[MISSED]),
+                "ms": round(1000 * sums[CATCH_UP_S], 3),
             },
-            "catch_up_tokens_by_drafter": by_drafter(INGESTED),
             "backlog_max": longest,
-            "backlog_mean": round(sums[INGESTED] / sums[PASSES], 3) if sums[PASSES] else 0.0,
+            "backlog_mean": round(sums[INGESTED] / sums[INGESTIONS], 3) if sums[INGESTIONS] else 0.0,
         }
 
 
@@ -156,8 +161,10 @@ class Metrics:
             "rounds": ("Decode rounds of requests.", "drafter"),
             "drafted_tokens": ("Draft tokens proposed.", "drafter"),
             "accepted_tokens": ("Draft tokens accepted.", "drafter"),
-            "catch_up_tokens": ("Tokens ingested by a drafter after the round that committed them.", "drafter"),
-            "catch_up_passes": ("Times that a request's backlog was ingested.", None),
+            "ingested_tokens": ("Tokens ingested by a drafter while decoding.", "drafter"),
+            "catch_up_tokens": ("Those of them that it had missed while it was idle.", None),
+            "catch_up_passes": ("Times that a drafter caught up with a request.", None),
+            "catch_up_seconds": ("Wall time of catching up.", None),
             "switches": ("Rounds of a request with another drafter than the one before.", None),
             "step_seconds": ("Wall time by step of a round; prefill steps too.", "step"),
         }
@@ -165,7 +172,7 @@ class Metrics:
             key: Counter(f"whiflash_{key}", text, [*names, *([label] if label else [])])
             for key, (text, label) in counters.items()
         }
-        self.longest = Gauge("whiflash_backlog_max_tokens", "Longest backlog that a catch-up found.", names)
+        self.longest = Gauge("whiflash_backlog_max_tokens", "Longest backlog that a drafter found waiting.", names)
         self.off = Gauge("whiflash_drafter_switched_off", "1: produced NaN and is not used.", [*names, "drafter"])
 
     def update(self) -> None:
@@ -181,8 +188,10 @@ class Metrics:
             "rounds": figures["rounds_by_drafter"],
             "drafted_tokens": figures["drafted_by_drafter"],
             "accepted_tokens": figures["accepted_by_drafter"],
-            "catch_up_tokens": figures["catch_up_tokens_by_drafter"],
+            "ingested_tokens": figures["ingested_by_drafter"],
+            "catch_up_tokens": {"": figures["catch_up"]["tokens"]},
             "catch_up_passes": {"": figures["catch_up"]["passes"]},
+            "catch_up_seconds": {"": figures["catch_up"]["ms"] / 1000},
             "switches": {"": figures["switches"]},
             "step_seconds": figures["seconds"],
         }

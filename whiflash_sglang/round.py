@@ -120,8 +120,7 @@ class DecodeRound:
         with self.timed("verify"):
             verified = self.target.verify(rows, proposal)
         accepted = accept(proposal, verified.predictions)
-        with self.timed("commit"):
-            self.commit(rows, verified, accepted)
+        self.commit(rows, plan, verified, accepted)
         new_prefix_lens = rows.prefix_lens + accepted.num_committed
         return RoundResult(plan, proposal.num_drafts, accepted, new_prefix_lens, catch_ups, finite)
 
@@ -147,17 +146,19 @@ class DecodeRound:
             caught_up = self.ingest(name, [slots[row] for row in due], [committed[row] for row in due])
             if caught_up is not None:
                 done[name] = caught_up
+        self.backlog.begin_round(slots, committed)
         return done
 
     def ingest(self, name: str, slots: Sequence[int], committed: Sequence[int]) -> CatchUp | None:
         """Bring a drafter up to date with the requests in `slots`, of `committed` positions each."""
         began = time.perf_counter()
         lens = [self.backlog.length(name, slot, end) for slot, end in zip(slots, committed, strict=True)]
+        missed = [self.backlog.missed(name, slot) for slot in slots]
         entries = self.backlog.take(name, slots, committed)
         if entries is None:
             return None
         self.drafters[name].ingest(entries)
-        return CatchUp(slots, lens, time.perf_counter() - began)
+        return CatchUp(slots, lens, missed, time.perf_counter() - began)
 
     def propose(self, rows: Rows, plan: Plan) -> tuple[Proposal, dict[str, torch.Tensor]]:
         """Let each drafter draft for its rows; one verify width for the batch, the widest that is needed."""
@@ -173,24 +174,28 @@ class DecodeRound:
             num_drafts[index] = drafts.shape[1]
         return Proposal(tokens, num_drafts), finite
 
-    def commit(self, rows: Rows, verified: Verified, accepted: Accepted) -> None:
+    def commit(self, rows: Rows, plan: Plan, verified: Verified, accepted: Accepted) -> None:
         """Keep every drafter's features of the window, and tell the router what the next anchor was chosen from.
 
         The whole window is kept, not only what was accepted: shapes stay fixed, and what lies behind the accepted
         tokens is overwritten before it counts as committed.
         """
         num_rows, width = accepted.tokens.shape
-        window_features = verified.features.reshape(num_rows * width, -1)
-        # Position prefix_len + j holds window token j; its successor is the target's choice after column j: an accepted
-        # draft or, at column num_committed - 1, the bonus token.
-        places = self.backlog.push(rows.slots, rows.prefix_lens, accepted.tokens)
+        with self.timed("commit"):
+            window = verified.features.reshape(num_rows * width, -1)
+            # Position prefix_len + j holds window token j; its successor is the target's choice after column j: an
+            # accepted draft or, at column num_committed - 1, the bonus token.
+            places = self.backlog.push(rows.slots, rows.prefix_lens, accepted.tokens)
         for name, drafter in self.drafters.items():
-            features = drafter.fuse(window_features)
-            self.backlog.store(name, places, features)
-            if not self.lazy:
-                self.ingest_window(drafter, rows, accepted, features)
-        last = accepted.num_committed - 1  # [rows], window column of the last committed position
-        self.router.observe(rows.slots, verified.logits[torch.arange(num_rows, device=last.device), last])
+            with self.timed("commit" if name in plan else "commit_idle"):
+                features = drafter.fuse(window)
+                self.backlog.store(name, places, features)
+                if not self.lazy:
+                    self.ingest_window(drafter, rows, accepted, features)
+        with self.timed("route"):
+            # Window column num_committed - 1 is the last committed position; the bonus token was chosen there.
+            last = torch.arange(-1, num_rows * width - 1, width, device=rows.slots.device) + accepted.num_committed
+            self.router.observe(rows.slots, verified.logits.view(num_rows * width, -1).index_select(0, last))
 
     def ingest_window(self, drafter: Drafter, rows: Rows, accepted: Accepted, features: torch.Tensor) -> None:
         """Bring a drafter up to date at once, whether it will be chosen or not.

@@ -109,6 +109,7 @@ class CatchUp(NamedTuple):
 
     slots: Sequence[int]  # request slots
     lens: Sequence[int]  # positions that were ingested for each
+    missed: Sequence[int]  # those of them that an earlier round than the last one had committed
     seconds: float  # wall time
 
 

@@ -20,17 +20,15 @@ class EntropyRouter:
         self.entropy = torch.zeros(num_slots)  # by request slot, nats
 
     def route(self, rows: Rows) -> Plan:
-        return split(rows, self.names, (self.entropy[rows.slots] > self.threshold).to(torch.int64))
+        return split(rows, self.names, self.entropy.index_select(0, rows.slots) > self.threshold)
 
     def observe(self, slots: torch.Tensor, logits: torch.Tensor) -> None:
         self.entropy = self.entropy.to(logits.device)
-        self.entropy[slots] = entropy(logits)
+        self.entropy.index_copy_(0, slots, entropy(logits))
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """Entropy in nats of softmax(logits) over the last dimension; float32 [...]."""
-    logits = logits.float()
-    # H = log Z - E[logit]: one softmax and no 0 * -inf, as p log p would give for a masked token.
-    probabilities = logits.softmax(dim=-1)
-    expected = torch.where(probabilities > 0, probabilities * logits, 0.0).sum(dim=-1)
-    return torch.logsumexp(logits, dim=-1) - expected
+    probabilities = logits.softmax(dim=-1, dtype=torch.float32)
+    total: torch.Tensor = torch.special.entr(probabilities).sum(dim=-1)  # entr(0) = 0: a masked token adds nothing
+    return total

@@ -11,7 +11,9 @@ from whiflash_sglang.types import Plan, Rows
 
 def split(rows: Rows, names: Sequence[str], choice: torch.Tensor) -> Plan:
     """Rows grouped by `choice` [rows], an index into `names`; rows that may not be drafted for are left out."""
-    if rows.draftable is not None:
-        choice = torch.where(rows.draftable, choice, -1)
-    groups = {name: (choice == i).nonzero()[:, 0] for i, name in enumerate(names)}
-    return {name: index for name, index in groups.items() if len(index)}
+    may_draft = [True] * len(choice) if rows.draftable is None else rows.draftable.tolist()
+    groups: dict[str, list[int]] = {name: [] for name in names}
+    for row, drafter in enumerate(choice.tolist()):
+        if may_draft[row]:
+            groups[names[drafter]].append(row)
+    return {name: torch.tensor(index, device=choice.device) for name, index in groups.items() if index}
