@@ -16,36 +16,23 @@ import asyncio
 import json
 import sys
 import tempfile
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from workloads import server
-from workloads.demo.generate import sessions
 from workloads.lossless import Comparison, compare, generate
 from workloads.provenance import provenance
+from workloads.tokens import TOKENIZER, heldout_histories
 
-ROOT = Path(__file__).resolve().parents[1]
-TOKENIZER = ROOT / "whiflash_sglang" / "demo_models" / "target"
 LAUNCHER = "whiflash_sglang.launch_server"
 POLICIES = ("fixed:e3", "fixed:df", "alternate", "random:1", "entropy")
 
 
-def heldout_prompts(count: int, tokenizer_path: Path) -> list[list[int]]:
-    """Token ids of held-out histories, each up to an assistant turn."""
-    from transformers import AutoTokenizer
-
-    from whiflash_sglang.training.text import histories
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    found = (prompt for session in sessions("heldout", count) for _, prompt in histories(session, tokenizer))
-    return list(islice(found, count))
-
-
 def check(args: argparse.Namespace, launcher_flags: list[str], log: Path) -> dict[str, dict[str, Comparison]]:
-    prompts = heldout_prompts(args.prompts, args.tokenizer)
+    prompts = list(islice(chain(*heldout_histories(args.prompts, args.tokenizer)), args.prompts))
     results: dict[str, dict[str, Comparison]] = {}
 
     def texts(base_url: str, in_flight: int) -> list[list[int]]:

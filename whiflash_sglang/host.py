@@ -286,6 +286,7 @@ def print_start_block(
         "drafters": drafters,
         "router": config.router + threshold,
         "verify width": f"{width} (anchor and up to {width - 1} drafts)",
+        "catch-up": f"{config.catch_up}, a drafter lags at most {config.max_backlog} tokens behind",
         "KV tokens": f"{tokens}, and {lost} more would fit without the draft pools",
         "attention": ", ".join(f"{name} {backend}" for name, backend in backends.items()),
     }

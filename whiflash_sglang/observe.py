@@ -36,6 +36,7 @@ class Totals:
         self.seconds = dict.fromkeys(STEPS, 0.0)
         self.steps = 0
         self.switched_off: list[str] = []
+        self.pool: dict[str, int] = {}  # KV tokens; each stands in the target's pool and in that of every drafter
         self.running = torch.zeros(num_slots, len(self.names), FIELDS, dtype=torch.float64)
         self.ended = torch.zeros(len(self.names), FIELDS, dtype=torch.float64)
         self.longest = [0] * num_slots  # backlog that a drafter found waiting
@@ -91,6 +92,7 @@ class Totals:
             "steps": self.steps,
             "seconds": {step: round(seconds, 6) for step, seconds in self.seconds.items()},
             "switched_off": dict.fromkeys(self.switched_off, 1),
+            "kv_pool": self.pool,
         }
 
     def request(self, slot: int) -> dict[str, Any]:
@@ -173,6 +175,9 @@ class Metrics:
             for key, (text, label) in counters.items()
         }
         self.longest = Gauge("whiflash_backlog_max_tokens", "Longest backlog that a drafter found waiting.", names)
+        self.pool = Gauge(
+            "whiflash_kv_pool_tokens", "KV tokens of the pool, and lost to draft pools.", [*names, "kind"]
+        )
         self.off = Gauge("whiflash_drafter_switched_off", "1: produced NaN and is not used.", [*names, "drafter"])
 
     def update(self) -> None:
@@ -202,5 +207,7 @@ class Metrics:
                 counter.inc(value - self.shown.get((key, label), 0))
                 self.shown[key, label] = value
         self.longest.labels(*self.labels.values()).set(figures["backlog_max"])
+        for kind, tokens in figures["kv_pool"].items():
+            self.pool.labels(*self.labels.values(), kind).set(tokens)
         for name in figures["switched_off"]:
             self.off.labels(*self.labels.values(), name).set(1)

@@ -72,6 +72,8 @@ class WhiFlashWorker(BaseSpecWorker):
         kv_table = self.req_to_token_pool.req_to_token
         captured = host.captured_layers(self.specs.values())
         self.totals = Totals(self.config.drafter_names, kv_table.shape[0])
+        tokens, lost = host.kv_tokens_lost(self._target_worker.model_runner, self.runners.values())
+        self.totals.pool = {"tokens": tokens, "lost_to_draft_pools": lost}
         self.metrics = Metrics(self.totals, host.metric_labels(self.server_args)) if self.shows_metrics else None
         self.target = SGLangTarget(self._target_worker)
         drafters = {

@@ -6,17 +6,15 @@ rounding (`TIE`), so that either token is right. Nothing else is; `Difference.ga
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import httpx
 
-TIE = 1e-5  # gap of the two best logits in float32 that is rounding and nothing else
-TIMEOUT_SECONDS = 600.0
+from workloads.tokens import TIMEOUT_SECONDS, TokenIds, post
 
-TokenIds = list[int]
+TIE = 1e-5  # gap of the two best logits in float32 that is rounding and nothing else
 
 
 @dataclass(frozen=True)
@@ -57,18 +55,8 @@ async def generate(
     sampling: dict[str, Any] | None = None,
 ) -> list[TokenIds]:
     """Token ids of `num_tokens` greedy tokens behind each prompt, at most `in_flight` requests at a time."""
-    params = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True, **(sampling or {})}
-    turnstile = asyncio.Semaphore(in_flight)
-
-    async def one(client: httpx.AsyncClient, prompt: TokenIds) -> TokenIds:
-        async with turnstile:
-            body = {"input_ids": prompt, "sampling_params": params}
-            reply = await client.post(f"{base_url}/generate", json=body)
-            reply.raise_for_status()
-            return reply.json()["output_ids"]
-
-    async with httpx.AsyncClient(timeout=TIMEOUT_SECONDS) as client:
-        return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
+    replies = await post(base_url, prompts, num_tokens, in_flight, {"ignore_eos": True, **(sampling or {})})
+    return [reply["output_ids"] for reply in replies]
 
 
 def compare(

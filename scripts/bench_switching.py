@@ -1,0 +1,246 @@
+"""What switching between drafters costs, and that the radix cache costs them nothing.
+
+    python scripts/bench_switching.py [--sessions N] [--results FILE]
+
+Four questions, each answered by ratios within this run; the last line is JSON.
+
+    overhead_share     of a round's time: routing, keeping features for drafters that are idle, and catching up with
+                       what they had missed (a pass's time by its tokens). Not what a drafter does for its own rounds
+    lazy_over_eager    tokens/s of `entropy` with Lazy Catch-up over that with both drafters up to date every round
+    prefill            the drafters' share of the target's time for a tool output of 2000 tokens; by counted FLOPs at
+                       Qwen3-8B's shapes; and KV-only ingestion over running EAGLE-3's whole layer over the prompt
+    the cache          acceptance length with the radix cache over that without; cached prompt tokens over those of
+                       `off`, in a roomy KV pool, and in one of a quarter of the working set with sessions taking turns
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from transformers import AutoConfig
+
+from whiflash_sglang.training.drafters import DrafterShape, Eagle3
+from whiflash_sglang.training.layers import Rope
+from workloads import server
+from workloads.provenance import provenance
+from workloads.tokens import TOKENIZER, Answers, TokenIds, ask, heldout_histories, totals
+
+LAUNCHER = "whiflash_sglang.launch_server"
+TIMED = {
+    "entropy": ("--whiflash-router", "entropy"),
+    "eager": ("--whiflash-router", "entropy", "--whiflash-catchup", "eager"),
+    "alternate": ("--whiflash-router", "alternate"),
+}
+CACHED = {"e3": "fixed:e3", "df": "fixed:df", "random": "random:1"}
+MAX_TOKENS = 200
+TOOL_OUTPUT_TOKENS = 2000
+BLOCKS = 6
+
+
+@contextlib.contextmanager
+def servers(flags: dict[str, tuple[str, ...]], logs: Path) -> Iterator[dict[str, str]]:
+    """Base URLs by name, of demo servers side by side."""
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for name, own in flags.items():
+            running[name] = server.start(LAUNCHER, "--demo", *own, log=logs / f"{name}.log")
+            stack.callback(running[name].stop)
+        for one in running.values():
+            one.wait_until_ready()
+        yield {name: one.base_url for name, one in running.items()}
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ rounds
+
+
+def rounds(sessions: list[list[TokenIds]], logs: Path) -> dict[str, Any]:
+    """Overheads of a round and lazy over eager, measured block by block in rotated order."""
+    parts: dict[str, list[Answers]] = {name: [] for name in TIMED}
+    with servers(TIMED, logs) as urls:
+        for url in urls.values():
+            ask(url, sessions[-1], MAX_TOKENS)  # warm
+        for block in range(BLOCKS):
+            prompts = list(chain(*sessions[block::BLOCKS]))
+            turn = block % len(urls)
+            for name in (*list(urls)[turn:], *list(urls)[:turn]):
+                parts[name].append(ask(urls[name], prompts, MAX_TOKENS))
+        prefill = prefill_share(urls["entropy"], sessions)
+    note("rounds and prefill: measured")
+    speed = {name: sum(p.tokens for p in found) / sum(p.wall_s for p in found) for name, found in parts.items()}
+    return {
+        "overhead_share": {name: overhead_share(parts[name]) for name in ("alternate", "entropy")},
+        "lazy_over_eager_tokens_per_s": round(speed["entropy"] / speed["eager"], 4),
+        "drafters_over_target": prefill,
+    }
+
+
+def overhead_share(parts: Sequence[Answers]) -> float:
+    counted = [part.totals for part in parts if part.totals is not None]
+    overhead = sum(c["seconds"]["route"] + c["seconds"]["commit_idle"] + c["catch_up"]["ms"] / 1000 for c in counted)
+    return round(overhead / sum(c["seconds"]["round"] for c in counted), 4)
+
+
+# ----------------------------------------------------------------------------------------------------------- prefill
+
+
+def prefill_share(base_url: str, sessions: list[list[TokenIds]], repeats: int = 8) -> float:
+    """The drafters' seconds over the target's, for a tool output behind a cached history."""
+    text = list(chain(*(histories[-1] for histories in sessions)))
+    drafters = target = 0.0
+    for repeat in range(repeats):
+        history = sessions[repeat][0]
+        start = repeat * TOOL_OUTPUT_TOKENS
+        ask(base_url, [history], 1)
+        before = totals(base_url)
+        ask(base_url, [history + text[start : start + TOOL_OUTPUT_TOKENS]], 1)
+        after = totals(base_url)
+        assert before is not None and after is not None
+        drafters += after["seconds"]["prefill_drafters"] - before["seconds"]["prefill_drafters"]
+        target += after["seconds"]["prefill"] - before["seconds"]["prefill"]
+    return round(drafters / target, 4)
+
+
+@torch.inference_mode()
+def kv_only_over_full_layer(repeats: int = 7) -> float:
+    """Seconds of EAGLE-3's KV-only ingestion of a tool output over those of its whole layer, at the demo's shapes."""
+    torch.set_num_threads(1)
+    config = AutoConfig.from_pretrained(TOKENIZER)
+    shape = DrafterShape(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.intermediate_size,
+        config.vocab_size,
+        float(config.rope_parameters["rope_theta"]),
+    )
+    model = Eagle3(shape, (1, 3, 6), torch.arange(64))
+    features = torch.randn(1, TOOL_OUTPUT_TOKENS, 3 * shape.hidden)
+    embeds = torch.randn(1, TOOL_OUTPUT_TOKENS, shape.hidden)
+    positions = torch.arange(TOOL_OUTPUT_TOKENS)
+    rope = Rope(shape.head_dim, shape.theta, positions.device)
+
+    def kv_only() -> tuple[torch.Tensor, ...]:
+        fused = model.fc(features)
+        x = model.join(embeds, fused)
+        return fused, x, *model.self_attn.keys(x, positions, rope)
+
+    def full_layer() -> torch.Tensor:
+        fused, x, k, v = kv_only()
+        middle = fused + model.self_attn.attend(model.self_attn.query(x, positions, rope), k, v, None)
+        return middle + model.mlp(model.post_attention_layernorm(middle))
+
+    return round(quickest(kv_only, repeats) / quickest(full_layer, repeats), 4)
+
+
+def quickest(call: Any, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def flops_share_at_8b() -> float:
+    """The drafters' FLOPs of a prompt token over the target's at Qwen3-8B's shapes, linear layers only.
+
+    Target: 36 layers, width 4096, 32 query and 8 KV heads of 128, MLP 12288. DFlash: 5 layers on 5 captured ones.
+    EAGLE-3: one layer, on 3 captured ones and the token's embedding. Attention, which only the target has, would make
+    the share smaller still.
+    """
+    hidden, queries, kv, mlp = 4096, 32 * 128, 2 * 8 * 128, 12288
+    target = 36 * (hidden * (queries + kv) + queries * hidden + 3 * hidden * mlp)
+    dflash = 5 * hidden * hidden + 5 * hidden * kv
+    eagle3 = 3 * hidden * hidden + 2 * hidden * kv
+    return round((dflash + eagle3) / target, 4)
+
+
+# ------------------------------------------------------------------------------------------------------------- cache
+
+
+def cache(sessions: list[list[TokenIds]], logs: Path) -> dict[str, Any]:
+    """Acceptance lengths with and without the radix cache, and cached tokens beside `off`."""
+    in_order = list(chain(*sessions))
+    warm = {name: ("--whiflash-router", router) for name, router in CACHED.items()}
+    with servers({"off": ("--whiflash-router", "off"), **warm}, logs) as urls:
+        cached = {name: ask(url, in_order, MAX_TOKENS) for name, url in urls.items()}
+    note("with the radix cache: measured")
+    without = {name: (*flags, "--disable-radix-cache") for name, flags in warm.items()}
+    with servers(without, logs / "without") as urls:
+        cold = {name: ask(url, in_order, MAX_TOKENS) for name, url in urls.items()}
+    note("without it: measured")
+    off = cached["off"]
+    # What `off` had to compute is what a pool would have to hold.
+    working_set = off.prompt_tokens - off.cached_tokens + off.tokens
+    # Sessions take turns, so that each is the least recently used one when its next turn comes.
+    by_turns = [prompt for turn in zip_longest(*sessions) for prompt in turn if prompt is not None]
+    pool = ("--max-total-tokens", str(working_set // 4))
+    pressed_flags = {name: ("--whiflash-router", name, *pool) for name in ("off", "entropy")}
+    with servers(pressed_flags, logs / "pressed") as urls:
+        pressed = {name: ask(url, by_turns, MAX_TOKENS) for name, url in urls.items()}
+    note("in a small pool: measured")
+    return {
+        "al_cached_over_cold": {
+            name: round(cached[name].acceptance_length / cold[name].acceptance_length, 4) for name in CACHED
+        },
+        "cached_tokens_over_off": round(cached["random"].cached_tokens / off.cached_tokens, 4),
+        "cached_tokens_over_off_in_a_quarter_of_the_pool": round(
+            pressed["entropy"].cached_tokens / pressed["off"].cached_tokens, 4
+        ),
+        "pool": {"working_set": working_set, "pressed_cached_tokens": pressed["off"].cached_tokens},
+        "identical_to_off": all(a.texts == off.texts for a in (*cached.values(), *cold.values()))
+        and pressed["entropy"].texts == pressed["off"].texts,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sessions", type=int, default=30, help="held-out sessions (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="write the JSON line to this file too")
+    args = parser.parse_args()
+    if args.sessions < 8:
+        parser.error("argument --sessions: give 8 or more")
+    logs = Path(tempfile.mkdtemp(prefix="whiflash-switching-"))
+    sessions = heldout_histories(args.sessions)
+    measured = rounds(sessions, logs)
+    line = {
+        "benchmark": "switching",
+        "arguments": {"sessions": args.sessions},
+        "overhead_share": measured["overhead_share"],
+        "lazy_over_eager_tokens_per_s": measured["lazy_over_eager_tokens_per_s"],
+        "prefill": {
+            "drafters_over_target": measured["drafters_over_target"],
+            "drafters_over_target_flops_qwen3_8b": flops_share_at_8b(),
+            "kv_only_over_full_layer": kv_only_over_full_layer(),
+        },
+        **cache(sessions, logs),
+        **provenance(),
+    }
+    if args.results:
+        args.results.write_text(json.dumps(line) + "\n")
+    print(json.dumps(line))
+    if not line["identical_to_off"]:
+        raise SystemExit(f"a text differs from that of `off`; see the logs in {logs}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (server.ServerError, httpx.HTTPError) as error:
+        raise SystemExit(f"error: {error}") from error

@@ -1,0 +1,98 @@
+"""Counters in total and by request, and as Prometheus metrics."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from whiflash_sglang.observe import RequestFigures, Totals
+from whiflash_sglang.types import Accepted, CatchUp, RoundResult, Rows
+
+
+def rows(slots: list[int]) -> Rows:
+    n = len(slots)
+    zeros = torch.zeros(n, dtype=torch.int64)
+    return Rows(torch.tensor(slots), zeros, zeros, torch.zeros(n, 9, dtype=torch.int64), None)
+
+
+def result(plan: dict[str, list[int]], drafts: list[int], committed: list[int], **catch_ups: CatchUp) -> RoundResult:
+    accepted = Accepted(torch.zeros(len(drafts), 8), torch.tensor(committed), torch.zeros(len(drafts)))
+    by_name = {name: torch.tensor(index) for name, index in plan.items()}
+    return RoundResult(by_name, torch.tensor(drafts), accepted, torch.tensor(committed), catch_ups, {})
+
+
+@pytest.fixture
+def totals() -> Totals:
+    """Slot 2: df, df, e3. Slot 5: e3, then not drafted for."""
+    totals = Totals(("df", "e3"), 8)
+    totals.start(torch.tensor([2, 5]))
+    totals.count(rows([2, 5]), result({"df": [0], "e3": [1]}, [7, 5], [8, 1]))
+    totals.count(rows([2, 5]), result({"df": [0]}, [7, 0], [3, 1], df=CatchUp([2], [8], [0], 0.001)))
+    totals.count(rows([2]), result({"e3": [0]}, [5], [2], e3=CatchUp([2, 5], [11, 2], [8, 0], 0.0013)))
+    return totals
+
+
+def test_totals(totals: Totals) -> None:
+    figures = totals.snapshot()
+    assert figures["rounds"] == 5
+    assert figures["rounds_by_drafter"] == {"df": 2, "e3": 2, "none": 1}
+    assert figures["drafted_by_drafter"] == {"df": 14, "e3": 10}
+    assert figures["accepted_by_drafter"] == {"df": 9, "e3": 1}
+    assert (figures["drafted"], figures["accepted_drafts"], figures["steps"]) == (24, 10, 3)
+    assert figures["switches"] == 2
+    assert figures["ingested_by_drafter"] == {"df": 8, "e3": 13}
+    # One drafter came back to a request; 8 of the 13 tokens of that pass had been missed.
+    assert figures["catch_up"] == {"passes": 1, "tokens": 8, "ms": 0.8}
+    assert figures["backlog_max"] == 11
+    assert figures["backlog_mean"] == 7.0
+
+
+def test_a_request_is_counted_by_itself_and_stays_in_the_totals(totals: Totals) -> None:
+    before = totals.snapshot()
+    assert totals.request(2)["rounds_by_drafter"] == {"df": 2, "e3": 1}
+    assert totals.request(2)["switches"] == 1
+    assert totals.request(5)["backlog_max"] == 2
+    totals.start(torch.tensor([2]))
+    assert totals.request(2)["rounds"] == totals.request(2)["backlog_max"] == 0
+    assert totals.snapshot() == before
+    totals.count(rows([2]), result({"e3": [0]}, [5], [1]))
+    assert totals.snapshot()["switches"] == before["switches"], "the first round of a request is no switch"
+
+
+def test_figures_of_a_request_come_with_its_last_tokens(totals: Totals) -> None:
+    ended = False
+    request = SimpleNamespace(req_pool_idx=torch.tensor(2), finished=lambda: ended)
+    figures = RequestFigures(totals, request)
+    assert figures[0:5] == []
+    ended = True
+    assert figures[5:9] == [totals.request(2)]
+
+
+def test_metrics_follow_the_totals() -> None:
+    # In a process of its own: metrics are registered once for a whole process.
+    program = """
+from prometheus_client import generate_latest
+from whiflash_sglang.observe import Metrics, Totals
+totals = Totals(("df", "e3"), 4)
+totals.pool = {"tokens": 100, "lost_to_draft_pools": 40}
+metrics = Metrics(totals, {"model_name": "m"})
+for rounds in (3, 5):
+    totals.running[0, 0, 0] = rounds
+    totals.seconds["draft"] = rounds / 2
+    metrics.write(totals.snapshot())
+totals.switched_off.append("e3")
+metrics.write(totals.snapshot())
+print(generate_latest().decode())
+"""
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    for line in (
+        'whiflash_rounds_total{drafter="df",model_name="m"} 5.0',
+        'whiflash_step_seconds_total{model_name="m",step="draft"} 2.5',
+        'whiflash_kv_pool_tokens{kind="lost_to_draft_pools",model_name="m"} 40.0',
+        'whiflash_drafter_switched_off{drafter="e3",model_name="m"} 1.0',
+    ):
+        assert line in shown.splitlines(), shown

@@ -1,0 +1,113 @@
+"""Requests as token ids, for measurements that must not depend on a chat template or a parser.
+
+Unlike the OpenAI API, SGLang's own `/generate` says of every request what it found in the cache, and gives the ids of
+the text; `ask` is what the checks of this repository measure with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from workloads.demo.generate import sessions
+from workloads.report import Totals, difference
+
+TIMEOUT_SECONDS = 600.0
+TOKENIZER = Path(__file__).resolve().parents[1] / "whiflash_sglang" / "demo_models" / "target"
+
+TokenIds = list[int]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a server said to a list of prompts."""
+
+    texts: list[TokenIds]
+    prompt_tokens: int
+    cached_tokens: int  # of the prompts, found in the radix tree
+    wall_s: float
+    totals: Totals | None  # what WHIFLASH counted meanwhile; None where the server is another
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.texts))
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens a round, over all rounds; of a server without speculation 1."""
+        if self.totals is None:
+            return 1.0
+        return 1 + float(self.totals["accepted_drafts"]) / float(self.totals["rounds"])
+
+
+def heldout_histories(num_sessions: int, tokenizer_path: Path = TOKENIZER) -> list[list[TokenIds]]:
+    """Token ids of held-out demo sessions: for each, its histories up to every assistant turn in order."""
+    from transformers import AutoTokenizer
+
+    from whiflash_sglang.training.text import histories
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    return [[prompt for _, prompt in histories(s, tokenizer)] for s in sessions("heldout", num_sessions)]
+
+
+def ask(
+    base_url: str,
+    prompts: Sequence[TokenIds],
+    num_tokens: int,
+    in_flight: int = 1,
+    sampling: dict[str, Any] | None = None,
+) -> Answers:
+    """Greedy texts of at most `num_tokens` behind each prompt, at most `in_flight` at a time, in the given order.
+
+    A text ends where the model ends it, unless `sampling`, which adds to SGLang's sampling parameters, says otherwise.
+    """
+    before = totals(base_url)
+    began = time.perf_counter()
+    replies = asyncio.run(post(base_url, prompts, num_tokens, in_flight, sampling))
+    wall_s = time.perf_counter() - began
+    after = totals(base_url)
+    return Answers(
+        [reply["output_ids"] for reply in replies],
+        sum(reply["meta_info"]["prompt_tokens"] for reply in replies),
+        sum(reply["meta_info"]["cached_tokens"] for reply in replies),
+        wall_s,
+        difference(after, before) if after is not None and before is not None else None,
+    )
+
+
+def totals(base_url: str) -> Totals | None:
+    """WHIFLASH's counters; None where the server has none."""
+    reply = httpx.get(f"{base_url}/server_info", timeout=TIMEOUT_SECONDS)
+    reply.raise_for_status()
+    states = reply.json().get("internal_states") or [{}]
+    found: Totals | None = states[0].get("whiflash")
+    return found
+
+
+async def post(
+    base_url: str,
+    prompts: Sequence[TokenIds],
+    num_tokens: int,
+    in_flight: int = 1,
+    sampling: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """The replies themselves, as `ask` gets them."""
+    params = {"temperature": 0, "max_new_tokens": num_tokens, **(sampling or {})}
+    turnstile = asyncio.Semaphore(in_flight)
+
+    async def one(client: httpx.AsyncClient, prompt: TokenIds) -> dict[str, Any]:
+        async with turnstile:
+            body = {"input_ids": prompt, "sampling_params": params}
+            reply = await client.post(f"{base_url}/generate", json=body)
+            reply.raise_for_status()
+            answer: dict[str, Any] = reply.json()
+            return answer
+
+    async with httpx.AsyncClient(timeout=TIMEOUT_SECONDS) as client:
+        return list(await asyncio.gather(*(one(client, prompt) for prompt in prompts)))
