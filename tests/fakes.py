@@ -100,24 +100,33 @@ class FakeTarget:
 
 
 class FakeDrafter:
-    """Refuses to draft from a context that is not exactly the committed text."""
+    """Refuses to draft from a context that is not exactly the committed text.
 
-    def __init__(self, name: str, num_drafts: int, world: World, skill: float, seed: int = 0):
+    Without `sees_next` its entries depend on nothing behind their position, as DFlash's.
+    """
+
+    def __init__(
+        self, name: str, num_drafts: int, world: World, skill: float, seed: int = 0, *, sees_next: bool = True
+    ):
         self.name = name
         self.num_drafts = num_drafts
         self.world = world
         self.skill = skill
+        self.sees_next = sees_next
         self.random = random.Random(f"{name}{seed}")
         self.broken = False
         self.entries: dict[int, tuple[float, int, int]] = {}  # KV slot -> feature, next token, position
+
+    def entry(self, feature: float, next_token: int, position: int) -> tuple[float, int, int]:
+        return (feature, next_token if self.sees_next else -1, position)
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         return -features  # a drafter keeps something of its own
 
     def ingest(self, entries: Entries) -> None:
         for i, kv_slot in enumerate(entries.kv_slots.tolist()):
-            entry = (-float(entries.features[i, 0]), int(entries.next_tokens[i]), int(entries.positions[i]))
-            self.entries[kv_slot] = entry
+            feature, next_token = -float(entries.features[i, 0]), int(entries.next_tokens[i])
+            self.entries[kv_slot] = self.entry(feature, next_token, int(entries.positions[i]))
 
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
         tokens = torch.tensor([self.draft_row(rows, row, -float(last[row, 0])) for row in range(len(rows.slots))])
@@ -130,7 +139,8 @@ class FakeDrafter:
         assert int(rows.prefix_lens[row]) == len(text) - 1
         for position in range(len(text) - 1):
             kv_slot = int(self.world.table[slot, position])
-            assert self.entries[kv_slot] == (feature(text[: position + 1]), text[position + 1], position)
+            exact = self.entry(feature(text[: position + 1]), text[position + 1], position)
+            assert self.entries.get(kv_slot) == exact, f"{self.name} reads position {position} wrong"
         assert last == feature(text[:-1])
         drafts: list[int] = []
         for _ in range(self.num_drafts):
