@@ -216,6 +216,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.sessions < 8:
         parser.error("argument --sessions: give 8 or more")
+    server.stop_on_signals()
     logs = Path(tempfile.mkdtemp(prefix="whiflash-switching-"))
     sessions = heldout_histories(args.sessions)
     measured = rounds(sessions, logs)

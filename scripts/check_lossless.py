@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="folder of the tokenizer for the prompts")
     parser.add_argument("launcher_flags", nargs="*", help="flags of the launcher, after `--` (default: --demo)")
     args = parser.parse_args()
+    server.stop_on_signals()
     log = Path(tempfile.mkdtemp(prefix="whiflash-lossless-"))
     results = check(args, args.launcher_flags or ["--demo"], log)
     Console().print(table(results))

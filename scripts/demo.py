@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=1, help="sessions at a time (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="write the JSON line to this file too")
     args = parser.parse_args()
+    server.stop_on_signals()
     sessions = load_traces([TRACES]).sessions
     logs = Path(tempfile.mkdtemp(prefix="whiflash-demo-"))
     print(f"starting {len(POLICIES)} servers (logs in {logs})", file=sys.stderr, flush=True)

@@ -104,7 +104,7 @@ def run_dflash(args: argparse.Namespace, examples: list[text.Example]) -> Result
 
 def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Greedy replies to held-out histories, and what both drafters would have made of them."""
-    target = load_target(args)
+    target = load_target(args).to("cpu")  # it is compared with the server's float32 on a CPU, and takes a minute
     tokenizer = AutoTokenizer.from_pretrained(args.out / "target")
     replies = evaluate.greedy_replies(target, tokenizer, list(sessions("heldout", args.heldout)))
     drafters = load_drafters(args.out)

@@ -150,7 +150,8 @@ def install_hooks() -> None:
     HookRegistry.register(
         "sglang.srt.mem_cache.allocation_sizing.get_alloc_reserve_per_decode", _one_window, HookType.AROUND
     )
-    # Refusals: SGLang names the algorithm of which ours counts as one of the family, and no mend.
+    # Refusals: SGLang names the algorithm of which ours counts as one of the family, and no mend; hidden states, which
+    # our rounds do not return, it refuses only where steps overlap.
     HookRegistry.register(
         "sglang.srt.speculative.dflash_utils.validate_dflash_request", _name_ourselves, HookType.AFTER
     )
@@ -190,7 +191,9 @@ def _one_window(original: Any, server_args: Any = None) -> int:
     return int(get_alloc_len_per_decode(server_args))
 
 
-def _name_ourselves(refusal: str | None, *args: Any) -> str | None:
+def _name_ourselves(refusal: str | None, request: Any, *args: Any) -> str | None:
+    if refusal is None and request.return_hidden_states:
+        refusal = f"{ALGORITHM} speculative decoding does not support return_hidden_states yet."
     if refusal is None:
         return None
     mend = "Leave it out of the request, or start the server with --whiflash-router off."

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_help()
         return
     try:
-        config, sglang_argv = build_argv(argv)
+        config, sglang_argv = build_argv(with_config_file(argv))
     except WhiFlashError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -82,7 +82,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{FLAG_ROUTER} off: SGLang without speculation; its speculative flags are left out", flush=True)
     else:
         config.to_environ(os.environ)
-    serve(sglang_argv, algorithm=None if config.router == "off" else ALGORITHM)
+    serve(sglang_argv)
+
+
+def with_config_file(argv: Sequence[str]) -> list[str]:
+    """`--config FILE` put out as the flags that the file stands for, ours among them; flags on the command line win."""
+    if "--config" not in argv:
+        return list(argv)
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.server_args_config_parser import ConfigArgumentMerger
+    from yaml import YAMLError
+
+    parser = argparse.ArgumentParser(add_help=False)
+    ServerArgs.add_cli_args(parser)
+    parser.add_argument("--demo", action="store_true")
+    try:
+        return list(ConfigArgumentMerger(parser).merge_config_with_args(list(argv)))
+    except (ValueError, OSError, YAMLError) as error:
+        raise ConfigError("--config", None, str(error), "give one YAML file of flags and values") from error
 
 
 def build_argv(argv: Sequence[str]) -> tuple[WhiFlashConfig, list[str]]:
@@ -151,7 +168,7 @@ def print_help() -> None:
     parser.print_help()
 
 
-def serve(sglang_argv: Sequence[str], algorithm: str | None) -> None:
+def serve(sglang_argv: Sequence[str]) -> None:
     """Run SGLang's server in this process until it ends, then end what it started."""
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
@@ -159,10 +176,10 @@ def serve(sglang_argv: Sequence[str], algorithm: str | None) -> None:
     from sglang.srt.utils import kill_process_tree
 
     load_plugins()
-    server_args = prepare_server_args(list(sglang_argv))
-    if server_args.speculative_algorithm != algorithm:  # only a --config file can have said otherwise
-        found, asked = server_args.speculative_algorithm, algorithm or "no speculation"
-        raise SystemExit(f"error: {FLAG_ALGORITHM} {found} in --config, but the flags ask for {asked}; drop it there")
+    try:
+        server_args = prepare_server_args(list(sglang_argv))
+    except ValueError as error:  # flags that do not go together, by SGLang or by us (host.py, cpu/platform.py)
+        raise SystemExit(f"error: {error}") from error
     try:
         run_server(server_args)
     finally:

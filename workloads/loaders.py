@@ -62,8 +62,23 @@ def _read(path: Path) -> Iterator[Session | TraceError]:
         yield from _sessions(path, ((f"[{i}].", i, entry) for i, entry in enumerate(document)), _from_tau_bench)
     elif isinstance(document, dict) and "history" in document:
         yield from _sessions(path, [("", 0, document)], _from_swe_agent)
+    elif isinstance(document, dict):
+        yield from _sessions(path, [("", 0, document)], lambda entry, *_: entry)
+    elif text.strip() and not any(isinstance(_whole_document(line), dict) for line in text.split("\n")):
+        yield _unreadable(path, text)
     else:
         yield from _json_lines(path, text)
+
+
+def _unreadable(path: Path, text: str) -> TraceError:
+    """A file without a single line that is a record: one document, broken where JSON says."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return TraceError(path, error.lineno, f"(column {error.colno})", f"not JSON: {error.msg}", MEND)
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond what can be read
+        return TraceError(path, 1, "(file)", f"not read: {error}", MEND)
+    return TraceError(path, 1, "(file)", "is neither a session nor a list of them", MEND)
 
 
 def _whole_document(text: str) -> Any:
@@ -181,6 +196,6 @@ def _tools_seen(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _argument_names(call: dict[str, Any]) -> list[str]:
     try:
         arguments = json.loads(call["function"]["arguments"])
-    except (json.JSONDecodeError, TypeError):  # recorded from a model, which may have written anything
+    except (ValueError, TypeError, RecursionError):  # recorded from a model, which may have written anything
         return []
     return list(arguments) if isinstance(arguments, dict) else []

@@ -25,11 +25,17 @@ class Difference:
     position: int  # output tokens before it, equal in both
     reference: int | None  # token ids; None where a text had ended
     found: int | None
-    gap: float  # best less second-best logit of the reference there
+    best: tuple[tuple[float, int], ...]  # the reference's two best there: log probability and token id
 
     @property
     def is_tie(self) -> bool:
-        return self.gap <= TIE
+        """Either text has one of the two best tokens, and they are as good as equal."""
+        return self.gap <= TIE and {self.reference, self.found} == {token for _, token in self.best}
+
+    @property
+    def gap(self) -> float:
+        """Best less second-best logit (a difference of log probabilities is one of logits)."""
+        return self.best[0][0] - self.best[1][0]
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,13 @@ def compare(
             continue
         pairs = zip(expected, text, strict=False)
         position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(text)))
-        gap = gap_of_best(reference_url, prompt + expected[:position])
-        differences.append(Difference(number, position, _at(expected, position), _at(text, position), gap))
+        best = two_best(reference_url, prompt + expected[:position])
+        differences.append(Difference(number, position, _at(expected, position), _at(text, position), best))
     return Comparison(len(prompts), sum(map(len, found)), tuple(differences))
 
 
-def gap_of_best(base_url: str, text: TokenIds) -> float:
-    """Best less second-best logit behind `text` (a difference of log probabilities is one of logits)."""
+def two_best(base_url: str, text: TokenIds) -> tuple[tuple[float, int], ...]:
+    """Log probability and id of the two best tokens behind `text`, the best first."""
     body = {
         "input_ids": text,
         "sampling_params": {"temperature": 0, "max_new_tokens": 1},
@@ -84,8 +90,7 @@ def gap_of_best(base_url: str, text: TokenIds) -> float:
     }
     reply = httpx.post(f"{base_url}/generate", json=body, timeout=TIMEOUT_SECONDS)
     reply.raise_for_status()
-    (best, second) = (entry[0] for entry in reply.json()["meta_info"]["output_top_logprobs"][0])
-    return best - second
+    return tuple((float(entry[0]), int(entry[1])) for entry in reply.json()["meta_info"]["output_top_logprobs"][0])
 
 
 def _at(tokens: TokenIds, position: int) -> int | None:

@@ -61,7 +61,7 @@ class Report:
         }
 
     def _speculation(self) -> dict[str, Any]:
-        """Figures of the server's counters. `host_share` is what of the wall time no model forward ran in."""
+        """Figures of the server's counters. `host_share` is the time outside steps that run a model."""
         if self.totals is None:
             nothing = dict.fromkeys(("rounds", "rounds_by_drafter", "share_by_drafter", "switches", "host_share"))
             # Without speculation every token is a round of its own; another algorithm's rounds are not known.

@@ -84,6 +84,16 @@ def start(module: str, *arguments: str, log: Path, port: int | None = None) -> S
     return Server(process, f"http://127.0.0.1:{port}", log)
 
 
+def stop_on_signals() -> None:
+    """End this script as Ctrl-C does when it is told to end or loses its terminal, so that its servers are stopped."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+
+
 @contextmanager
 def running_server(module: str, *arguments: str, log: Path) -> Iterator[str]:
     """Base URL of a server that answers, stopped at the end of the block."""

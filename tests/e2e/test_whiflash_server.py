@@ -38,14 +38,18 @@ NUM_TOKENS = 96
 @pytest.fixture(scope="module")
 def off(tmp_path_factory):
     log = tmp_path_factory.mktemp("off") / "server.log"
-    with running_server(LAUNCHER, "--demo", "--whiflash-router", "off", log=log) as base_url:
+    # In SGLang's overlapped schedule, which WHIFLASH does not use, a token counts for penalties one step late.
+    flags = ("--demo", "--whiflash-router", "off", "--disable-overlap-schedule")
+    with running_server(LAUNCHER, *flags, log=log) as base_url:
         yield base_url
 
 
 @pytest.fixture(scope="module")
 def alternate(tmp_path_factory):
     log = tmp_path_factory.mktemp("alternate") / "server.log"
-    with running_server(LAUNCHER, "--demo", "--whiflash-router", "alternate", log=log) as base_url:
+    # Hidden states are allowed by this flag, and must be refused all the same.
+    flags = ("--demo", "--whiflash-router", "alternate", "--enable-return-hidden-states")
+    with running_server(LAUNCHER, *flags, log=log) as base_url:
         yield base_url
 
 
@@ -132,7 +136,7 @@ def test_a_cached_prefix_changes_no_acceptance(alternate, prompts):
 
 
 def test_sampled_requests_beside_greedy_ones(alternate, prompts, reference):
-    """Neighbours that sample, with and without a seed, leave a greedy request's text alone."""
+    """Neighbours that sample leave a greedy request's text alone."""
     sampled = {"temperature": 0.8, "top_p": 0.9, "max_new_tokens": 48, "ignore_eos": True}
     greedy = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
     bodies = [{"input_ids": prompt, "sampling_params": p} for prompt in prompts[:4] for p in (sampled, greedy)]
@@ -140,6 +144,32 @@ def test_sampled_requests_beside_greedy_ones(alternate, prompts, reference):
         replies = list(pool.map(lambda body: ask(alternate, **body).json(), bodies))
     assert [len(reply["output_ids"]) for reply in replies[::2]] == [48] * 4
     assert [reply["output_ids"] for reply in replies[1::2]] == reference[:4]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"frequency_penalty": 0.7},
+        {"presence_penalty": 0.9},
+        {"repetition_penalty": 1.3},
+        {"min_new_tokens": 60, "ignore_eos": False},
+        {"logit_bias": "the third token never"},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_logits_that_a_request_adjusts(off, alternate, prompts, reference, own):
+    """The same text as without speculation, alone and beside requests that adjust nothing; and it does something."""
+    plain = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+    if "logit_bias" in own:
+        own = {"logit_bias": {str(reference[1][2]): -100.0}}
+    body = {"input_ids": prompts[1], "sampling_params": plain | own}
+    expected = ask(off, **body).json()["output_ids"]
+    assert expected != reference[1]
+    assert ask(alternate, **body).json()["output_ids"] == expected
+    bodies = [body, *({"input_ids": prompt, "sampling_params": plain} for prompt in prompts[2:5])]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        together = [reply["output_ids"] for reply in pool.map(lambda body: ask(alternate, **body).json(), bodies)]
+    assert together == [expected, *reference[2:5]]
 
 
 def test_text_that_reaches_the_context_length(off, alternate, prompts):
@@ -158,11 +188,12 @@ def test_a_prompt_beyond_the_context_is_refused_and_the_server_goes_on(alternate
     assert asyncio.run(generate(alternate, prompts[:1], NUM_TOKENS, in_flight=1)) == reference[:1]
 
 
-def test_logprobs_are_refused_clearly(alternate, prompts, reference):
+@pytest.mark.parametrize("asked", ["return_logprob", "return_hidden_states"])
+def test_what_rounds_do_not_return_is_refused_clearly(alternate, prompts, reference, asked):
     params = {"temperature": 0, "max_new_tokens": 4}
-    reply = ask(alternate, input_ids=prompts[0], sampling_params=params, return_logprob=True)
+    reply = ask(alternate, input_ids=prompts[0], sampling_params=params, **{asked: True})
     assert reply.status_code == 400
-    assert "WHIFLASH" in reply.text and "logprob" in reply.text and "--whiflash-router off" in reply.text
+    assert "WHIFLASH" in reply.text and asked in reply.text and "--whiflash-router off" in reply.text
     assert asyncio.run(generate(alternate, prompts[:1], NUM_TOKENS, in_flight=1)) == reference[:1]
 
 

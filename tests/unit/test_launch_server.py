@@ -76,6 +76,18 @@ def test_the_verify_width_holds_the_longest_draft(both: list[str], flags: list[s
     assert value(build_argv([*both, *flags])[1], "--speculative-num-draft-tokens") == width
 
 
+@pytest.mark.parametrize(("drafters", "width"), [("df-e3", 8), ("e3", 6)])
+def test_the_backlog_bound_may_be_the_verify_width(
+    both: list[str], tiny: tiny_models.TinyModels, drafters: str, width: int
+) -> None:
+    eagle = ["--model-path", str(tiny.target), "--whiflash-eagle-draft", str(tiny.eagle3)]
+    argv = both if drafters == "df-e3" else [*eagle, "--whiflash-drafters", drafters]
+    config, _ = build_argv([*argv, "--whiflash-max-backlog", str(width)])
+    assert config.max_backlog == width
+    with pytest.raises(ConfigError, match=f"--whiflash-max-backlog {width - 1}: below the verify width"):
+        build_argv([*argv, "--whiflash-max-backlog", str(width - 1)])
+
+
 def test_router_off_is_sglang_without_any_speculative_flag(both: list[str], tiny: tiny_models.TinyModels) -> None:
     speculative = [
         "--speculative-attention-mode",
@@ -183,6 +195,12 @@ def test_demo_without_its_models_says_how_to_make_them(tmp_path: Path, monkeypat
         ),
         (["--speculative-num-draft-tokens", "many"], "--speculative-num-draft-tokens many: not a whole number"),
         (["--whiflash-router", "neutral"], "--whiflash-router neutral: unknown router"),
+        (
+            ["--whiflash-max-backlog", "7"],
+            "--whiflash-max-backlog 7: below the verify width, which is 8 for these drafters",
+        ),
+        (["--whiflash-max-backlog", "5"], "--whiflash-max-backlog 5: below the verify width"),
+        (["--whiflash-catchup", "never"], "--whiflash-catchup never: unknown catch-up mode"),
     ],
 )
 def test_flags_that_are_refused(both: list[str], flags: list[str], said: str) -> None:
@@ -215,14 +233,53 @@ def test_only_a_speculating_server_leaves_a_configuration_behind(
 ) -> None:
     """The plugin registers nothing where it finds none, so that `off` is SGLang as it is: the honest baseline."""
     served = []
-    monkeypatch.setattr(launch_server, "serve", lambda argv, algorithm: served.append(algorithm))
+    monkeypatch.setattr(launch_server, "serve", served.append)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "left by another server")
     launch_server.main([*both, "--whiflash-router", "off"])
     assert ENVIRONMENT_VARIABLE not in os.environ
     assert "without speculation" in capsys.readouterr().out
     launch_server.main(both)
     assert WhiFlashConfig.from_environ(os.environ).router == "entropy"
-    assert served == [None, "WHIFLASH"]
+    assert ["--speculative-algorithm=WHIFLASH" in argv for argv in served] == [False, True]
+
+
+def test_a_config_file_is_read_before_the_flags_are_judged(
+    tiny: tiny_models.TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[list[str]] = []
+    monkeypatch.setattr(launch_server, "serve", served.append)
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        f"model-path: {tiny.target}\nspeculative-draft-model-path: {tiny.dflash}\nwhiflash-drafters: df\n"
+        "port: 31000\ndisable-radix-cache: true\n"
+    )
+    launch_server.main(["--config", str(file), "--port", "31001"])
+    assert WhiFlashConfig.from_environ(os.environ).draft_paths == {"df": str(tiny.dflash)}
+    assert "--disable-radix-cache" in served[0] and "--config" not in served[0]
+    ports = [served[0][i + 1] for i, flag in enumerate(served[0]) if flag == "--port"]
+    assert ports == ["31000", "31001"], "the last one counts: that of the command line"
+
+
+@pytest.mark.parametrize(("content", "said"), [("- 1", "dictionary"), ("a: [", "--config"), (None, "not found")])
+def test_a_bad_config_file_is_named(
+    tmp_path: Path, content: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "serve.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit) as end:
+        launch_server.main(["--config", str(file)])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --config") and said in error
+
+
+def test_flags_that_do_not_go_together_are_one_line() -> None:
+    command = [sys.executable, "-m", "whiflash_sglang.launch_server", "--demo", "--page-size", "16"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert "error: --page-size 16" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_our_flags_come_first_in_one_group() -> None:

@@ -237,3 +237,36 @@ def test_recorded_traces_of_others(name: str, sessions: int, turns: int) -> None
     loaded = load_traces([SHARED / name])
     assert len(loaded.sessions) == sessions
     assert sum(len(session.turns) for session in loaded.sessions) == turns
+
+
+def test_an_indented_session_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(OURS, indent=1))
+    assert one(path).session_id == OURS["session_id"]
+
+
+def test_a_document_that_breaks_off_is_one_error_at_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "run.traj"
+    lines = json.dumps(SWE_AGENT, indent=1).split("\n")
+    path.write_text("\n".join(lines[:-3]))
+    loaded = load_traces([path], skip_bad=True)
+    assert not loaded.sessions
+    assert len(loaded.skipped) == 1
+    assert f"line {len(lines) - 3}," in str(loaded.skipped[0])
+
+
+def test_a_broken_first_line_does_not_hide_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"schema_version": 1,\n' + json.dumps(OURS) + "\n")
+    loaded = load_traces([path], skip_bad=True)
+    assert len(loaded.sessions) == len(loaded.skipped) == 1
+
+
+@pytest.mark.parametrize("arguments", ["[" * 100_000, "1" * 5000])
+def test_arguments_beyond_what_can_be_read(tmp_path: Path, arguments: str) -> None:
+    entry = json.loads(json.dumps(TAU_BENCH[0]))
+    for message in entry["traj"]:
+        for call in message.get("tool_calls") or ():
+            call["function"]["arguments"] = arguments
+    (tool,) = one(write(tmp_path / "a.json", [entry])).tools
+    assert tool["function"]["parameters"]["properties"] == {}

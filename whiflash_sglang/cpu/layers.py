@@ -114,10 +114,17 @@ def rotary_table(layer: RotaryEmbedding) -> torch.Tensor:
 def pack_weight(result: None, method: UnquantizedLinearMethod | None, layer: torch.nn.Module) -> None:
     """After a linear layer's weights were loaded: keep them packed beside the plain ones."""
     weight = layer.weight.data
-    if weight.ndim == 2 and weight.numel() <= MAX_PACKED_WEIGHT and weight.dtype in (torch.float32, torch.bfloat16):
+    if weight.ndim == 2 and weight.numel() <= MAX_PACKED_WEIGHT and weight.dtype in packable_types():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         if packing_pays(weight, packed):
             layer.__dict__["whiflash_packed"] = packed
+
+
+@cache
+def packable_types() -> tuple[torch.dtype, ...]:
+    """What oneDNN packs on this CPU: bfloat16 needs AVX-512 or its like."""
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if has_bfloat16 else (torch.float32,)
 
 
 def packing_pays(weight: torch.Tensor, packed: torch.Tensor) -> bool:

@@ -31,10 +31,10 @@ class RandomRouter:
 
     def __init__(self, names: Sequence[str], seed: int):
         self.names = tuple(names)
-        self.seed = seed
+        self.salt = seed * 97 & 0xFFFFFFFF  # however long a number the seed is
 
     def route(self, rows: Rows) -> Plan:
-        mixed = (rows.prefix_lens * 2654435761 + rows.slots * 40503 + self.seed * 97) & 0xFFFFFFFF
+        mixed = (rows.prefix_lens * 2654435761 + rows.slots * 40503 + self.salt) & 0xFFFFFFFF
         mixed = ((mixed ^ (mixed >> 16)) * 73244475) & 0xFFFFFFFF
         return split(rows, self.names, (mixed ^ (mixed >> 16)) % len(self.names))
 
