@@ -91,7 +91,7 @@ def with_config_file(argv: Sequence[str]) -> list[str]:
         return list(argv)
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.server_args_config_parser import ConfigArgumentMerger
-    from yaml import YAMLError
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     parser = argparse.ArgumentParser(add_help=False)
     ServerArgs.add_cli_args(parser)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -169,3 +172,16 @@ def test_a_running_thread_is_seen():
     assert len(processes.other_threads()) == before + 1
     stop.set()
     thread.join()
+
+
+def test_bfloat16_is_left_plain_on_a_cpu_that_cannot_pack_it() -> None:
+    program = """
+import torch
+from whiflash_sglang.cpu.layers import pack_weight
+layer = torch.nn.Linear(64, 64, bias=False).to(torch.bfloat16)
+pack_weight(None, None, layer)
+print("packed" if "whiflash_packed" in layer.__dict__ else "plain")
+"""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.stdout.strip() == "plain", result.stderr

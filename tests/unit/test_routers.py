@@ -70,3 +70,9 @@ def test_entropy_value() -> None:
     logits = probabilities.log()  # -inf for a masked token must not turn it into NaN
     assert entropy(logits[None]).item() == pytest.approx(-sum(p * math.log(p) for p in (0.5, 0.25, 0.25)), abs=1e-6)
     assert entropy(torch.tensor([[1000.0, 0.0]])).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_random_takes_a_seed_of_any_length() -> None:
+    batch = rows(list(range(8)), [5] * 8)
+    chosen = choices(create_router(config(f"random:{10**30}"), 8).route(batch), 8)
+    assert set(chosen) <= {"df", "e3"}

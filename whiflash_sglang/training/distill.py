@@ -115,12 +115,12 @@ def train_eagle3(
     model.start_from(target)
     embed = target.get_input_embeddings()
 
-    def loss_of_step(step: int) -> torch.Tensor:
-        verdict = judge(target, *next(batches))
+    def loss_of(batch: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
+        verdict = judge(target, *batch)
         with torch.autocast(target.device.type, torch.bfloat16):
             return eagle3_loss(model, embed, verdict, num_chains=192)
 
-    return model, train(model, loss_of_step, settings, checkpoint)
+    return model, train(model, batches, loss_of, settings, checkpoint)
 
 
 def train_dflash(
@@ -138,12 +138,12 @@ def train_dflash(
     model.start_from(target)
     embed, head = target.get_input_embeddings(), target.lm_head.weight
 
-    def loss_of_step(step: int) -> torch.Tensor:
-        verdict = judge(target, *next(batches))
+    def loss_of(batch: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
+        verdict = judge(target, *batch)
         with torch.autocast(target.device.type, torch.bfloat16):
             return dflash_loss(model, embed, head, verdict, num_anchors=48)
 
-    return model, train(model, loss_of_step, settings, checkpoint)
+    return model, train(model, batches, loss_of, settings, checkpoint)
 
 
 def save_eagle3(model: Eagle3, target: Qwen3ForCausalLM, folder: Path) -> None:

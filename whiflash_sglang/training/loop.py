@@ -1,21 +1,23 @@
 """The training loop that target and drafters share: optimiser, schedule, checkpoints, progress.
 
 Matrices are stepped by Muon, all else by AdamW: on models of a few million parameters that takes about half the steps.
-A run is seeded, prints its loss, and goes on from its last checkpoint when it is started again.
+A run is seeded, prints its loss, and goes on from its last checkpoint when it is started again, as if it had never
+stopped: with the batches that it has not seen, and the random numbers of its next step.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
-Loss = Callable[[int], torch.Tensor]
+Batch = TypeVar("Batch")
 
 
 class Settings(NamedTuple):
@@ -32,10 +34,17 @@ class Result(NamedTuple):
     seconds: float
 
 
-def train(model: torch.nn.Module, loss_of_step: Loss, settings: Settings, checkpoint: Path) -> Result:
-    """Minimise `loss_of_step(step)` over the trainable parameters of `model`, in place."""
+def train(
+    model: torch.nn.Module,
+    batches: Iterator[Batch],
+    loss_of: Callable[[Batch], torch.Tensor],
+    settings: Settings,
+    checkpoint: Path,
+) -> Result:
+    """Minimise `loss_of(batch)` over the trainable parameters of `model`, in place; one step a batch."""
     optimizers = _optimizers(model, settings)
     step, spent, losses = _resume(model, optimizers, checkpoint)
+    batches = islice(batches, step, None)
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
     began = time.monotonic() - spent
     with Progress(*columns) as progress:
@@ -46,7 +55,8 @@ def train(model: torch.nn.Module, loss_of_step: Loss, settings: Settings, checkp
             if done >= 1:
                 break
             _set_rate(optimizers, min(1.0, (step + 1) / settings.warmup) * min(1.0, 2.5 * (1 - done)))
-            loss = loss_of_step(step)
+            torch.manual_seed(step)
+            loss = loss_of(next(batches))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:

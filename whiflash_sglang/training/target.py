@@ -41,8 +41,8 @@ def train_target(
 ) -> Result:
     device = model.device
 
-    def loss_of_step(step: int) -> torch.Tensor:
-        ids, spans = (torch.from_numpy(array).to(device) for array in next(batches))
+    def loss_of(batch: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
+        ids, spans = (torch.from_numpy(array).to(device) for array in batch)
         with torch.autocast(device.type, torch.bfloat16):
             hidden = model.model(input_ids=ids.clamp(min=0)).last_hidden_state[:, :-1]
         labels = ids[:, 1:]
@@ -52,7 +52,7 @@ def train_target(
         losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.clamp(min=0).flatten(), reduction="none")
         return (losses * weight.flatten()).sum() / weight.sum()
 
-    return train(model, loss_of_step, settings, checkpoint)
+    return train(model, batches, loss_of, settings, checkpoint)
 
 
 def save_target(model: Qwen3ForCausalLM, folder: Path, eos_token_id: int, pad_token_id: int) -> None:
