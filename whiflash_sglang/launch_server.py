@@ -120,8 +120,10 @@ def build_argv(argv: Sequence[str]) -> tuple[WhiFlashConfig, list[str]]:
             *_without_speculation(rest),
         ]
 
+    # Code is fetched only where the operator lets it run.
+    patterns = (*hub.WHOLE_TARGET, "*.py") if "--trust-remote-code" in rest else hub.WHOLE_TARGET
     target_path = hub.resolve(
-        FLAG_TARGET, flags.model_path, revision=flags.revision, cache_dir=flags.download_dir, patterns=hub.WHOLE_TARGET
+        FLAG_TARGET, flags.model_path, revision=flags.revision, cache_dir=flags.download_dir, patterns=patterns
     )
     config = _with_local_drafters(config, flags)
     if target_path != flags.model_path:

@@ -76,7 +76,8 @@ def _refuse_missing_weights(flag: str, folder: Path) -> None:
     if pickled:
         problem = f"its weights are pickled ({pickled[0]}), which can run code when loaded"
         raise CheckpointError(flag, folder, problem, "convert them with safetensors.torch.save_file")
-    raise CheckpointError(flag, folder, "has no *.safetensors file", "give the folder that holds the weights")
+    mend = "give the folder that holds the weights; pickled ones are not fetched from a hub, convert them first"
+    raise CheckpointError(flag, folder, "has no *.safetensors file", mend)
 
 
 def _read_header(flag: str, file: Path) -> dict[str, TensorInfo]:
