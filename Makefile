@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PORT ?= 30000
+MINUTES ?= 15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check format lock clean
+.PHONY: help setup demo serve soak test check format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -23,6 +24,9 @@ demo: $(INSTALLED)  ## serve the bundled models, replay the bundled traces under
 
 serve: $(INSTALLED)  ## serve the bundled models on 127.0.0.1:$(PORT)
 	@$(BIN)/python -m whiflash_sglang.launch_server --demo --port $(PORT)
+
+soak: $(INSTALLED)  ## serve from a KV pool that is too small for $(MINUTES) minutes, see what is left behind
+	@$(BIN)/python scripts/soak.py --minutes $(MINUTES)
 
 test: $(INSTALLED)  ## all tests, real servers on this CPU included; needs no network
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

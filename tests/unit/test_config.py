@@ -68,6 +68,16 @@ def test_router_off_needs_no_drafter_and_loads_none() -> None:
         ([*BOTH, "--whiflash-eagle-steps", "0"], ["--whiflash-eagle-steps", "0", "1 to 15"]),
         ([*BOTH, "--whiflash-eagle-steps", "16"], ["--whiflash-eagle-steps", "16", "1 to 15"]),
         ([*BOTH, "--whiflash-eagle-steps", "2.5"], ["--whiflash-eagle-steps", "2.5", "whole number"]),
+        ([*BOTH, "--whiflash-max-backlog", "5"], ["--whiflash-max-backlog", "5", "below the verify width", "128"]),
+        ([*BOTH, "--whiflash-max-backlog", "-1"], ["--whiflash-max-backlog", "-1", "below the verify width"]),
+        (
+            [*BOTH, "--whiflash-eagle-steps", "12", "--whiflash-max-backlog", "12"],
+            ["--whiflash-max-backlog", "12", "--whiflash-eagle-steps 12 makes 13"],
+        ),
+        ([*BOTH, "--whiflash-max-backlog", "many"], ["--whiflash-max-backlog", "many", "whole number"]),
+        ([*BOTH, "--whiflash-max-backlog", "64.5"], ["--whiflash-max-backlog", "64.5", "whole number"]),
+        ([*BOTH, "--whiflash-catchup", "sometimes"], ["--whiflash-catchup", "sometimes", "lazy or eager"]),
+        ([*BOTH, "--whiflash-catchup", ""], ["--whiflash-catchup", "lazy or eager"]),
     ],
 )
 def test_bad_flags_are_refused_with_flag_value_and_mend(argv: list[str], named: list[str]) -> None:
@@ -76,6 +86,12 @@ def test_bad_flags_are_refused_with_flag_value_and_mend(argv: list[str], named: 
     for part in named:
         assert part in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_catch_up_is_lazy_and_bounded_unless_told() -> None:
+    assert (parse(*BOTH).catch_up, parse(*BOTH).max_backlog) == ("lazy", 128)
+    told = parse(*BOTH, "--whiflash-catchup", "eager", "--whiflash-max-backlog", "6")
+    assert (told.catch_up, told.max_backlog) == ("eager", 6)
 
 
 def test_a_config_is_frozen_and_checked_wherever_it_is_made() -> None:
@@ -87,7 +103,9 @@ def test_a_config_is_frozen_and_checked_wherever_it_is_made() -> None:
 
 
 def test_the_environment_carries_the_config_unchanged() -> None:
-    config = parse(*BOTH, "--whiflash-router", "random:3", "--whiflash-entropy-threshold", "0.1")
+    config = parse(
+        *BOTH, "--whiflash-router", "random:3", "--whiflash-entropy-threshold", "0.1", "--whiflash-catchup", "eager"
+    )
     environ: dict[str, str] = {}
     config.to_environ(environ)
     assert list(environ) == [ENVIRONMENT_VARIABLE]

@@ -1,0 +1,71 @@
+"""The launcher, except that the scheduler writes down what every drafter's KV pool holds of each request that ends.
+
+    WHIFLASH_TEST_DUMPS=FOLDER python -m tests.e2e.dumping_server --demo ...
+
+FOLDER/RID.npz then holds what the radix tree is about to share of the request: its `tokens` [n], and for every drafter
+and layer the keys and values of positions 0 .. n - 1 as `NAME.LAYER.k` and `NAME.LAYER.v` [n, kv_heads, head_dim].
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from whiflash_sglang import launch_server
+
+FOLDER = "WHIFLASH_TEST_DUMPS"
+
+
+def install() -> None:
+    """Wrap the place where SGLang gives the tree a request's KV slots. The scheduler is forked from this process, so
+    that it runs what is put here."""
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+
+    from whiflash_sglang.cpu.processes import other_threads
+    from whiflash_sglang.worker import WhiFlashWorker
+
+    workers: list[WhiFlashWorker] = []
+    assemble, cache_finished = WhiFlashWorker.assemble, RadixCache.cache_finished_req
+
+    def assemble_and_keep(worker: WhiFlashWorker) -> None:
+        assemble(worker)
+        workers.append(worker)
+
+    def dump_and_cache(tree: RadixCache, request: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
+        if is_insert:  # not where a request is retracted
+            write(request.rid, shared(workers[0], request, kv_len_to_handle))
+        cache_finished(tree, request, is_insert, kv_len_to_handle=kv_len_to_handle)
+
+    WhiFlashWorker.assemble = assemble_and_keep
+    RadixCache.cache_finished_req = dump_and_cache
+    if others := other_threads():
+        raise SystemExit(f"the scheduler would be spawned, and not write anything: other threads run ({others})")
+
+
+def shared(worker: Any, request: Any, length: int) -> dict[str, np.ndarray]:
+    """The first `length` positions of a request."""
+    tokens = [*request.origin_input_ids, *request.output_ids][:length]
+    slots = worker.req_to_token_pool.req_to_token[request.req_pool_idx, :length].long()
+    arrays = {"tokens": np.array(tokens, dtype=np.int64)}
+    for name, runner in worker.runners.items():
+        pool = runner.worker.model_runner.token_to_kv_pool
+        for layer in range(worker.specs[name].num_layers):
+            for kind, buffer in zip("kv", pool.get_kv_buffer(layer), strict=True):
+                arrays[f"{name}.{layer}.{kind}"] = buffer[slots].numpy()
+    return arrays
+
+
+def write(rid: str, arrays: dict[str, np.ndarray]) -> None:
+    path = Path(os.environ[FOLDER]) / f"{rid}.npz"
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
+    partial.rename(path)  # a file that exists is whole
+
+
+if __name__ == "__main__":
+    install()
+    launch_server.main()

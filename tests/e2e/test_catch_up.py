@@ -1,0 +1,150 @@
+"""What a WHIFLASH server shows of its drafters in metrics, and how it goes on when one of them fails. Each server in
+turn, on the bundled models; all are asked for the same texts."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import load_file, save_file
+
+from whiflash_sglang.launch_server import DEMO_MODELS
+from workloads.lossless import generate
+from workloads.server import running_server
+from workloads.tokens import heldout_histories, totals
+
+pytestmark = pytest.mark.e2e
+
+LAUNCHER = "whiflash_sglang.launch_server"
+NUM_TOKENS = 64
+# A weight of each drafter that is not touched by KV-only ingestion: it spoils the drafts, and then everything.
+WEIGHTS = {"e3": ("eagle3", "midlayer.mlp.down_proj.weight"), "df": ("dflash", "layers.1.mlp.down_proj.weight")}
+FLAGS = {"e3": "--whiflash-eagle-draft", "df": "--speculative-draft-model-path"}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a server said and showed before it was stopped."""
+
+    texts: list[list[int]]
+    totals: dict[str, Any]
+    metrics: dict[str, dict[str, float]]  # name -> value by the label that tells its samples apart, "" where none does
+    log: str
+
+
+def watch(prompts: list[list[int]], log: Path, *flags: str) -> Seen:
+    """The texts of a demo server, first one prompt after the other, then all at once: they must be the same."""
+    with running_server(LAUNCHER, "--demo", "--enable-metrics", *flags, log=log) as base_url:
+        alone = asyncio.run(generate(base_url, prompts, NUM_TOKENS, in_flight=1))
+        together = asyncio.run(generate(base_url, prompts, NUM_TOKENS, in_flight=len(prompts)))
+        assert together == alone
+        counted = totals(base_url)
+        shown = httpx.get(f"{base_url}/metrics", timeout=30, follow_redirects=True).text
+    assert counted is not None
+    return Seen(alone, dict(counted), ours(shown), log.read_text(errors="replace"))
+
+
+def ours(text: str) -> dict[str, dict[str, float]]:
+    """The samples of WHIFLASH's own metrics."""
+    found: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples if family.name.startswith("whiflash_") else []:
+            own = [value for label, value in sample.labels.items() if label in ("drafter", "step", "kind")]
+            found.setdefault(sample.name, {})[own[0] if own else ""] = sample.value
+    return found
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return list(islice(chain(*heldout_histories(6)), 6))
+
+
+@pytest.fixture(scope="module")
+def healthy(prompts, tmp_path_factory) -> Seen:
+    return watch(prompts, tmp_path_factory.mktemp("healthy") / "server.log", "--whiflash-router", "random:1")
+
+
+@pytest.fixture(scope="module", params=["e3", "e3 df"])
+def broken(request, prompts, tmp_path_factory) -> Iterator[tuple[list[str], Seen]]:
+    """A server with a NaN in one drafter, and one with a NaN in each. Checkpoints are read as they are."""
+    folder = tmp_path_factory.mktemp("broken")
+    names = request.param.split()
+    flags = [part for name in names for part in (FLAGS[name], str(with_nan(name, folder)))]
+    yield names, watch(prompts, folder / "server.log", "--whiflash-router", "alternate", *flags)
+
+
+def with_nan(name: str, folder: Path) -> Path:
+    """A copy of a bundled drafter with one weight that is no number."""
+    checkpoint, weight = WEIGHTS[name]
+    copy = folder / checkpoint
+    shutil.copytree(DEMO_MODELS / checkpoint, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors[weight][0, 0] = torch.nan
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_metrics_say_what_the_totals_say(healthy):
+    counted, shown = healthy.totals, healthy.metrics
+    assert set(counted["rounds_by_drafter"]) == {"df", "e3"}
+    assert shown["whiflash_rounds_total"] == counted["rounds_by_drafter"]
+    assert shown["whiflash_drafted_tokens_total"] == counted["drafted_by_drafter"]
+    assert shown["whiflash_accepted_tokens_total"] == counted["accepted_by_drafter"]
+    assert shown["whiflash_ingested_tokens_total"] == counted["ingested_by_drafter"]
+    assert shown["whiflash_switches_total"] == {"": counted["switches"]}
+    assert shown["whiflash_catch_up_tokens_total"] == {"": counted["catch_up"]["tokens"]}
+    assert shown["whiflash_catch_up_passes_total"] == {"": counted["catch_up"]["passes"]}
+    assert shown["whiflash_catch_up_seconds_total"][""] == pytest.approx(counted["catch_up"]["ms"] / 1000)
+    assert shown["whiflash_backlog_max_tokens"] == {"": counted["backlog_max"]}
+    assert shown["whiflash_kv_pool_tokens"] == counted["kv_pool"]
+    assert shown["whiflash_step_seconds_total"] == pytest.approx(counted["seconds"])
+    assert "whiflash_drafter_switched_off" not in shown
+
+
+def test_totals_are_those_of_the_texts(healthy):
+    """Every token but a request's first comes from a round; each drafter ingests what the rounds committed, no more
+    than a last window beyond the texts."""
+    counted = healthy.totals
+    decoded = 2 * sum(len(text) - 1 for text in healthy.texts)
+    committed = counted["rounds"] + counted["accepted_drafts"]
+    windows = 2 * len(healthy.texts) * 8
+    assert decoded <= committed <= decoded + windows
+    assert all(decoded <= tokens <= committed for tokens in counted["ingested_by_drafter"].values())
+    assert 0 < counted["catch_up"]["tokens"] <= sum(counted["ingested_by_drafter"].values())
+    assert 0 < counted["catch_up"]["passes"] <= counted["switches"] + 2 * 2 * len(healthy.texts)
+    assert 0 < counted["backlog_max"] <= NUM_TOKENS + 8
+
+
+def test_a_drafter_that_yields_nan_is_switched_off_and_the_text_stays(broken, healthy):
+    names, seen = broken
+    assert seen.texts == healthy.texts
+    assert seen.totals["switched_off"] == dict.fromkeys(names, 1)
+    assert seen.metrics["whiflash_drafter_switched_off"] == dict.fromkeys(names, 1.0)
+    lines = [line for line in seen.log.splitlines() if "switched off" in line]
+    assert len(lines) == len(names)
+    for name in names:
+        (line,) = (line for line in lines if f"drafter {name} " in line)
+        assert "NaN" in line and WEIGHTS[name][0] in line and "go on with" in line
+
+
+def test_requests_go_on_without_the_drafter_that_is_off(broken, healthy):
+    """After its first round, in which it showed, nobody is drafted for by it; without any drafter rounds go on too."""
+    names, seen = broken
+    rounds = seen.totals["rounds_by_drafter"]
+    assert all(rounds[name] == 1 for name in names)
+    rest = "none" if len(names) == 2 else "df"
+    assert rounds[rest] == seen.totals["rounds"] - len(names)
+    if rest == "df":
+        assert seen.totals["accepted_by_drafter"]["df"] > rounds["df"]
