@@ -150,6 +150,10 @@ def install_hooks() -> None:
     HookRegistry.register(
         "sglang.srt.mem_cache.allocation_sizing.get_alloc_reserve_per_decode", _one_window, HookType.AROUND
     )
+    # Longest request: SGLang lets one fill the whole pool, without room for its last verify window.
+    HookRegistry.register(
+        "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info", _leave_room_for_a_window, HookType.AFTER
+    )
     # Refusals: SGLang names the algorithm of which ours counts as one of the family, and no mend; hidden states, which
     # our rounds do not return, it refuses only where steps overlap.
     HookRegistry.register(
@@ -189,6 +193,13 @@ def _one_window(original: Any, server_args: Any = None) -> int:
     from sglang.srt.mem_cache.allocation_sizing import get_alloc_len_per_decode
 
     return int(get_alloc_len_per_decode(server_args))
+
+
+def _leave_room_for_a_window(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
+    pool_tokens, max_request_len, max_prompt_len = info[0], info[4], info[5]
+    room = pool_tokens - 1 - worker.server_args.speculative_num_draft_tokens
+    excess = max(0, max_request_len - room)
+    return (*info[:4], max_request_len - excess, max_prompt_len - excess, *info[6:])
 
 
 def _name_ourselves(refusal: str | None, request: Any, *args: Any) -> str | None:

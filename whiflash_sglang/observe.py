@@ -142,7 +142,12 @@ class RequestFigures:
 
     def __getitem__(self, tokens: slice) -> list[dict[str, Any]]:
         # The slot has been given back by then, but its figures stand until its next request's prefill.
-        return [self.totals.request(self.slot)] if self.request.finished() else []
+        if not self.request.finished():
+            return []
+        names = self.totals.names[:-1]
+        # Every drafter keeps its own K and V for each of the request's KV slots.
+        slots = {"draft_kv_slots": dict.fromkeys(names, int(self.request.kv_committed_len))}
+        return [self.totals.request(self.slot) | slots]
 
 
 class Metrics:

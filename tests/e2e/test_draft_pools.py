@@ -275,3 +275,11 @@ def test_a_request_shows_its_own_figures(server, replay):
 def test_requests_were_retracted(server, replay):
     retractions = sum(answer.meta["num_retractions"] for answer in replay.turns)
     assert (retractions > 0) == (server.name == "lagging")
+
+
+def test_a_request_that_alone_fills_the_pool_ends_there(server):
+    if server.name != "lagging":
+        pytest.skip("the pool is as large as the context")
+    answer = server.ask("large", [5] * 1200, max_new_tokens=3000, ignore_eos=True)
+    assert answer.meta["finish_reason"]["type"] == "length"
+    assert 1536 - 16 < answer.meta["prompt_tokens"] + len(answer.output) <= 1536

@@ -65,11 +65,11 @@ def test_a_request_is_counted_by_itself_and_stays_in_the_totals(totals: Totals) 
 
 def test_figures_of_a_request_come_with_its_last_tokens(totals: Totals) -> None:
     ended = False
-    request = SimpleNamespace(req_pool_idx=torch.tensor(2), finished=lambda: ended)
+    request = SimpleNamespace(req_pool_idx=torch.tensor(2), finished=lambda: ended, kv_committed_len=40)
     figures = RequestFigures(totals, request)
     assert figures[0:5] == []
     ended = True
-    assert figures[5:9] == [totals.request(2)]
+    assert figures[5:9] == [totals.request(2) | {"draft_kv_slots": {"df": 40, "e3": 40}}]
 
 
 def test_metrics_follow_the_totals() -> None:
