@@ -119,16 +119,7 @@ def prefill_share(base_url: str, sessions: list[list[TokenIds]], repeats: int = 
 def kv_only_over_full_layer(repeats: int = 7) -> float:
     """Seconds of EAGLE-3's KV-only ingestion of a tool output over those of its whole layer, at the demo's shapes."""
     torch.set_num_threads(1)
-    config = AutoConfig.from_pretrained(TOKENIZER)
-    shape = DrafterShape(
-        config.hidden_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        config.intermediate_size,
-        config.vocab_size,
-        float(config.rope_parameters["rope_theta"]),
-    )
+    shape = DrafterShape.of(AutoConfig.from_pretrained(TOKENIZER))
     model = Eagle3(shape, (1, 3, 6), torch.arange(64))
     features = torch.randn(1, TOOL_OUTPUT_TOKENS, 3 * shape.hidden)
     embeds = torch.randn(1, TOOL_OUTPUT_TOKENS, shape.hidden)

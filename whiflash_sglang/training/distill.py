@@ -111,7 +111,7 @@ def train_eagle3(
     checkpoint: Path,
 ) -> tuple[Eagle3, Result]:
     torch.manual_seed(1)
-    model = Eagle3(DrafterShape.of(target), layer_ids, draft_tokens).to(target.device)
+    model = Eagle3(DrafterShape.of(target.config), layer_ids, draft_tokens).to(target.device)
     model.start_from(target)
     embed = target.get_input_embeddings()
 
@@ -134,7 +134,7 @@ def train_dflash(
     checkpoint: Path,
 ) -> tuple[DFlash, Result]:
     torch.manual_seed(2)
-    model = DFlash(DrafterShape.of(target), layer_ids, layers, block, mask_token).to(target.device)
+    model = DFlash(DrafterShape.of(target.config), layer_ids, layers, block, mask_token).to(target.device)
     model.start_from(target)
     embed, head = target.get_input_embeddings(), target.lm_head.weight
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from whiflash_sglang.training.layers import MLP, Attention, Rope
 
@@ -32,9 +32,8 @@ class DrafterShape:
     theta: float
 
     @classmethod
-    def of(cls, target: Qwen3ForCausalLM) -> DrafterShape:
-        """Layers as wide as the target's own."""
-        config = target.config
+    def of(cls, config: Qwen3Config) -> DrafterShape:
+        """Layers as wide as those of a target with this config."""
         return cls(
             config.hidden_size,
             config.num_attention_heads,
