@@ -16,21 +16,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from whiflash_sglang.training import card, evaluate, text
-from whiflash_sglang.training.distill import (
-    EAGLE3_STEPS,
-    load_drafters,
-    save_dflash,
-    save_eagle3,
-    train_dflash,
-    train_eagle3,
-)
+from whiflash_sglang.training import card, evaluate, replies, text
+from whiflash_sglang.training.distill import EAGLE3_STEPS, load_drafters
 from whiflash_sglang.training.loop import Result, Settings
 from whiflash_sglang.training.target import new_target, save_target, train_target
+from whiflash_sglang.training.train_drafter import Recipe, fit_dflash, fit_eagle3
 from workloads.demo.generate import sessions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,37 +73,43 @@ def load_target(args: argparse.Namespace) -> Qwen3ForCausalLM:
 
 def run_eagle3(args: argparse.Namespace, examples: list[text.Example]) -> Result:
     target = load_target(args)
-    counts = torch.bincount(torch.from_numpy(np.concatenate([e.ids[e.spans > 0] for e in examples])), minlength=1)
-    draft_tokens = counts.topk(min(DRAFT_VOCAB, int((counts > 0).sum()))).indices.sort().values
-    batches = text.batches(examples, args.batch_tokens, args.length, args.seed + 1)
-    settings = Settings(args.steps, max_seconds=60 * args.minutes)
-    model, result = train_eagle3(target, EAGLE3_LAYERS, draft_tokens, batches, settings, args.runs / "eagle3.pt")
-    save_eagle3(model, target, args.out / "eagle3")
-    return result
+    recipe = recipe_of(args, EAGLE3_LAYERS, args.seed + 1, "eagle3.pt")
+    return fit_eagle3(target, examples, recipe, DRAFT_VOCAB, args.out / "eagle3")
 
 
 def run_dflash(args: argparse.Namespace, examples: list[text.Example]) -> Result:
     target = load_target(args)
     mask_token = AutoTokenizer.from_pretrained(args.out / "target").mask_token_id
-    batches = text.batches(examples, args.batch_tokens, args.length, args.seed + 2)
+    recipe = recipe_of(args, DFLASH_LAYERS, args.seed + 2, "dflash.pt")
+    return fit_dflash(target, examples, recipe, DFLASH_DEPTH, DFLASH_BLOCK, mask_token, args.out / "dflash")
+
+
+def recipe_of(args: argparse.Namespace, layers: tuple[int, ...], seed: int, checkpoint: str) -> Recipe:
     settings = Settings(args.steps, max_seconds=60 * args.minutes)
-    checkpoint = args.runs / "dflash.pt"
-    model, result = train_dflash(
-        target, DFLASH_LAYERS, DFLASH_DEPTH, DFLASH_BLOCK, mask_token, batches, settings, checkpoint
-    )
-    save_dflash(model, target, args.out / "dflash")
-    return result
+    return Recipe(layers, args.batch_tokens, args.length, seed, settings, args.runs / checkpoint)
 
 
 def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Greedy replies to held-out histories, and what both drafters would have made of them."""
     target = load_target(args).to("cpu")  # it is compared with the server's float32 on a CPU, and takes a minute
     tokenizer = AutoTokenizer.from_pretrained(args.out / "target")
-    replies = evaluate.greedy_replies(target, tokenizer, list(sessions("heldout", args.heldout)))
+    heldout = list(sessions("heldout", args.heldout))
+    prompts = [prompt for session in heldout for prompt in replies.prompts_of(session, tokenizer)]
+    found = replies.greedy_replies(target, tokenizer, prompts)
+    turns = {(s["session_id"], i): message for s in heldout for i, message in enumerate(s["messages"])}
+    texts = []
+    for reply in found:
+        recorded = text.parsed_arguments(turns[reply.prompt.session, reply.prompt.message])
+        texts.append(
+            (
+                tokenizer.apply_chat_template([recorded], tokenize=False),
+                tokenizer.decode(reply.example.ids[reply.start :]),
+            )
+        )
     drafters = load_drafters(args.out)
-    result = evaluate.acceptance(target, drafters["e3"], drafters["df"], replies, steps=EAGLE3_STEPS)
-    figures = evaluate.figures(result, args.cost_ratio)
-    return {"replies": len(replies), "tool_calls": evaluate.call_figures(replies)} | figures
+    positions = [replies.positions(target, drafters["e3"], drafters["df"], reply, EAGLE3_STEPS) for reply in found]
+    figures = evaluate.acceptance_figures([one for one in positions if one is not None])
+    return {"replies": len(found), "tool_calls": evaluate.call_figures(texts)} | figures
 
 
 def main() -> None:
@@ -124,7 +123,6 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--length", type=int, default=1408)
     parser.add_argument("--heldout", type=int, default=24, help="held-out sessions to evaluate on")
-    parser.add_argument("--cost-ratio", type=float, default=1.25, help="time of an e3 round over that of a df round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

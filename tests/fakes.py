@@ -71,6 +71,7 @@ class World:
             last.append(len(positions) - 1)
         return Prefill(
             torch.tensor(features, dtype=torch.float64),
+            torch.zeros(len(features), 0),
             torch.tensor(following),
             torch.tensor(positions),
             torch.tensor(kv_slots),
@@ -96,7 +97,7 @@ class FakeTarget:
                 text = [*text, int(proposal.tokens[row, column])]
                 logits[row, column, next_token(text)] = 5.0
                 features[row, column] = feature(text)
-        return Verified(logits.argmax(-1), logits, features)
+        return Verified(logits.argmax(-1), logits, features, torch.zeros(num_rows, width, 0))
 
 
 class FakeDrafter:

@@ -277,6 +277,7 @@ class RadixWorld(World):
         lens = torch.tensor([request.allocated for request, _ in batch])
         return Prefill(
             features=torch.tensor(features, dtype=torch.float64),
+            hidden=torch.zeros(len(features), 0),
             next_tokens=torch.tensor([texts[request][place + 1] for request, place in positions]),
             positions=torch.tensor([place for _, place in positions]),
             kv_slots=torch.tensor([int(self.table[request.row, place]) for request, place in positions]),

@@ -25,15 +25,24 @@ ENVIRONMENT_VARIABLE = "WHIFLASH_CONFIG"
 Number = TypeVar("Number", int, float)
 
 DRAFTERS = {"df-e3": ("df", "e3"), "df": ("df",), "e3": ("e3",)}
-ROUTERS = "entropy, fixed:e3, fixed:df, alternate, random:SEED or off"
+ROUTERS = "entropy, neural, fixed:e3, fixed:df, alternate, random:SEED or off"
+SCORED = ("entropy", "neural")  # routers that decide by a score
 MAX_EAGLE_STEPS = 15
+DEFAULT_ENTROPY_THRESHOLD = 0.5  # nats, where no calibration says better
 CATCH_UP = ("lazy", "eager")
+OBJECTIVES = ("tokens_per_ms", "acceptance")
+POSITIVE_DRAFTERS = ("e3", "df")
 
 FLAG_DRAFTERS = "--whiflash-drafters"
 FLAG_DFLASH = "--speculative-draft-model-path"
 FLAG_EAGLE = "--whiflash-eagle-draft"
 FLAG_ROUTER = "--whiflash-router"
 FLAG_THRESHOLD = "--whiflash-entropy-threshold"
+FLAG_ROUTER_PATH = "--whiflash-neural-router-path"
+FLAG_ROUTER_THRESHOLD = "--whiflash-neural-router-threshold"
+FLAG_POSITIVE = "--whiflash-positive-drafter"
+FLAG_OBJECTIVE = "--whiflash-objective"
+FLAG_CALIBRATION = "--whiflash-calibration"
 FLAG_STEPS = "--whiflash-eagle-steps"
 FLAG_CATCH_UP = "--whiflash-catchup"
 FLAG_BACKLOG = "--whiflash-max-backlog"
@@ -47,7 +56,12 @@ class WhiFlashConfig:
     dflash_draft: str | None = None
     eagle_draft: str | None = None
     router: str = "entropy"
-    entropy_threshold: float = 0.5  # nats; above it `e3` drafts, else `df`
+    entropy_threshold: float | None = None  # nats; above it `e3` drafts, else `df`
+    neural_router_path: str | None = None
+    neural_router_threshold: float | None = None  # tokens that the positive drafter must be expected to gain
+    positive_drafter: str | None = None  # of a router file that does not say it
+    objective: str | None = None
+    calibration: str | None = None
     eagle_steps: int = 5  # draft tokens of one EAGLE-3 chain
     catch_up: str = "lazy"  # a drafter ingests when it is needed, or in every round
     max_backlog: int = 128  # tokens of a request that a drafter may lag behind
@@ -71,12 +85,13 @@ class WhiFlashConfig:
             raise ConfigError(FLAG_DRAFTERS, self.drafters, "unknown drafters", f"use one of {', '.join(DRAFTERS)}")
         self._validate_router()
         self._validate_paths()
+        self._validate_policy()
         self._validate_numbers()
 
     def _validate_router(self) -> None:
         kind, colon, argument = self.router.partition(":")
         names = DRAFTERS[self.drafters]
-        if kind not in ("entropy", "fixed", "alternate", "random", "off"):
+        if kind not in (*SCORED, "fixed", "alternate", "random", "off"):
             raise ConfigError(FLAG_ROUTER, self.router, "unknown router", f"use {ROUTERS}")
         if colon and kind not in ("fixed", "random"):
             raise ConfigError(FLAG_ROUTER, self.router, f"`{kind}` takes no argument", f"use `{kind}`")
@@ -86,7 +101,7 @@ class WhiFlashConfig:
             raise ConfigError(FLAG_ROUTER, self.router, problem, f"use {choices}")
         if kind == "random" and not (argument.isascii() and argument.isdigit()):
             raise ConfigError(FLAG_ROUTER, self.router, "the seed must be a whole number >= 0", "use e.g. random:0")
-        if kind in ("entropy", "alternate", "random") and len(names) == 1:
+        if kind in (*SCORED, "alternate", "random") and len(names) == 1:
             problem = f"nothing to choose between, {FLAG_DRAFTERS} {self.drafters} is one drafter"
             raise ConfigError(FLAG_ROUTER, self.router, problem, f"use fixed:{names[0]} or {FLAG_DRAFTERS} df-e3")
 
@@ -104,13 +119,61 @@ class WhiFlashConfig:
                 mend = f"drop it or use {FLAG_DRAFTERS} df-e3"
                 raise ConfigError(flag, path, f"given, but {asked} would not load it", mend)
 
+    def _validate_policy(self) -> None:
+        """Flags of the routers that decide by a score, and of their objective."""
+        if self.objective is not None and self.objective not in OBJECTIVES:
+            raise ConfigError(FLAG_OBJECTIVE, self.objective, "unknown objective", f"use {' or '.join(OBJECTIVES)}")
+        if self.positive_drafter is not None and self.positive_drafter not in POSITIVE_DRAFTERS:
+            mend = f"use {' or '.join(POSITIVE_DRAFTERS)}"
+            raise ConfigError(FLAG_POSITIVE, self.positive_drafter, "unknown drafter", mend)
+        if self.router == "off":
+            return  # these flags too may stay on the command line
+        if self.router == "neural" and self.neural_router_path is None:
+            mend = "give the router's folder or .safetensors file"
+            raise ConfigError(FLAG_ROUTER_PATH, None, f"missing, but {FLAG_ROUTER} neural needs it", mend)
+        for flag, value, routers in (
+            (FLAG_ROUTER_PATH, self.neural_router_path, ("neural",)),
+            (FLAG_ROUTER_THRESHOLD, self.neural_router_threshold, ("neural",)),
+            (FLAG_POSITIVE, self.positive_drafter, ("neural",)),
+            (FLAG_THRESHOLD, self.entropy_threshold, ("entropy",)),
+            (FLAG_OBJECTIVE, self.objective, SCORED),
+            (FLAG_CALIBRATION, self.calibration, SCORED),
+        ):
+            if value is not None and self.router not in routers:
+                mend = f"drop it, or use {FLAG_ROUTER} {' or '.join(routers)}"
+                raise ConfigError(flag, value, f"has no effect with {FLAG_ROUTER} {self.router}", mend)
+        threshold = self.neural_router_threshold if self.router == "neural" else self.entropy_threshold
+        if self.objective == "tokens_per_ms" and threshold is not None:
+            flag = FLAG_ROUTER_THRESHOLD if self.router == "neural" else FLAG_THRESHOLD
+            mend = f"drop it, or use {FLAG_OBJECTIVE} acceptance"
+            raise ConfigError(flag, threshold, f"has no effect with {FLAG_OBJECTIVE} tokens_per_ms", mend)
+        if self.objective == "tokens_per_ms" and self.router == "entropy" and self.calibration is None:
+            problem = "needs to know what a drafter gains at which entropy"
+            mend = f"give {FLAG_CALIBRATION}, which `python -m whiflash_sglang.calibrate` writes"
+            raise ConfigError(FLAG_OBJECTIVE, self.objective, problem, mend)
+
+    @property
+    def weighs_costs(self) -> bool:
+        """Whether the router decides by tokens per millisecond: if asked for, or if it can and no threshold is
+        given."""
+        if self.router not in SCORED:
+            return False
+        if self.objective is not None:
+            return self.objective == "tokens_per_ms"
+        if self.router == "neural":
+            return self.neural_router_threshold is None
+        return self.entropy_threshold is None and self.calibration is not None
+
     def _validate_numbers(self) -> None:
         threshold = self.entropy_threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        if threshold is not None and not _is_number(threshold):
             raise ConfigError(FLAG_THRESHOLD, threshold, "not a number", "give nats, e.g. 0.5")
-        if not math.isfinite(threshold) or threshold < 0:
+        if threshold is not None and (not math.isfinite(threshold) or threshold < 0):
             mend = "give nats, e.g. 0.5; for one drafter always use fixed:df or fixed:e3"
             raise ConfigError(FLAG_THRESHOLD, threshold, "must be a finite number >= 0", mend)
+        threshold = self.neural_router_threshold
+        if threshold is not None and not (_is_number(threshold) and math.isfinite(threshold)):
+            raise ConfigError(FLAG_ROUTER_THRESHOLD, threshold, "must be a finite number", "give tokens, e.g. 1.0")
         steps = self.eagle_steps
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise ConfigError(FLAG_STEPS, steps, "not a whole number", "give draft tokens a round, e.g. 5")
@@ -157,16 +220,28 @@ class WhiFlashConfig:
         names = DRAFTERS[drafters]
         default_router = cls.router if len(names) > 1 else f"fixed:{names[0]}"
         threshold, steps = namespace.whiflash_entropy_threshold, namespace.whiflash_eagle_steps
+        neural_threshold = namespace.whiflash_neural_router_threshold
         return cls(
             drafters=drafters,
             dflash_draft=namespace.speculative_draft_model_path,
             eagle_draft=namespace.whiflash_eagle_draft,
             router=default_router if namespace.whiflash_router is None else namespace.whiflash_router,
-            entropy_threshold=_number(float, FLAG_THRESHOLD, threshold, cls.entropy_threshold),
+            entropy_threshold=None if threshold is None else _number(float, FLAG_THRESHOLD, threshold, 0.5),
+            neural_router_path=namespace.whiflash_neural_router_path,
+            neural_router_threshold=None
+            if neural_threshold is None
+            else _number(float, FLAG_ROUTER_THRESHOLD, neural_threshold, 1.0),
+            positive_drafter=namespace.whiflash_positive_drafter,
+            objective=namespace.whiflash_objective,
+            calibration=namespace.whiflash_calibration,
             eagle_steps=_number(int, FLAG_STEPS, steps, cls.eagle_steps),
             catch_up=namespace.whiflash_catchup,
             max_backlog=_number(int, FLAG_BACKLOG, namespace.whiflash_max_backlog, cls.max_backlog),
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 _START_MEND = "start the server with `python -m whiflash_sglang.launch_server`"
@@ -210,7 +285,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         FLAG_THRESHOLD,
         metavar="NATS",
         default=None,
-        help=f"router entropy: above it EAGLE-3 drafts, else DFlash (default: {WhiFlashConfig.entropy_threshold})",
+        help="router entropy: above it EAGLE-3 drafts, else DFlash (default: the calibration's, else "
+        f"{DEFAULT_ENTROPY_THRESHOLD})",
+    )
+    group.add_argument(
+        FLAG_ROUTER_PATH,
+        metavar="PATH",
+        default=None,
+        help="router neural: its folder, or a bare .safetensors file of two linear layers",
+    )
+    group.add_argument(
+        FLAG_ROUTER_THRESHOLD,
+        metavar="TOKENS",
+        default=None,
+        help="router neural: the positive drafter drafts where it is expected to gain more than this; without it the "
+        "decision is by tokens per millisecond",
+    )
+    group.add_argument(
+        FLAG_POSITIVE,
+        metavar="{e3,df}",
+        default=None,
+        help="router neural from a bare file: the drafter whose gain it predicts",
+    )
+    group.add_argument(
+        FLAG_OBJECTIVE,
+        metavar="{tokens_per_ms,acceptance}",
+        default=None,
+        help="routers entropy and neural: decide by expected tokens per millisecond, with the costs of a round "
+        "measured at start and rounds without drafts as a third choice, or by the plain threshold (default: "
+        f"tokens_per_ms with neural or {FLAG_CALIBRATION}, where no threshold is given)",
+    )
+    group.add_argument(
+        FLAG_CALIBRATION,
+        metavar="FILE",
+        default=None,
+        help="what `python -m whiflash_sglang.calibrate` found out about these models on this machine",
     )
     group.add_argument(
         FLAG_STEPS,

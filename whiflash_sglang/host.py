@@ -18,7 +18,7 @@ from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from whiflash_sglang.checkpoints import DrafterSpec, load_drafter_spec, load_target_spec
-from whiflash_sglang.config import WhiFlashConfig
+from whiflash_sglang.config import FLAG_OBJECTIVE, WhiFlashConfig
 from whiflash_sglang.drafters.runner import DraftRunner
 
 ALGORITHM = "WHIFLASH"
@@ -61,6 +61,10 @@ class WhiFlashAlgorithm(CustomSpecAlgo):
         """Settle what follows from the algorithm; runs inside SGLang's own argument resolution."""
         if server_args.enable_mixed_chunk:
             raise ValueError("--enable-mixed-chunk is not supported with WHIFLASH: leave the flag out.")
+        if active_config().weighs_costs and server_args.tp_size * server_args.dp_size > 1:
+            # Ranks would measure different times, choose different drafters and wait for each other for ever.
+            asked = f"--tp-size {server_args.tp_size} --dp-size {server_args.dp_size}"
+            raise ValueError(f"{asked}: costs are weighed by one process; use {FLAG_OBJECTIVE} acceptance.")
         if server_args.pp_size != 1:
             raise ValueError(f"--pp-size {server_args.pp_size} is not supported with WHIFLASH: use --tp-size instead.")
         server_args.speculative_eagle_topk = 1
@@ -267,6 +271,53 @@ def _share_embedding(draft_model: Any, target_model: Any) -> None:
         draft_model.set_embed(embedding)
 
 
+def capture_final_hidden_states(target_model: Any) -> None:
+    """Let the target return its final hidden states behind the captured features, in the same tensor.
+
+    SGLang returns either. Given to its logits processor as one more captured layer, they take the way of the others:
+    through pruning, CUDA graphs and the result of the forward.
+    """
+
+    def append(processor: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        input_ids, hidden, head, metadata, captured, *rest = args
+        if captured is None:
+            return None
+        packed = isinstance(captured, torch.Tensor)
+        captured = torch.cat([captured, hidden], dim=-1) if packed else [*captured, hidden]
+        return (input_ids, hidden, head, metadata, captured, *rest), kwargs
+
+    target_model.logits_processor.register_forward_pre_hook(append, with_kwargs=True)
+
+
+def standing_batch(target_worker: Any, kv_table: torch.Tensor, num_rows: int, context: int, width: int) -> Any:
+    """A decode batch of requests that nobody made, with `context` committed tokens each, to time rounds on.
+
+    Only while no request holds a KV slot. All rows share the slots of their context, each has a window of its own.
+    """
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    runner = target_worker.model_runner
+    device = kv_table.device
+    shared = torch.arange(1, context + 1, dtype=kv_table.dtype, device=device)
+    own = torch.arange(context + 1, context + 1 + num_rows * width, dtype=kv_table.dtype, device=device)
+    kv_table[:num_rows, :context] = shared
+    kv_table[:num_rows, context : context + width] = own.view(num_rows, width)
+    requests = [Req(f"standing-{row}", "", [0], SamplingParams(temperature=0)) for row in range(num_rows)]
+    batch = ScheduleBatch(reqs=requests, model_config=runner.model_config, device=device)
+    batch.spec_algorithm = runner.spec_algorithm
+    batch.forward_mode = ForwardMode.DECODE
+    batch.req_pool_indices = torch.arange(num_rows, device=device)
+    batch.seq_lens_cpu = torch.full((num_rows,), context, dtype=torch.int64)
+    batch.seq_lens = batch.seq_lens_cpu.to(device)
+    batch.seq_lens_sum = num_rows * context
+    batch.sampling_info = SamplingBatchInfo.from_schedule_batch(batch, runner.model_config.vocab_size)
+    batch.spec_info = draft_input(torch.zeros(num_rows, dtype=torch.int64, device=device), batch.seq_lens)
+    return batch
+
+
 def prompt_token(request: Any, position: int) -> int | None:
     """The token of a request's known text at `position`, None at its end (where the next token is being sampled)."""
     prompt = request.origin_input_ids
@@ -287,6 +338,7 @@ def print_start_block(
     target_worker: Any,
     runners: dict[str, DraftRunner],
     width: int,
+    router: str,
 ) -> None:
     """One block that says what is being served, and what it costs."""
     runner = target_worker.model_runner
@@ -294,11 +346,10 @@ def print_start_block(
     drafters = "; ".join(f"{name} {spec.path} (layers {list(spec.layer_ids)})" for name, spec in specs.items())
     backends = {"target": runner.server_args.attention_backend}
     backends |= {name: r.worker.model_runner.server_args.attention_backend for name, r in runners.items()}
-    threshold = f" (threshold {config.entropy_threshold} nats)" if config.router == "entropy" else ""
     lines = {
         "target": runner.server_args.model_path,
         "drafters": drafters,
-        "router": config.router + threshold,
+        "router": router,
         "verify width": f"{width} (anchor and up to {width - 1} drafts)",
         "catch-up": f"{config.catch_up}, a drafter lags at most {config.max_backlog} tokens behind",
         "KV tokens": f"{tokens}, and {lost} more would fit without the draft pools",

@@ -28,6 +28,7 @@ from whiflash_sglang.config import (
     FLAG_EAGLE,
     FLAG_ROUTER,
     FLAG_STEPS,
+    SCORED,
     WhiFlashConfig,
     add_arguments,
 )
@@ -50,9 +51,6 @@ DEMO_DEFAULTS = (
     "--skip-server-warmup",
     "--sleep-on-idle",
 )
-
-# What the bundled drafters do best with, measured by scripts/train_demo_models.py --stage evaluate.
-DEMO_THRESHOLD = "0.1"  # nats
 
 FLAG_ALGORITHM = "--speculative-algorithm"
 FLAG_WIDTH = "--speculative-num-draft-tokens"
@@ -126,6 +124,7 @@ def build_argv(argv: Sequence[str]) -> tuple[WhiFlashConfig, list[str]]:
         FLAG_TARGET, flags.model_path, revision=flags.revision, cache_dir=flags.download_dir, patterns=patterns
     )
     config = _with_local_drafters(config, flags)
+    _check_learned(config, target_path)
     if target_path != flags.model_path:
         defaults += _pass_on("--served-model-name", flags.model_path)
     speculation = [
@@ -215,8 +214,22 @@ def _fill_demo_defaults(flags: argparse.Namespace) -> None:
         flags.speculative_draft_model_path = str(DEMO_MODELS / "dflash")
     if flags.whiflash_eagle_draft is None and flags.whiflash_drafters != "df":
         flags.whiflash_eagle_draft = str(DEMO_MODELS / "eagle3")
-    if flags.whiflash_entropy_threshold is None:
-        flags.whiflash_entropy_threshold = DEMO_THRESHOLD
+    _fill_demo_router(flags)
+
+
+def _fill_demo_router(flags: argparse.Namespace) -> None:
+    """What was learned about the bundled models, where they are the ones that are served."""
+    served = (flags.model_path, flags.speculative_draft_model_path, flags.whiflash_eagle_draft)
+    if served != tuple(str(DEMO_MODELS / name) for name in ("target", "dflash", "eagle3")):
+        return
+    if flags.whiflash_eagle_steps is not None:
+        return  # learned with the default
+    router = flags.whiflash_router or WhiFlashConfig.router
+    if router == "neural" and flags.whiflash_neural_router_path is None:
+        flags.whiflash_neural_router_path = str(DEMO_MODELS / "router")
+    threshold = flags.whiflash_entropy_threshold or flags.whiflash_neural_router_threshold
+    if router in SCORED and threshold is None and flags.whiflash_calibration is None:
+        flags.whiflash_calibration = str(DEMO_MODELS / "calibration.json")
 
 
 def _with_local_drafters(config: WhiFlashConfig, flags: argparse.Namespace) -> WhiFlashConfig:
@@ -229,6 +242,15 @@ def _with_local_drafters(config: WhiFlashConfig, flags: argparse.Namespace) -> W
 
     dflash = resolve(FLAG_DFLASH, config.dflash_draft, flags.speculative_draft_model_revision)
     return replace(config, dflash_draft=dflash, eagle_draft=resolve(FLAG_EAGLE, config.eagle_draft, None))
+
+
+def _check_learned(config: WhiFlashConfig, target_path: str) -> None:
+    """Refuse a router or a calibration that does not fit, before SGLang is started."""
+    if config.neural_router_path is None and config.calibration is None:
+        return  # spares the import of torch
+    from whiflash_sglang.router import Learned
+
+    Learned.load(config, target_path)
 
 
 def _verify_width(config: WhiFlashConfig, target_path: str, asked: str | None) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from whiflash_sglang.costs import RoundCosts
 from whiflash_sglang.types import CatchUp, RoundResult, Rows
 
 STEPS = ("prefill", "prefill_drafters", "route", "catch_up", "draft", "verify", "commit", "commit_idle", "round")
@@ -37,6 +38,7 @@ class Totals:
         self.steps = 0
         self.switched_off: list[str] = []
         self.pool: dict[str, int] = {}  # KV tokens; each stands in the target's pool and in that of every drafter
+        self.costs: RoundCosts | None = None  # of a router that weighs them
         self.running = torch.zeros(num_slots, len(self.names), FIELDS, dtype=torch.float64)
         self.ended = torch.zeros(len(self.names), FIELDS, dtype=torch.float64)
         self.longest = [0] * num_slots  # backlog that a drafter found waiting
@@ -93,6 +95,7 @@ class Totals:
             "seconds": {step: round(seconds, 6) for step, seconds in self.seconds.items()},
             "switched_off": dict.fromkeys(self.switched_off, 1),
             "kv_pool": self.pool,
+            "round_ms": {} if self.costs is None else self.costs.snapshot(),
         }
 
     def request(self, slot: int) -> dict[str, Any]:

@@ -29,15 +29,22 @@ from whiflash_sglang.types import (
 
 
 class Router(Protocol):
-    """Chooses a drafter for each row, anew every round."""
+    """Chooses a drafter for each row, anew every round. A policy that looks at nothing need only `route`."""
 
     def route(self, rows: Rows) -> Plan:
         """Disjoint row indices by drafter. Rows that are not `draftable` stand in none."""
         ...
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor) -> None:
-        """`logits` [rows, vocab]: those that each request's newest token, the next anchor, was chosen from."""
-        ...
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        """`logits` [rows, vocab]: those that each request's newest token, the next anchor, was chosen from.
+
+        `hidden` [rows, hidden]: the final hidden states that gave these logits, [rows, 0] if no router reads them.
+        """
+        return None
+
+    def learn(self, rows: Rows, result: RoundResult, ms: float) -> None:
+        """What a round of `rows` yielded, and its wall time."""
+        return None
 
 
 class Drafter(Protocol):
@@ -108,7 +115,7 @@ class DecodeRound:
                 features = drafter.fuse(prefill.features)
                 drafter.ingest(Entries(features, prefill.next_tokens, prefill.positions, prefill.kv_slots))
                 self.backlog.begin(name, prefill.slots, prefill.lens, features[prefill.last])
-        self.router.observe(prefill.slots, logits)
+        self.router.observe(prefill.slots, logits, prefill.hidden.index_select(0, prefill.last))
 
     def run(self, rows: Rows) -> RoundResult:
         with self.timed("route"):
@@ -195,7 +202,9 @@ class DecodeRound:
         with self.timed("route"):
             # Window column num_committed - 1 is the last committed position; the bonus token was chosen there.
             last = torch.arange(-1, num_rows * width - 1, width, device=rows.slots.device) + accepted.num_committed
-            self.router.observe(rows.slots, verified.logits.view(num_rows * width, -1).index_select(0, last))
+            logits = verified.logits.view(num_rows * width, -1).index_select(0, last)
+            hidden = verified.hidden.reshape(num_rows * width, verified.hidden.shape[2]).index_select(0, last)
+            self.router.observe(rows.slots, logits, hidden)
 
     def ingest_window(self, drafter: Drafter, rows: Rows, accepted: Accepted, features: torch.Tensor) -> None:
         """Bring a drafter up to date at once, whether it will be chosen or not.

@@ -40,6 +40,11 @@ def read_headers(flag: str, folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def check_file(flag: str, file: Path) -> None:
+    """Refuse a file that is no safetensors file or was cut short."""
+    _read_header(flag, file)
+
+
 def read_integers(flag: str, info: TensorInfo) -> Sequence[int]:
     """The values of an integer tensor."""
     if info.dtype not in _INTEGER_TYPES:

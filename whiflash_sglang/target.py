@@ -18,10 +18,14 @@ from whiflash_sglang.types import Proposal, Rows, Verified
 
 
 class SGLangTarget:
-    """Verifies on an SGLang target worker. `bind` names the batch that the next call is about."""
+    """Verifies on an SGLang target worker. `bind` names the batch that the next call is about.
 
-    def __init__(self, worker: Any):
+    `feature_size` is captures * hidden: what a forward returns behind these columns are the final hidden states.
+    """
+
+    def __init__(self, worker: Any, feature_size: int):
         self.worker = worker
+        self.feature_size = feature_size
         self.batch: Any = None
 
     def bind(self, batch: Any) -> None:
@@ -32,7 +36,12 @@ class SGLangTarget:
         logits_output = self.forward(rows, proposal.tokens)
         logits = logits_output.next_token_logits.view(num_rows, width, -1)
         positions = rows.prefix_lens[:, None] + torch.arange(width, device=rows.slots.device)
-        return Verified(self.predict(logits, positions), logits, logits_output.hidden_states.view(num_rows, width, -1))
+        features, hidden = self.split(logits_output.hidden_states.view(num_rows, width, -1))
+        return Verified(self.predict(logits, positions), logits, features, hidden)
+
+    def split(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Captured features and final hidden states of what a forward returned, [..., captures * hidden + hidden]."""
+        return states[..., : self.feature_size], states[..., self.feature_size :]
 
     def forward(self, rows: Rows, tokens: torch.Tensor) -> LogitsProcessorOutput:
         """One causal forward over the windows `tokens` [rows, width]; logits and features of every position."""

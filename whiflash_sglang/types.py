@@ -10,6 +10,7 @@ verify width    tokens a row in the verify forward: the anchor and up to width -
 acceptance length (AL)  tokens committed by a round, bonus included; accepted drafts = AL - 1
 feature         the target's captured hidden states at a position, concatenated over the captured layers; a drafter's
                 own `fc` reduces them to its width
+final hidden state  what the target's head reads at a position: the last layer's output behind the last norm
 request slot    row of SGLang's request table; per-request state of ours is keyed by it
 KV slot         index into the KV pool. Every drafter has a pool of its own and uses the target's KV slots
 ingest          write a drafter's K and V for committed positions, from features (KV-only: no query, attention or MLP)
@@ -66,6 +67,7 @@ class Verified(NamedTuple):
     predictions: torch.Tensor  # [rows, width] int64; column j is the target's token after window column j
     logits: torch.Tensor  # [rows, width, vocab]
     features: torch.Tensor  # [rows, width, captures * hidden]
+    hidden: torch.Tensor  # [rows, width, hidden] final hidden states; [rows, width, 0] where no router reads them
 
 
 class Accepted(NamedTuple):
@@ -80,6 +82,7 @@ class Prefill(NamedTuple):
     """Prompt positions that the target has just computed, flat over requests."""
 
     features: torch.Tensor  # [n, captures * hidden]
+    hidden: torch.Tensor  # [n, hidden] final hidden states; [n, 0] where no router reads them
     next_tokens: torch.Tensor  # [n] int64, the token at position + 1
     positions: torch.Tensor  # [n] int64
     kv_slots: torch.Tensor  # [n] int64

@@ -8,6 +8,8 @@ and routing statistics belong to drafters and router, keyed by request slot.
 from __future__ import annotations
 
 import logging
+import sys
+import time
 from typing import Any
 
 import torch
@@ -18,10 +20,13 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from whiflash_sglang import host
 from whiflash_sglang.backlog import Backlog
 from whiflash_sglang.config import WhiFlashConfig
+from whiflash_sglang.costs import BATCH_SIZES, CONTEXTS, RoundCosts, measure, places
 from whiflash_sglang.drafters import DRAFTERS
 from whiflash_sglang.observe import Metrics, RequestFigures, Totals
-from whiflash_sglang.round import DecodeRound
-from whiflash_sglang.router import create_router
+from whiflash_sglang.probe import RoundProbe
+from whiflash_sglang.round import DecodeRound, Router
+from whiflash_sglang.router import Learned, create_router
+from whiflash_sglang.router.threshold import ThresholdRouter
 from whiflash_sglang.target import SGLangTarget, draftable
 from whiflash_sglang.types import Prefill, RoundResult, Rows
 
@@ -35,7 +40,10 @@ class WhiFlashWorker(BaseSpecWorker):
         super().__init__()
         self.config: WhiFlashConfig = host.active_config()
         self.specs = host.drafter_specs(self.config, server_args)
+        self.learned = Learned.load(self.config, server_args.model_path)
         self._target_worker = target_worker
+        if self.config.router == "neural":  # before CUDA graphs are captured
+            host.capture_final_hidden_states(target_worker.model_runner.model)
         self.runners = {
             name: host.build_draft_runner(spec, server_args, gpu_id, ps, nccl_port, target_worker)
             for name, spec in self.specs.items()
@@ -75,27 +83,59 @@ class WhiFlashWorker(BaseSpecWorker):
         tokens, lost = host.kv_tokens_lost(self._target_worker.model_runner, self.runners.values())
         self.totals.pool = {"tokens": tokens, "lost_to_draft_pools": lost}
         self.metrics = Metrics(self.totals, host.metric_labels(self.server_args)) if self.shows_metrics else None
-        self.target = SGLangTarget(self._target_worker)
+        hidden_size = next(iter(self.specs.values())).target_hidden_size
+        self.target = SGLangTarget(self._target_worker, len(captured) * hidden_size)
         drafters = {
             name: DRAFTERS[name](runner, captured=captured, num_drafts=self.config.eagle_steps)
             for name, runner in self.runners.items()
         }
-        self.max_width = 1 + max(drafter.num_drafts for drafter in drafters.values())
+        widths = {name: 1 + drafter.num_drafts for name, drafter in drafters.items()}
+        self.max_width = max(widths.values())
+        costs = self.cost_table(widths) if self.config.weighs_costs else None
         backlog = Backlog(
             {name: (drafter.feature_size, drafter.feature_dtype) for name, drafter in drafters.items()},
             kv_table,
             capacity=self.config.max_backlog,
         )
         self.round = DecodeRound(
-            create_router(self.config, kv_table.shape[0]),
+            create_router(self.config, kv_table.shape[0], self.learned, costs),
             drafters,
             self.target,
             backlog,
             lazy=self.config.catch_up == "lazy",
             timed=self.totals.timed,
         )
+        router = describe_router(self.config, self.round.router)
+        if costs is not None:
+            seconds = self.measure_costs(costs)
+            router += f", costs of rounds measured in {seconds:.1f} s"
+            self.totals.costs = costs
         if self.show_start_block:
-            host.print_start_block(self.config, self.specs, self._target_worker, self.runners, self.max_width)
+            host.print_start_block(self.config, self.specs, self._target_worker, self.runners, self.max_width, router)
+
+    def cost_table(self, widths: dict[str, int]) -> RoundCosts:
+        """A table for as many rows and as long contexts as this server has room for."""
+        max_rows = min(self.req_to_token_pool.size, self.server_args.max_running_requests or sys.maxsize)
+        pool = self._target_worker.model_runner.max_total_num_tokens
+        longest = min(self.req_to_token_pool.req_to_token.shape[1], pool - max_rows * self.max_width) - self.max_width
+        contexts = tuple(context for context in CONTEXTS if context < longest) or (longest,)
+        return RoundCosts(widths, places(max_rows, BATCH_SIZES), contexts, max_rows)
+
+    def measure_costs(self, costs: RoundCosts) -> float:
+        """Fill the cost table, on KV slots that no request holds yet; the seconds that it took."""
+        kv_table = self.req_to_token_pool.req_to_token
+
+        def make_rows(num_rows: int, context: int) -> Rows:
+            batch = host.standing_batch(self._target_worker, kv_table, num_rows, context, self.max_width)
+            self.target.bind(batch)
+            return decode_rows(batch, kv_table, self.max_width)
+
+        untouched = kv_table[: costs.max_rows].clone()
+        synchronize = torch.cuda.synchronize if kv_table.is_cuda else lambda: None
+        with torch.inference_mode(), RoundProbe(self.round, make_rows, synchronize).attached() as probe:
+            seconds = measure(costs, probe.run)
+        kv_table[: costs.max_rows] = untouched
+        return seconds
 
     @property
     def spec_v2_attn_backends(self) -> tuple[Any, ...]:
@@ -117,7 +157,8 @@ class WhiFlashWorker(BaseSpecWorker):
         with self.totals.timed("prefill"):
             result = self._target_worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.FULL)
         logits_output = result.logits_output
-        prefill = prefill_positions(batch, logits_output.hidden_states, result.next_token_ids)
+        features, hidden = self.target.split(logits_output.hidden_states)
+        prefill = prefill_positions(batch, features, hidden, result.next_token_ids)
         logits = logits_output.next_token_logits
         # Sampling turns SGLang's logits into probabilities in place; their logarithms have the same softmax.
         self.round.prefill(prefill, logits if batch.sampling_info.is_all_greedy else logits.log())
@@ -131,10 +172,13 @@ class WhiFlashWorker(BaseSpecWorker):
 
     def decode(self, batch: Any) -> GenerationBatchResult:
         """One round for every request of the batch."""
+        began = time.perf_counter()
         with self.totals.timed("round"):
             self.target.bind(batch)
             rows = decode_rows(batch, self.req_to_token_pool.req_to_token, self.max_width)
             result = self.round.run(rows)
+        with self.totals.timed("route"):
+            self.round.router.learn(rows, result, 1000 * (time.perf_counter() - began))
         self.totals.count(rows, result)
         for name, finite in result.finite.items():
             if not bool(finite):
@@ -181,6 +225,13 @@ class WhiFlashWorker(BaseSpecWorker):
         )
 
 
+def describe_router(config: WhiFlashConfig, router: Router) -> str:
+    """The start block's line: the policy, and what it decides by."""
+    if isinstance(router, ThresholdRouter):
+        return f"{config.router}, e3 above {router.threshold:g} {'nats' if config.router == 'entropy' else 'tokens'}"
+    return f"{config.router}, by tokens per millisecond" if config.weighs_costs else config.router
+
+
 def decode_rows(batch: Any, req_to_token: torch.Tensor, max_width: int) -> Rows:
     """The decode batch as rows. SGLang has reserved KV slots for the whole window already."""
     slots = batch.req_pool_indices.to(torch.int64)
@@ -190,11 +241,13 @@ def decode_rows(batch: Any, req_to_token: torch.Tensor, max_width: int) -> Rows:
     return Rows(slots, batch.spec_info.bonus_tokens, prefix_lens, kv_slots, draftable(batch))
 
 
-def prefill_positions(batch: Any, features: torch.Tensor, next_token_ids: torch.Tensor) -> Prefill:
+def prefill_positions(
+    batch: Any, features: torch.Tensor, hidden: torch.Tensor, next_token_ids: torch.Tensor
+) -> Prefill:
     """What the drafters ingest after a prefill: every position that this batch computed, flat over requests.
 
-    `features` [tokens, captures * hidden]. The token after the last position of a request is the one just sampled, or,
-    where a long prompt is prefilled in chunks, the next one of the prompt.
+    `features` [tokens, captures * hidden], `hidden` [tokens, hidden]. The token after the last position of a request
+    is the one just sampled, or, where a long prompt is prefilled in chunks, the next one of the prompt.
     """
     device = features.device
     lens = torch.tensor(batch.extend_lens, dtype=torch.int64)
@@ -210,6 +263,7 @@ def prefill_positions(batch: Any, features: torch.Tensor, next_token_ids: torch.
             next_tokens[last[i]] = following
     return Prefill(
         features=features,
+        hidden=hidden,
         next_tokens=next_tokens,
         positions=positions.to(device),
         kv_slots=batch.out_cache_loc.to(torch.int64),

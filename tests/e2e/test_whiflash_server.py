@@ -23,7 +23,7 @@ from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.training.distill import load_drafters
 from whiflash_sglang.training.drafters import judge
-from whiflash_sglang.training.evaluate import dflash_lengths, eagle3_lengths
+from whiflash_sglang.training.replies import dflash_lengths, eagle3_lengths
 from whiflash_sglang.training.text import histories
 from workloads.demo.generate import sessions
 from workloads.lossless import compare, generate

@@ -70,7 +70,10 @@ def test_clients_import_neither_sglang_nor_torch(package: str) -> None:
 
 
 def test_the_core_imports_without_sglang() -> None:
-    core = ["accept", "checkpoints", "config", "errors", "hub", "launch_server", "round", "router", "types"]
+    core = [
+        *("accept", "backlog", "calibration", "checkpoints", "config", "costs", "errors", "hub", "identity"),
+        *("launch_server", "probe", "round", "router", "types"),
+    ]
     modules = [name for part in core for name in modules_of(f"whiflash_sglang/{part}") or [f"whiflash_sglang.{part}"]]
     assert imports_of("import " + ", ".join(modules), {"sglang"}) == []
 

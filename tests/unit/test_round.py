@@ -20,7 +20,7 @@ SLOTS, MAX_LEN = 8, 160
 ROUTERS = ["fixed:e3", "fixed:df", "alternate", "random:3", "entropy"]
 
 
-def config(router: str, threshold: float = 0.5) -> WhiFlashConfig:
+def config(router: str, threshold: float | None = None) -> WhiFlashConfig:
     return WhiFlashConfig(dflash_draft="d", eagle_draft="e", router=router, entropy_threshold=threshold)
 
 
@@ -91,13 +91,13 @@ def test_perfect_drafts_commit_the_whole_window() -> None:
     assert result.accepted.tokens[0].tolist() == plain_greedy([1, 2, 3], 8)
 
 
-class Mixed:
+class Mixed(Router):
     """Row 0 to `df`, row 1 to `e3`, row 2 to nobody."""
 
     def route(self, rows: Rows) -> Plan:
         return {"df": torch.tensor([0]), "e3": torch.tensor([1])}
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor) -> None:
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
         self.logits = logits
 
 

@@ -14,7 +14,7 @@ from whiflash_sglang.router.entropy import entropy
 from whiflash_sglang.types import Plan, Rows
 
 
-def config(router: str, threshold: float = 0.5) -> WhiFlashConfig:
+def config(router: str, threshold: float | None = None) -> WhiFlashConfig:
     return WhiFlashConfig(dflash_draft="d", eagle_draft="e", router=router, entropy_threshold=threshold)
 
 
@@ -61,7 +61,7 @@ def test_random_is_fair_and_repeats_itself() -> None:
 def test_entropy_splits_a_batch_at_the_threshold() -> None:
     router = create_router(config("entropy", threshold=0.5), 8)
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])  # ln 4 nats and about 0
-    router.observe(torch.tensor([6, 2]), logits)
+    router.observe(torch.tensor([6, 2]), logits, torch.zeros(2, 0))
     assert choices(router.route(rows([2, 6], [3, 3])), 2) == ["df", "e3"]
 
 

@@ -1,19 +1,94 @@
 """Routing policies: one a file, made by name.
 
-A policy is asked once a round for the whole batch and decides for every row by itself. State it keeps is keyed by
-request slot, in tensors sized at construction, so that a decision costs a handful of vectorised operations.
+A policy is asked once a round for the whole batch and decides for every row by itself, or, where costs are weighed,
+for the batch as a whole. State it keeps is keyed by request slot, in tensors sized at construction, so that a decision
+costs a handful of vectorised operations.
 """
 
 from __future__ import annotations
 
-from whiflash_sglang.config import WhiFlashConfig
+from dataclasses import dataclass
+
+from whiflash_sglang.calibration import Calibration, load_calibration
+from whiflash_sglang.config import DEFAULT_ENTROPY_THRESHOLD, WhiFlashConfig
+from whiflash_sglang.costs import RoundCosts
+from whiflash_sglang.identity import Identity
 from whiflash_sglang.round import Router
+from whiflash_sglang.router.artefact import DEFAULT_BASE, NeuralRouter, load_router
+from whiflash_sglang.router.score import Score
 
 
-def create_router(config: WhiFlashConfig, num_slots: int) -> Router:
-    """The router that `--whiflash-router` names, for a table of `num_slots` request slots."""
+@dataclass(frozen=True)
+class Learned:
+    """What was learned about the served models and is read from files; each None where none is given."""
+
+    neural: NeuralRouter | None = None
+    calibration: Calibration | None = None
+
+    @classmethod
+    def load(cls, config: WhiFlashConfig, target_path: str) -> Learned:
+        """Read the files that `config` names; raises CheckpointError where one does not fit the models."""
+        if config.neural_router_path is None and config.calibration is None:
+            return cls()
+        identity = Identity.of(target_path, config.draft_paths, config.eagle_steps)
+        neural = calibration = None
+        if config.neural_router_path is not None:
+            positive, threshold = config.positive_drafter, config.neural_router_threshold
+            if config.weighs_costs and threshold is None:
+                threshold = 0.0  # not used; so that a bare file need not be given one
+            neural = load_router(config.neural_router_path, identity, positive, threshold)
+        if config.calibration is not None:
+            calibration = load_calibration(config.calibration, identity)
+        return cls(neural, calibration)
+
+
+def create_router(
+    config: WhiFlashConfig, num_slots: int, learned: Learned | None = None, costs: RoundCosts | None = None
+) -> Router:
+    """The router that `--whiflash-router` names, for a table of `num_slots` request slots.
+
+    `costs` may still be empty: routers that weigh them read them when they route.
+    """
     kind, _, argument = config.router.partition(":")
+    if kind in _SCORED:
+        return _scored(config, num_slots, learned or Learned(), costs)
     return _FACTORIES[kind](config, argument, num_slots)
+
+
+def _scored(config: WhiFlashConfig, num_slots: int, learned: Learned, costs: RoundCosts | None) -> Router:
+    from whiflash_sglang.router.cost_aware import CostAwareRouter
+    from whiflash_sglang.router.threshold import ThresholdRouter
+
+    score, threshold = _SCORED[config.router](config, num_slots, learned)
+    if not config.weighs_costs:
+        return ThresholdRouter(score, threshold)
+    if costs is None:
+        raise ValueError("a router that weighs costs needs a table of them")
+    known = learned.calibration or learned.neural
+    lengths = {} if known is None else known.acceptance_length
+    return CostAwareRouter(score, costs, lengths.get("df", DEFAULT_BASE))
+
+
+def _entropy(config: WhiFlashConfig, num_slots: int, learned: Learned) -> tuple[Score, float]:
+    from whiflash_sglang.router.entropy import EntropyGain, EntropyScore
+
+    calibration = learned.calibration
+    if config.weighs_costs and calibration is not None:
+        return EntropyGain(num_slots, calibration.edges, calibration.gains), 0.0
+    default = DEFAULT_ENTROPY_THRESHOLD if calibration is None else calibration.entropy_threshold
+    return EntropyScore(num_slots), default if config.entropy_threshold is None else config.entropy_threshold
+
+
+def _neural(config: WhiFlashConfig, num_slots: int, learned: Learned) -> tuple[Score, float]:
+    from whiflash_sglang.router.neural import NeuralScore
+
+    router, calibration = learned.neural, learned.calibration
+    if router is None:
+        raise ValueError("the neural router has not been read")
+    threshold = router.e3_threshold
+    if config.neural_router_threshold is None and calibration is not None and calibration.neural_threshold is not None:
+        threshold = calibration.neural_threshold
+    return NeuralScore(router.e3_network, num_slots), threshold
 
 
 def _fixed(config: WhiFlashConfig, argument: str, num_slots: int) -> Router:
@@ -34,10 +109,5 @@ def _random(config: WhiFlashConfig, argument: str, num_slots: int) -> Router:
     return RandomRouter(config.drafter_names, int(argument))
 
 
-def _entropy(config: WhiFlashConfig, argument: str, num_slots: int) -> Router:
-    from whiflash_sglang.router.entropy import EntropyRouter
-
-    return EntropyRouter(config.entropy_threshold, num_slots)
-
-
-_FACTORIES = {"fixed": _fixed, "alternate": _alternate, "random": _random, "entropy": _entropy}
+_SCORED = {"entropy": _entropy, "neural": _neural}
+_FACTORIES = {"fixed": _fixed, "alternate": _alternate, "random": _random}

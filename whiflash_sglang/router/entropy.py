@@ -1,30 +1,48 @@
 """`entropy`: WhiFlash's first policy (arXiv 2606.07710).
 
 H is the entropy, in nats, of the target's distribution at the last verified position, the one that the anchor was
-chosen from. H > threshold: the text is open, the autoregressive drafter `e3` drafts; else the block drafter `df`.
+chosen from. High H: the text is open, and the autoregressive drafter `e3` is the better one; low H: the block drafter
+`df` is. By how many tokens is what calibration finds out (`calibration.py`), as a step function of H.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from whiflash_sglang.router.split import split
-from whiflash_sglang.types import Plan, Rows
+
+class EntropyScore:
+    """H of each request, in nats."""
+
+    def __init__(self, num_slots: int):
+        self.values = torch.zeros(num_slots)
+
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        self.values = self.values.to(logits.device)
+        self.values.index_copy_(0, slots, entropy(logits))
+
+    def read(self, slots: torch.Tensor) -> torch.Tensor:
+        return self.values.index_select(0, slots)
 
 
-class EntropyRouter:
-    names = ("df", "e3")
+class EntropyGain(EntropyScore):
+    """What `e3` is expected to gain over `df` at each request's H, in tokens of acceptance length.
 
-    def __init__(self, threshold: float, num_slots: int):
-        self.threshold = threshold
-        self.entropy = torch.zeros(num_slots)  # by request slot, nats
+    `gains` [k + 1] are those below, between and above the ascending `edges` [k], in nats.
+    """
 
-    def route(self, rows: Rows) -> Plan:
-        return split(rows, self.names, self.entropy.index_select(0, rows.slots) > self.threshold)
+    def __init__(self, num_slots: int, edges: Sequence[float], gains: Sequence[float]):
+        super().__init__(num_slots)
+        self.edges = torch.tensor(edges, dtype=torch.float32)
+        self.gains = torch.tensor(gains, dtype=torch.float32)
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor) -> None:
-        self.entropy = self.entropy.to(logits.device)
-        self.entropy.index_copy_(0, slots, entropy(logits))
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        super().observe(slots, logits, hidden)
+        self.edges, self.gains = self.edges.to(logits.device), self.gains.to(logits.device)
+
+    def read(self, slots: torch.Tensor) -> torch.Tensor:
+        return self.gains.index_select(0, torch.bucketize(super().read(slots), self.edges))
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:

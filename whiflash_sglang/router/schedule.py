@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from whiflash_sglang.round import Router
 from whiflash_sglang.router.split import split
 from whiflash_sglang.types import Plan, Rows
 
 
-class AlternateRouter:
+class AlternateRouter(Router):
     """Each request goes through the drafters in turn, one a round."""
 
     def __init__(self, names: Sequence[str], num_slots: int):
@@ -22,11 +23,8 @@ class AlternateRouter:
         self.turns[rows.slots] += 1
         return split(rows, self.names, self.turns[rows.slots] % len(self.names))
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor) -> None:
-        """Nothing to learn."""
 
-
-class RandomRouter:
+class RandomRouter(Router):
     """A coin for each request and round: a hash of seed, request slot and length, so that a run can be repeated."""
 
     def __init__(self, names: Sequence[str], seed: int):
@@ -37,6 +35,3 @@ class RandomRouter:
         mixed = (rows.prefix_lens * 2654435761 + rows.slots * 40503 + self.salt) & 0xFFFFFFFF
         mixed = ((mixed ^ (mixed >> 16)) * 73244475) & 0xFFFFFFFF
         return split(rows, self.names, (mixed ^ (mixed >> 16)) % len(self.names))
-
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor) -> None:
-        """Nothing to learn."""

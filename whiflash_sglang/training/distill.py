@@ -181,18 +181,28 @@ def save_dflash(model: DFlash, target: Qwen3ForCausalLM, folder: Path) -> None:
 
 
 def load_drafters(folder: Path) -> dict[str, Eagle3 | DFlash]:
-    """Both drafters by name, from what `save_eagle3` and `save_dflash` wrote below `folder`."""
-    config = json.loads((folder / "eagle3" / "config.json").read_text())
+    """Both drafters by name, from the folders `eagle3` and `dflash` below `folder`."""
+    return {"df": load_dflash(folder / "dflash"), "e3": load_eagle3(folder / "eagle3")}
+
+
+def load_eagle3(folder: Path) -> Eagle3:
+    """A published EAGLE-3 checkpoint, as `save_eagle3` writes it."""
+    config = json.loads((folder / "config.json").read_text())
     layer_ids = tuple(config["eagle_config"]["eagle_aux_hidden_state_layer_ids"])
-    offsets = load_file(folder / "eagle3" / "model.safetensors")["d2t"]
-    eagle3 = Eagle3(_shape(config), layer_ids, offsets + torch.arange(len(offsets)))
-    config = json.loads((folder / "dflash" / "config.json").read_text())
+    offsets = load_file(folder / "model.safetensors")["d2t"]
+    model = Eagle3(_shape(config), layer_ids, offsets + torch.arange(len(offsets)))
+    _load(model, folder)
+    return model
+
+
+def load_dflash(folder: Path) -> DFlash:
+    """A published DFlash checkpoint, as `save_dflash` writes it."""
+    config = json.loads((folder / "config.json").read_text())
     options = config["dflash_config"]
     layers, block = config["num_hidden_layers"], config["block_size"]
-    dflash = DFlash(_shape(config), tuple(options["target_layer_ids"]), layers, block, options["mask_token_id"])
-    _load(eagle3, folder / "eagle3")
-    _load(dflash, folder / "dflash")
-    return {"df": dflash, "e3": eagle3}
+    model = DFlash(_shape(config), tuple(options["target_layer_ids"]), layers, block, options["mask_token_id"])
+    _load(model, folder)
+    return model
 
 
 def _load(model: Eagle3 | DFlash, folder: Path) -> None:

@@ -53,6 +53,7 @@ class Verdict(NamedTuple):
     features: torch.Tensor  # [rows, n, layers, hidden], outputs of all layers
     choices: torch.Tensor  # [rows, n] int64; the target's greedy token after position i
     entropy: torch.Tensor  # [rows, n] of the distribution after position i, nats
+    hidden: torch.Tensor  # [rows, n, hidden], final hidden states: what the head reads
 
     @property
     def follows(self) -> torch.Tensor:
@@ -72,7 +73,8 @@ def judge(target: Qwen3ForCausalLM, ids: np.ndarray, spans: np.ndarray, autocast
     features = torch.stack([hidden.float() for hidden in output.hidden_states[1:]], dim=2)
     log_probabilities = logits.log_softmax(-1)
     entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
-    return Verdict(tokens, torch.from_numpy(spans).to(target.device), features, logits.argmax(-1), entropy)
+    hidden = output.last_hidden_state.float()
+    return Verdict(tokens, torch.from_numpy(spans).to(target.device), features, logits.argmax(-1), entropy, hidden)
 
 
 class Eagle3(nn.Module):

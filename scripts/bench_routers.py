@@ -1,0 +1,259 @@
+"""How good the routers are: against fixed drafters, against chance, and against the oracle.
+
+    python scripts/bench_routers.py [--sessions N] [--blocks N] [--results FILE] [--picture FILE]
+
+On held-out sessions of the order desk, in one run; the last line is JSON.
+
+    on paper    at every position of the target's replies both drafters' acceptance lengths are known, so that the
+                rounds of any policy follow, the oracle's included: in hindsight the drafter with more tokens per
+                millisecond. At the costs of a round that the server measured when it started
+    for real    tokens/s of servers side by side, block by block in rotated order, for 1, 4 and 16 requests in flight;
+                every text compared with that of the server without speculation
+    signal      share of a policy's rounds in which its score set the drafters apart by half a token or more
+
+`over_oracle` is tokens per ms over the oracle's; `oracle_agreement` the share of a policy's own rounds in which the
+oracle would have chosen the same drafter. The oracle cannot be served: its `tokens_per_s` is null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+
+from whiflash_sglang.calibrate import round_costs
+from whiflash_sglang.calibration import load_calibration
+from whiflash_sglang.launch_server import DEMO_MODELS
+from whiflash_sglang.router.artefact import load_router
+from whiflash_sglang.training.models import ModelPaths, load_models
+from whiflash_sglang.training.replies import positions, prompts_of, served_replies
+from whiflash_sglang.training.router_data import Record
+from whiflash_sglang.training.walk import Walk, by_worth, gather, oracle, walk
+from workloads import server
+from workloads.demo.generate import sessions
+from workloads.provenance import provenance
+from workloads.tokens import Answers, TokenIds, ask, totals
+
+LAUNCHER = "whiflash_sglang.launch_server"
+POLICIES = ("off", "fixed:e3", "fixed:df", "random:1", "entropy", "neural")
+SHOWN = {"random:1": "random"}  # names in the results where they differ
+IN_FLIGHT = (1, 4, 16)
+MAX_TOKENS = 220
+SIGNAL = 0.5  # tokens
+EAGLE_STEPS = 5
+PATHS = ModelPaths(DEMO_MODELS / "target", DEMO_MODELS / "dflash", DEMO_MODELS / "eagle3", EAGLE_STEPS)
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- on paper
+
+
+def heldout_records(base_url: str, num_sessions: int) -> tuple[list[Record], list[TokenIds]]:
+    """Every position of the target's replies to held-out histories, and the prompts."""
+    models = load_models(PATHS, torch.device("cpu"))
+    prompts = [prompt for s in sessions("heldout", num_sessions) for prompt in prompts_of(s, models.tokenizer)]
+    records = []
+    for reply in served_replies(base_url, models.tokenizer, prompts, MAX_TOKENS):
+        found = positions(models.target, models.eagle3, models.dflash, reply, EAGLE_STEPS)
+        if found is not None:
+            records.append(Record.of(reply, found))
+    return records, [prompt.ids for prompt in prompts]
+
+
+def gains(records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """What the bundled routers expect `e3` to gain, at every position."""
+    identity = PATHS.identity()
+    calibration = load_calibration(str(DEMO_MODELS / "calibration.json"), identity)
+    network = load_router(str(DEMO_MODELS / "router"), identity, None, None).e3_network
+    by_entropy = np.array(calibration.gains)[np.digitize(gather(records, "entropy"), calibration.edges)]
+    return {
+        "entropy": by_entropy,
+        "neural": network(torch.from_numpy(gather(records, "hidden")).float()).numpy(),
+    }
+
+
+def on_paper(records: Sequence[Record], ms: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """The figures of each policy's walk through the replies."""
+    gain = gains(records)
+    n = len(gather(records, "entropy"))
+    best = oracle(records, ms)
+    choices = {
+        "fixed:e3": np.ones(n, dtype=bool),
+        "fixed:df": np.zeros(n, dtype=bool),
+        "random": np.random.default_rng(1).random(n) < 0.5,
+        **{name: by_worth(records, values, ms) for name, values in gain.items()},
+        "oracle": best,
+    }
+    walks = {name: walk(records, choice, ms) for name, choice in choices.items()}
+    return {name: paper_figures(found, best, walks["oracle"], gain.get(name)) for name, found in walks.items()}
+
+
+def paper_figures(found: Walk, best: np.ndarray, ceiling: Walk, gain: np.ndarray | None) -> dict[str, Any]:
+    signal = None if gain is None else round(float((np.abs(gain[found.position]) >= SIGNAL).mean()), 4)
+    return {
+        "tokens_per_ms": round(found.tokens_per_ms, 4),
+        "acceptance_length": round(found.acceptance_length, 3),
+        "e3_share": round(float(found.is_e3.mean()), 3),
+        "oracle_agreement": round(float((found.is_e3 == best[found.position]).mean()), 4),
+        "over_oracle": round(found.tokens_per_ms / ceiling.tokens_per_ms, 4),
+        "rounds_with_signal": signal,
+        "by_span": found.by_span(),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- for real
+
+
+@contextlib.contextmanager
+def servers(logs: Path) -> Any:
+    """Base URL by policy, all side by side."""
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for policy in POLICIES:
+            # One after the other: servers that weigh costs measure them when they start, and should be alone then.
+            log = logs / f"{policy.replace(':', '-')}.log"
+            running[policy] = server.start(LAUNCHER, "--demo", "--whiflash-router", policy, log=log)
+            stack.callback(running[policy].stop)
+            running[policy].wait_until_ready()
+        yield {policy: one.base_url for policy, one in running.items()}
+
+
+def for_real(
+    urls: Mapping[str, str], prompts: Sequence[TokenIds], blocks: int, in_flight: int
+) -> dict[str, list[Answers]]:
+    """Answers by policy, block by block in rotated order."""
+    parts: dict[str, list[Answers]] = {policy: [] for policy in urls}
+    for block in range(blocks):
+        turn = block % len(urls)
+        for policy in (*list(urls)[turn:], *list(urls)[:turn]):
+            parts[policy].append(ask(urls[policy], prompts[block::blocks], MAX_TOKENS, in_flight))
+    return parts
+
+
+def speed(parts: Sequence[Answers]) -> float:
+    return round(sum(part.tokens for part in parts) / sum(part.wall_s for part in parts), 2)
+
+
+def route_share(parts: Sequence[Answers]) -> float:
+    """Routing's share of a round's time."""
+    seconds = [part.totals["seconds"] for part in parts if part.totals is not None]
+    return round(sum(s["route"] for s in seconds) / sum(s["round"] for s in seconds), 5)
+
+
+# ----------------------------------------------------------------------------------------------------------- picture
+
+
+def picture(line: Mapping[str, Any], file: Path) -> None:
+    """Tokens per ms against the oracle, by span, and tokens/s by requests in flight."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    policies = line["policies"]
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    names = list(policies)
+    bars = left.barh(names, [policies[name]["tokens_per_ms"] for name in names], color="#0072B2")
+    left.bar_label(bars, [f"{policies[name]['over_oracle']:.0%}" for name in names], padding=3)
+    left.axvline(policies["oracle"]["tokens_per_ms"], color="0.4", linestyle=":")
+    left.set(title="On paper, share of the oracle's", xlabel="tokens per ms")
+    spans = list(policies["oracle"]["by_span"])
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        values = [policies[name]["by_span"].get(span, {}).get("tokens_per_ms", 0) for span in spans]
+        middle.bar(np.arange(len(spans)) + i * width, values, width, label=name)
+    middle.set_xticks(np.arange(len(spans)) + 0.4 - width / 2, spans)
+    middle.set(title="On paper, by span", ylabel="tokens per ms")
+    middle.legend(fontsize="small")
+    for name in next(iter(line["batch"].values())):
+        right.plot(list(line["batch"]), [by_policy[name] for by_policy in line["batch"].values()], "o-", label=name)
+    right.set(title="Served", xlabel="requests in flight", ylabel="tokens/s")
+    right.legend(fontsize="small")
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def run(args: argparse.Namespace, logs: Path) -> dict[str, Any]:
+    with servers(logs) as urls:
+        costs = totals(urls["neural"])
+        assert costs is not None
+        records, prompts = heldout_records(urls["off"], args.sessions)
+        ms = round_costs(records, costs["round_ms"])
+        policies = on_paper(records, ms)
+        note("on paper: done")
+        for url in urls.values():
+            ask(url, prompts, MAX_TOKENS, 4)  # warm: what is measured below finds its prompts in the cache
+        measured = {}
+        for in_flight in IN_FLIGHT:
+            measured[in_flight] = for_real(urls, prompts, args.blocks, in_flight)
+            note(f"{in_flight} in flight: done")
+    batch = {
+        str(in_flight): {SHOWN.get(policy, policy): speed(found) for policy, found in parts.items()}
+        for in_flight, parts in measured.items()
+    }
+    for name, figures in policies.items():
+        figures["tokens_per_s"] = batch["1"].get(name)
+    texts = {
+        (in_flight, policy): [part.texts for part in found]
+        for in_flight, parts in measured.items()
+        for policy, found in parts.items()
+    }
+    arms = ("off", "fixed:e3", "fixed:df")
+    best_arm = {size: max(by_policy[arm] for arm in arms) for size, by_policy in batch.items()}
+    return {
+        "policies": policies,
+        "router_share_of_round": {name: route_share(measured[1][name]) for name in ("entropy", "neural")},
+        "batch": batch,
+        "over_best_arm": {
+            size: {name: round(by_policy[name] / best_arm[size], 4) for name in ("entropy", "neural")}
+            for size, by_policy in batch.items()
+        },
+        "round_ms": ms,
+        "oracle_over_better_fixed": round(
+            policies["oracle"]["tokens_per_ms"]
+            / max(policies["fixed:e3"]["tokens_per_ms"], policies["fixed:df"]["tokens_per_ms"]),
+            4,
+        ),
+        "positions": len(gather(records, "entropy")),
+        "identical_to_off": all(found == texts[in_flight, "off"] for (in_flight, _), found in texts.items()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sessions", type=int, default=40, help="held-out sessions (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=6, help="blocks they are served in (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="write the JSON line to this file too")
+    parser.add_argument("--picture", type=Path, help="write the picture to this file (default: a temporary folder)")
+    args = parser.parse_args()
+    server.stop_on_signals()
+    logs = Path(tempfile.mkdtemp(prefix="whiflash-routers-"))
+    arguments = {"sessions": args.sessions, "blocks": args.blocks}
+    line = {"benchmark": "routers", "arguments": arguments, **run(args, logs), **provenance()}
+    file = args.picture or logs / "routers.png"
+    picture(line, file)
+    note(f"picture: {file}")
+    if args.results:
+        args.results.write_text(json.dumps(line) + "\n")
+    print(json.dumps(line))
+    if not line["identical_to_off"]:
+        raise SystemExit(f"a text differs from that of `off`; see the logs in {logs}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (server.ServerError, httpx.HTTPError) as error:
+        raise SystemExit(f"error: {error}") from error

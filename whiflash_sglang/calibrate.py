@@ -1,0 +1,190 @@
+"""Find what the routers should decide by, for these models on this machine.
+
+    python -m whiflash_sglang.calibrate --demo --data DIR --out calibration.json [--neural-router PATH] [-- SERVER
+    FLAGS] python -m whiflash_sglang.calibrate --demo --traces TRACE... --out calibration.json
+
+From 32 to 64 sessions (`--traces`, or `--data` that `training.collect_router_data` collected): what EAGLE-3 accepts
+more than DFlash at which entropy; and with the costs of a round, which a server measures when it starts, the entropy
+threshold and the neural router's threshold with the most tokens per millisecond. The server is started with the given
+models and the flags behind `--`, asked for its costs, and stopped. `--whiflash-calibration` takes the file. The last
+line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from whiflash_sglang.calibration import Calibration, save_calibration
+from whiflash_sglang.config import FLAG_CALIBRATION, FLAG_OBJECTIVE, FLAG_ROUTER
+from whiflash_sglang.errors import ConfigError, WhiFlashError
+from whiflash_sglang.router.artefact import load_router
+from whiflash_sglang.training import collect_router_data
+from whiflash_sglang.training.models import ModelPaths, add_arguments, paths_of
+from whiflash_sglang.training.router_data import Record, RouterData, load_router_data
+from whiflash_sglang.training.walk import best_threshold, by_worth, gather, oracle, walk
+from workloads import server
+from workloads.provenance import provenance
+from workloads.schema import TraceError
+from workloads.tokens import totals
+
+MIN_SESSIONS = 32
+EDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6, 1.0)  # nats
+MIN_POSITIONS = 50  # between two edges, for their gain to be more than chance
+ENTROPIES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+GAINS = tuple(round(0.25 * step - 2, 2) for step in range(21))  # tokens
+LAUNCHER = "whiflash_sglang.launch_server"
+
+
+def gains_by_entropy(records: Sequence[Record]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Edges (nats), and what e3 accepts more than df between them, in tokens: one more than edges."""
+    entropy = gather(records, "entropy")
+    difference = gather(records, "e3").astype(np.float64) - gather(records, "df")
+    edges: list[float] = []
+    for edge in EDGES:
+        below = (entropy < edge) & (entropy >= (edges[-1] if edges else -1.0))
+        if below.sum() >= MIN_POSITIONS and (entropy >= edge).sum() >= MIN_POSITIONS:
+            edges.append(edge)
+    between = np.digitize(entropy, edges)
+    return tuple(edges), tuple(round(float(difference[between == i].mean()), 4) for i in range(len(edges) + 1))
+
+
+def round_costs(records: Sequence[Record], table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Milliseconds of a round of one row by drafter, at the mean context of `records`; `table`: a server's
+    `round_ms`."""
+    context = float(np.mean([record.start + len(record.positions.entropy) / 2 for record in records]))
+    result = {}
+    for name, by_rows in table.items():
+        by_context = {int(place): ms for place, ms in by_rows["1"].items()}
+        result[name] = round(float(np.interp(context, list(by_context), list(by_context.values()))), 4)
+    return result
+
+
+def measured_costs(
+    paths: ModelPaths, calibration: Calibration, demo: bool, flags: Sequence[str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """What a server of these models measures when it starts."""
+    folder = Path(tempfile.mkdtemp(prefix="whiflash-calibrate-"))
+    provisional = folder / "calibration.json"
+    save_calibration(provisional, calibration, paths.identity())
+    arguments = (
+        *(("--demo",) if demo else ()),
+        *paths.server_flags(),
+        *(f"{FLAG_ROUTER}=entropy", f"{FLAG_OBJECTIVE}=tokens_per_ms", f"{FLAG_CALIBRATION}={provisional}"),
+        *flags,
+    )
+    with server.running_server(LAUNCHER, *arguments, log=folder / "server.log") as base_url:
+        found = totals(base_url)
+    assert found is not None
+    table: dict[str, dict[str, dict[str, float]]] = found["round_ms"]
+    return table
+
+
+def load_data(args: argparse.Namespace, paths: ModelPaths) -> RouterData:
+    """The given data, or what the given traces yield."""
+    if (args.data is None) == (args.traces is None):
+        raise ConfigError("--data", args.data, "give either --data or --traces", "drop or add one of them")
+    folder = args.data
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="whiflash-calibrate-"))
+        models = (*(("--demo",) if args.demo else ()), *paths.server_flags())
+        traces = ("--traces", *map(str, args.traces), "--limit", str(args.sessions))
+        collect_router_data.main([*models, *traces, "--out", str(folder), "--device", str(args.device)])
+    data = load_router_data(folder)
+    paths.identity().check("--data", folder, data.manifest["models"])
+    if len(data.sessions) < MIN_SESSIONS:
+        problem = f"{len(data.sessions)} sessions, and at least {MIN_SESSIONS} are needed to calibrate"
+        raise ConfigError("--traces" if args.data is None else "--data", None, problem, "give more sessions")
+    kept = set(data.sessions[-args.sessions :])  # the last ones: a router may have been trained on the first
+    return RouterData(data.manifest, [record for record in data.records if record.session in kept])
+
+
+def calibrate(args: argparse.Namespace) -> dict[str, Any]:
+    paths = paths_of(args)
+    router = None
+    if args.neural_router is not None:
+        router = load_router(args.neural_router, paths.identity(), args.positive_drafter, 0.0)
+    data = load_data(args, paths)
+    records = data.records
+    edges, gains = gains_by_entropy(records)
+    lengths = {name: round(float(gather(records, name).mean()), 4) for name in ("df", "e3")}
+    table = measured_costs(paths, Calibration(lengths, 0.0, edges, gains, None), args.demo, args.server_flags)
+    ms = round_costs(records, table)
+    entropy = gather(records, "entropy")
+    entropy_threshold, by_entropy = best_threshold(records, entropy, ENTROPIES, ms)
+    gain_of = {"entropy": np.array(gains)[np.digitize(entropy, edges)]}
+    neural_threshold, by_gain = None, None
+    if router is not None:
+        gain_of["neural"] = router.e3_network(torch.from_numpy(gather(records, "hidden")).float()).numpy()
+        neural_threshold, by_gain = best_threshold(records, gain_of["neural"], GAINS, ms)
+    calibration = Calibration(lengths, entropy_threshold, edges, gains, neural_threshold)
+    nobody, everybody = np.zeros(len(entropy), dtype=bool), np.ones(len(entropy), dtype=bool)
+    choices = {"fixed:df": nobody, "fixed:e3": everybody}
+    choices |= {f"{name}, tokens_per_ms": by_worth(records, gain, ms) for name, gain in gain_of.items()}
+    choices["oracle"] = oracle(records, ms)
+    found = {name: round(walk(records, choice, ms).tokens_per_ms, 4) for name, choice in choices.items()}
+    found["entropy, threshold"] = by_entropy[entropy_threshold]
+    if by_gain is not None and neural_threshold is not None:
+        found["neural, threshold"] = by_gain[neural_threshold]
+    about = {
+        "sessions": len(data.sessions),
+        "positions": len(entropy),
+        "round_ms": ms,
+        "costs_ms": table,
+        "tokens_per_ms": found,
+        "tokens_per_ms_by_entropy_threshold": by_entropy,
+        "tokens_per_ms_by_neural_threshold": by_gain,
+        **provenance(),
+    }
+    save_calibration(args.out, calibration, paths.identity(), **about)
+    return {"out": str(args.out), "entropy_threshold": entropy_threshold, "neural_threshold": neural_threshold, **about}
+
+
+def show(result: Mapping[str, Any]) -> None:
+    view = Table(title=f"Tokens per ms of {result['sessions']} sessions, on paper, at this machine's costs of a round")
+    view.add_column("policy")
+    view.add_column("tokens/ms", justify="right")
+    for name, value in sorted(result["tokens_per_ms"].items(), key=lambda item: item[1]):
+        view.add_row(name, f"{value:.4f}")
+    Console(stderr=True).print(view)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m whiflash_sglang.calibrate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    parser.add_argument("--traces", nargs="+", type=Path, metavar="TRACE")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="what collect_router_data wrote")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--neural-router", metavar="PATH", help="calibrate this neural router too")
+    parser.add_argument("--positive-drafter", choices=("e3", "df"), help="of a bare router file")
+    parser.add_argument("--sessions", type=int, default=64, help="to calibrate on, at most (default: %(default)s)")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    given = list(sys.argv[1:] if argv is None else argv)
+    split = given.index("--") if "--" in given else len(given)
+    args = parser.parse_args(given[:split])
+    args.server_flags = given[split + 1 :]
+    server.stop_on_signals()
+    try:
+        result = calibrate(args)
+    except (WhiFlashError, TraceError, server.ServerError) as error:
+        raise SystemExit(f"error: {error}") from error
+    show(result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

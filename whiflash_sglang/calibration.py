@@ -1,0 +1,90 @@
+"""What `python -m whiflash_sglang.calibrate` found out, as a file that a server reads (`--whiflash-calibration`).
+
+    {"format": "whiflash-calibration", "format_version": 1, "models": {identity.py}, "sessions": 48,
+     "acceptance_length": {"df": 5.1, "e3": 4.9},
+     "entropy": {"threshold": 0.1, "edges": [0.003, 0.1], "gains": [-1.5, -0.2, 1.9]},
+     "neural": {"threshold": 0.4} or null, ...}
+
+`gains` are what EAGLE-3 accepts more than DFlash, in tokens, where the entropy is below, between and above `edges`
+(nats): one more than edges. Thresholds are those with the most tokens per millisecond on the machine of `costs_ms`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from whiflash_sglang.config import FLAG_CALIBRATION
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.identity import Identity
+from whiflash_sglang.safetensors_header import read_json
+
+FORMAT, FORMAT_VERSION = "whiflash-calibration", 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The part of the file that a server uses."""
+
+    acceptance_length: Mapping[str, float]  # by drafter
+    entropy_threshold: float  # nats
+    edges: tuple[float, ...]
+    gains: tuple[float, ...]
+    neural_threshold: float | None  # tokens; None where no neural router was calibrated
+
+
+def load_calibration(path: str, identity: Identity) -> Calibration:
+    """Read a calibration and check that it is one of these models."""
+    file = Path(path)
+    if not file.is_file():
+        mend = "make one with `python -m whiflash_sglang.calibrate`"
+        raise CheckpointError(FLAG_CALIBRATION, path, "no such file", mend)
+    content = read_json(FLAG_CALIBRATION, file)
+    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
+        found = f"{content.get('format')!r} version {content.get('format_version')!r}"
+        problem = f"is {found}, not {FORMAT!r} version {FORMAT_VERSION}"
+        raise CheckpointError(FLAG_CALIBRATION, file, problem, "make it anew with this version")
+    identity.check(FLAG_CALIBRATION, file, content.get("models"))
+    try:
+        calibration = _parse(content)
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"has a missing or ill-typed field ({type(error).__name__}: {error})"
+        raise CheckpointError(FLAG_CALIBRATION, file, problem, "make it anew") from error
+    if len(calibration.gains) != len(calibration.edges) + 1 or any(a >= b for a, b in pairwise(calibration.edges)):
+        problem = "`entropy` needs ascending edges and one more gain than edges"
+        raise CheckpointError(FLAG_CALIBRATION, file, problem, "make it anew")
+    return calibration
+
+
+def _parse(content: Mapping[str, Any]) -> Calibration:
+    entropy, neural = content["entropy"], content["neural"]
+    return Calibration(
+        acceptance_length={name: float(content["acceptance_length"][name]) for name in ("df", "e3")},
+        entropy_threshold=float(entropy["threshold"]),
+        edges=tuple(map(float, entropy["edges"])),
+        gains=tuple(map(float, entropy["gains"])),
+        neural_threshold=None if neural is None else float(neural["threshold"]),
+    )
+
+
+def save_calibration(file: Path, calibration: Calibration, identity: Identity, **about: Any) -> None:
+    """Write the file; `about` is what a reader wants to know of it: sessions, costs, what each threshold gives."""
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "models": identity.to_json(),
+        "acceptance_length": dict(calibration.acceptance_length),
+        "entropy": {
+            "threshold": calibration.entropy_threshold,
+            "edges": list(calibration.edges),
+            "gains": list(calibration.gains),
+        },
+        "neural": None if calibration.neural_threshold is None else {"threshold": calibration.neural_threshold},
+        **about,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,76 @@
+"""Which models a learned file (a neural router, a calibration) was made for, and whether they are the ones served.
+
+A checkpoint is known by a fingerprint of its last norm's weights: two fine-tunes of one architecture differ there, and
+a copy, a rename or a quantization of the other layers does not change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from whiflash_sglang.checkpoints import DRAFTER_FLAGS, FLAG_TARGET, load_target_spec
+from whiflash_sglang.config import FLAG_STEPS
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.safetensors_header import read_headers
+
+_LAST_NORM = re.compile(r"(^|\.)norm\.weight$")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The models of a server, as far as what was learned on them depends on them."""
+
+    target: str  # fingerprint
+    hidden_size: int
+    drafters: Mapping[str, str]  # name -> fingerprint
+    eagle_steps: int
+
+    @classmethod
+    def of(cls, target_path: str, draft_paths: Mapping[str, str], eagle_steps: int) -> Identity:
+        return cls(
+            target=fingerprint(FLAG_TARGET, target_path),
+            hidden_size=load_target_spec(target_path).hidden_size,
+            drafters={name: fingerprint(DRAFTER_FLAGS[name], path) for name, path in draft_paths.items()},
+            eagle_steps=eagle_steps,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def check(self, flag: str, path: Path, recorded: object) -> None:
+        """Refuse a file whose `models` entry is `recorded` if it was made for other models than these."""
+        again = "make it anew for these models, or serve those that it was made for"
+        if not isinstance(recorded, dict) or set(recorded) != set(self.to_json()):
+            problem = f"`models` must have exactly {sorted(self.to_json())}"
+            raise CheckpointError(flag, path, problem, "make the file anew")
+        if recorded["hidden_size"] != self.hidden_size:
+            problem = (
+                f"made for a target of hidden size {recorded['hidden_size']}, but this one's is {self.hidden_size}"
+            )
+            raise CheckpointError(flag, path, problem, again)
+        if recorded["target"] != self.target:
+            raise CheckpointError(flag, path, "made for another target", again)
+        if recorded["drafters"] != dict(self.drafters):
+            served = ", ".join(f"{name} {value}" for name, value in self.drafters.items())
+            problem = f"made for other drafters ({recorded['drafters']}, but {served} are served)"
+            raise CheckpointError(flag, path, problem, again)
+        if recorded["eagle_steps"] != self.eagle_steps:
+            problem = f"made with {FLAG_STEPS} {recorded['eagle_steps']}, but {self.eagle_steps} are served"
+            raise CheckpointError(flag, path, problem, f"use {FLAG_STEPS} {recorded['eagle_steps']}, or make it anew")
+
+
+def fingerprint(flag: str, path: str) -> str:
+    """Sixteen hexadecimal digits of the checkpoint in the folder `path`."""
+    tensors = read_headers(flag, Path(path))
+    names = [name for name in tensors if _LAST_NORM.search(name)]
+    if not names:
+        raise CheckpointError(flag, path, "has no norm behind its last layer", "use a complete checkpoint")
+    info = tensors[min(names, key=len)]
+    with info.file.open("rb") as file:
+        file.seek(info.start)
+        return hashlib.sha256(file.read(info.end - info.start)).hexdigest()[:16]

@@ -1,0 +1,49 @@
+"""`neural`: WhiFlash's second policy (arXiv 2606.07710).
+
+Two linear layers with a GELU between them read the target's final hidden state at the last verified position and say
+by how many tokens the acceptance length of one drafter of the pair exceeds the other's. Which one is the "positive"
+drafter is part of the router's own file (`artefact.py`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Network(NamedTuple):
+    """Weights of hidden state [n, hidden] -> [n]: linear, GELU, linear."""
+
+    weight_in: torch.Tensor  # [width, hidden]
+    bias_in: torch.Tensor  # [width]
+    weight_out: torch.Tensor  # [1, width]
+    bias_out: torch.Tensor  # [1]
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        inner = F.gelu(F.linear(hidden.to(self.weight_in.dtype), self.weight_in, self.bias_in))
+        return F.linear(inner, self.weight_out, self.bias_out).squeeze(-1)
+
+    def to(self, device: torch.device) -> Network:
+        return Network(*(tensor.to(device) for tensor in self))
+
+    def negated(self) -> Network:
+        """The network of the opposite difference."""
+        return self._replace(weight_out=-self.weight_out, bias_out=-self.bias_out)
+
+
+class NeuralScore:
+    """What `e3` is expected to accept more than `df`, in tokens; `network` has `e3` as its positive drafter."""
+
+    def __init__(self, network: Network, num_slots: int):
+        self.network = network
+        self.values = torch.zeros(num_slots, dtype=network.weight_in.dtype)
+
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        if self.values.device != hidden.device:
+            self.values, self.network = self.values.to(hidden.device), self.network.to(hidden.device)
+        self.values.index_copy_(0, slots, self.network(hidden))
+
+    def read(self, slots: torch.Tensor) -> torch.Tensor:
+        return self.values.index_select(0, slots)

@@ -1,0 +1,24 @@
+"""The plain policies of the paper: `e3` drafts where the score is above a threshold, else `df`."""
+
+from __future__ import annotations
+
+import torch
+
+from whiflash_sglang.round import Router
+from whiflash_sglang.router.score import Score
+from whiflash_sglang.router.split import split
+from whiflash_sglang.types import Plan, Rows
+
+
+class ThresholdRouter(Router):
+    names = ("df", "e3")
+
+    def __init__(self, score: Score, threshold: float):
+        self.score = score
+        self.threshold = threshold
+
+    def route(self, rows: Rows) -> Plan:
+        return split(rows, self.names, self.score.read(rows.slots) > self.threshold)
+
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        self.score.observe(slots, logits, hidden)
