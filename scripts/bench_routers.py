@@ -6,13 +6,14 @@ On held-out sessions of the order desk, in one run; the last line is JSON.
 
     on paper    at every position of the target's replies both drafters' acceptance lengths are known, so that the
                 rounds of any policy follow, the oracle's included: in hindsight the drafter with more tokens per
-                millisecond. At the costs of a round that the server measured when it started
+                millisecond. At the costs of a round that the server measured when it started. `ceiling` is the best
+                walk of all, which also knows where a round leaves the next one to begin
     for real    tokens/s of servers side by side, block by block in rotated order, for 1, 4 and 16 requests in flight;
                 every text compared with that of the server without speculation
     signal      share of a policy's rounds in which its score set the drafters apart by half a token or more
 
 `over_oracle` is tokens per ms over the oracle's; `oracle_agreement` the share of a policy's own rounds in which the
-oracle would have chosen the same drafter. The oracle cannot be served: its `tokens_per_s` is null.
+oracle would have chosen the same drafter. Neither can be served: their `tokens_per_s` is null.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from whiflash_sglang.router.artefact import load_router
 from whiflash_sglang.training.models import ModelPaths, load_models
 from whiflash_sglang.training.replies import positions, prompts_of, served_replies
 from whiflash_sglang.training.router_data import Record
-from whiflash_sglang.training.walk import Walk, by_worth, gather, oracle, walk
+from whiflash_sglang.training.walk import Walk, by_worth, ceiling, gather, oracle, walk
 from workloads import server
 from workloads.demo.generate import sessions
 from workloads.provenance import provenance
@@ -95,19 +96,21 @@ def on_paper(records: Sequence[Record], ms: Mapping[str, float]) -> dict[str, di
         "random": np.random.default_rng(1).random(n) < 0.5,
         **{name: by_worth(records, values, ms) for name, values in gain.items()},
         "oracle": best,
+        "ceiling": ceiling(records, ms),
     }
     walks = {name: walk(records, choice, ms) for name, choice in choices.items()}
-    return {name: paper_figures(found, best, walks["oracle"], gain.get(name)) for name, found in walks.items()}
+    of_oracle = walks["oracle"].tokens_per_ms
+    return {name: paper_figures(found, best, of_oracle, gain.get(name)) for name, found in walks.items()}
 
 
-def paper_figures(found: Walk, best: np.ndarray, ceiling: Walk, gain: np.ndarray | None) -> dict[str, Any]:
+def paper_figures(found: Walk, best: np.ndarray, of_oracle: float, gain: np.ndarray | None) -> dict[str, Any]:
     signal = None if gain is None else round(float((np.abs(gain[found.position]) >= SIGNAL).mean()), 4)
     return {
         "tokens_per_ms": round(found.tokens_per_ms, 4),
         "acceptance_length": round(found.acceptance_length, 3),
         "e3_share": round(float(found.is_e3.mean()), 3),
         "oracle_agreement": round(float((found.is_e3 == best[found.position]).mean()), 4),
-        "over_oracle": round(found.tokens_per_ms / ceiling.tokens_per_ms, 4),
+        "over_oracle": round(found.tokens_per_ms / of_oracle, 4),
         "rounds_with_signal": signal,
         "by_span": found.by_span(),
     }

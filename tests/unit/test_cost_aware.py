@@ -85,7 +85,7 @@ def test_rows_that_may_not_be_drafted_for_stand_in_no_plan() -> None:
 
 
 def test_the_base_is_learned_from_rounds_of_either_drafter() -> None:
-    """A round of e3 tells what df would have made of it, by the gain that was expected: 7 accepted of which 3 gained."""
+    """A round of e3 tells what df would have made of it, by the gain that was expected: 7 - 3."""
     for gain, committed in ((3.0, 7), (-3.0, 4)):
         decided = router([gain], base=1.0)
         for _ in range(400):

@@ -72,7 +72,7 @@ def train(
 
 def _epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> float:
     total = 0.0
-    for batch in torch.randperm(len(x)).split(2048):
+    for batch in torch.randperm(len(x)).split(512):
         loss = (model(x[batch])[:, 0] - y[batch]).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -146,6 +146,8 @@ def plot(fit: Fit, validation: list[Record], positive: str, table: dict[float, f
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     data = load_router_data(args.data)
+    kept = set(data.sessions[: args.sessions])
+    data = RouterData(data.manifest, [record for record in data.records if record.session in kept])
     fit, validation = train(data, args.positive_drafter, args.width, args.epochs, args.patience, args.seed)
     metrics = metrics_of(fit, validation, args.positive_drafter)
     x, _ = tensors(validation, args.positive_drafter)
@@ -176,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="what collect_router_data wrote")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the router's folder")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="folder of the plots (default: the data's)")
+    parser.add_argument("--sessions", type=int, metavar="N", help="the first N only, to calibrate on the others")
     parser.add_argument("--positive-drafter", choices=("e3", "df"), default="e3")
     parser.add_argument("--width", type=int, default=128, help="of the inner layer (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=60, help="at most (default: %(default)s)")

@@ -73,6 +73,25 @@ def oracle(records: Sequence[Record], ms: Mapping[str, float]) -> np.ndarray:
     return e3 / ms["e3"] > df / ms["df"]
 
 
+def ceiling(records: Sequence[Record], ms: Mapping[str, float]) -> np.ndarray:
+    """The choice [all positions] with which a reply takes the least time of all: what no router can do better than.
+
+    The oracle looks one round ahead; this knows, from the end backwards, where a round leaves the next one to begin.
+    """
+    choices = []
+    for record in records:
+        e3, df = record.positions.e3.astype(int), record.positions.df.astype(int)
+        n = len(e3)
+        left = [0.0] * (n + 1)  # time from each position to the end
+        choice = np.zeros(n, dtype=bool)
+        for i in reversed(range(n)):
+            with_e3 = ms["e3"] + left[min(n, i + e3[i])]
+            with_df = ms["df"] + left[min(n, i + df[i])]
+            choice[i], left[i] = with_e3 < with_df, min(with_e3, with_df)
+        choices.append(choice)
+    return np.concatenate(choices)
+
+
 def by_worth(records: Sequence[Record], gain: np.ndarray, ms: Mapping[str, float], steps: int = 12) -> np.ndarray:
     """The choice of objective tokens_per_ms [all positions], with `gain` [all positions] as what `e3` is expected to
     accept more: what router/cost_aware.py settles at when its rate has become that of its own rounds."""
