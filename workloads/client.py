@@ -134,9 +134,7 @@ class Server:
             await asyncio.sleep(RETRY_SECONDS * 2**attempt)
         return Answer(incoming, attempt, error)
 
-    async def _stream(
-        self, incoming: Incoming, messages: list[Message], tools: Tools, trace: bool
-    ) -> Exception | None:
+    async def _stream(self, incoming: Incoming, messages: list[Message], tools: Tools, trace: bool) -> Exception | None:
         try:
             async with asyncio.timeout(self.http.timeout.read):  # of the whole answer
                 stream = await self.client.chat.completions.create(

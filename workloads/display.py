@@ -24,7 +24,12 @@ class Display:
     def __init__(self, num_turns: int, console: Console | None = None):
         self.console = console or Console(stderr=True, soft_wrap=True, highlight=False)
         self.tokens = self.failed = 0
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[said]}"),
+        )
         self.bar = Progress(
             *columns,
             TimeElapsedColumn(),
