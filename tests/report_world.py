@@ -1,7 +1,7 @@
 """Results as replays of a WhiFlash server give them, without a server: bundled sessions, rounds drawn by dice.
 
-The text of each turn is cut into pieces as a tokenizer would; each policy drafts in its own way, and dice say how many of
-the drafts the target takes.
+The text of each turn is cut into pieces as a tokenizer would; each policy drafts in its own way, and dice say how many
+of the drafts the target takes.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ answer that its first word came from the prefill and the others in rounds of up 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import threading
 import time
@@ -66,6 +67,7 @@ class StubServer:
         self.asked_figures: list[str] = []
         self.refuse: set[int] = set()  # connections, by number, that are closed unanswered; of completions only
         self.connections = 0
+        self.gone_after: int | None = None  # completions after which the server is gone
         self.totals: Json | None = copy.deepcopy(NO_TOTALS) if speculates else None
         self.requests: list[Json] = []
         self.tokenized: list[Json] = []
@@ -163,7 +165,7 @@ def figures_of(rounds: list[Json], first: str | None) -> Json:
     return {
         "rounds": len(rounds),
         **{f"{kind}_by_drafter": counts for kind, counts in by.items()},
-        "switches": sum(a != b for a, b in zip(drafters, drafters[1:], strict=False)),
+        "switches": sum(a != b for a, b in itertools.pairwise(drafters)),
         "by_span": spans,
         "context_kind": "user",
         "tool": None,
@@ -223,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         finally:
             stub.end()
+            if stub.num_requests == stub.gone_after:
+                stub.gone.set()
 
     def complete(self, body: Json, failure: Failure | None, name: str) -> None:
         stub, prompt_tokens = self.server_state, num_tokens(body)

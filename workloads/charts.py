@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -41,15 +41,13 @@ class Panel(NamedTuple):
     ticks: list[Tick]
 
 
-def bars(values: Mapping[str, float | None], form: str, best: str | None = None) -> list[Bar]:
+def bars(values: Mapping[str, float | None], form: Callable[[float], str], best: str | None = None) -> list[Bar]:
     """One bar a label, on the scale from 0 to the largest value; `best` is `max`, `min` or nothing."""
     known = [value for value in values.values() if value is not None]
     top = max(known, default=0.0)
     winner = None if best is None or len(known) < 2 else (max if best == "max" else min)(known)
     return [
-        Bar(label, "n/a", None)
-        if value is None
-        else Bar(label, form.format(value), percent(value, top), value == winner)
+        Bar(label, "n/a", None) if value is None else Bar(label, form(value), percent(value, top), value == winner)
         for label, value in values.items()
     ]
 
@@ -67,7 +65,7 @@ def panel(title: str, quantiles: Mapping[str, Sequence[float]]) -> Panel:
         )
         for label, cuts in known.items()
     ]
-    return Panel(title, strips, [Tick(number(tick), percent(tick, top)) for tick in ticks])
+    return Panel(title, strips, [Tick(f"{tick:g}", percent(tick, top)) for tick in ticks])
 
 
 def scale(top: float, steps: int = 4) -> list[float]:
@@ -85,7 +83,7 @@ def percent(value: float, top: float) -> float:
 
 
 def number(value: float) -> str:
-    """Three digits or so: 0.42, 4.2, 42, 4200."""
-    if value == 0 or value >= 100:
+    """Three digits: 0.420, 4.20, 42.0, 4200."""
+    if value == 0 or value >= 99.95:
         return f"{value:.0f}"
-    return f"{value:.3g}"
+    return f"{value:#.3g}"

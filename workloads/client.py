@@ -124,10 +124,10 @@ class Server:
             return error
 
     async def ask(self, messages: list[Message], tools: Tools, trace: bool = False) -> Answer:
-        """One request, with retries."""
+        """One request, with retries; only WhiFlash is asked to trace its rounds."""
         for attempt in itertools.count():
             incoming = Incoming()
-            error = await self._stream(incoming, messages, tools, trace)
+            error = await self._stream(incoming, messages, tools, trace and self.is_whiflash)
             nothing_came = not incoming.pieces
             if attempt == self.retries or not (nothing_came and is_connection_failure(error)):
                 break

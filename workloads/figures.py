@@ -1,4 +1,4 @@
-"""Figures of measured turns: percentiles, the cache by prompt depth, what speculation did. Pure functions on records."""
+"""Figures of measured turns, as pure functions: percentiles, the cache by prompt depth, what speculation did."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """What stands before a turn: the recorded messages (forced), or the server's own replies among them (live).
 
 In live history a reply takes the place of the recorded assistant message, and tool outputs stay as recorded: its calls
-get the ids of the recorded ones, in order, so that these outputs answer them. A reply that makes another number of calls
-than the recorded one is a divergence, which the replay counts. A turn that failed leaves the recorded message in place.
+get the ids of the recorded ones, in order, so that these outputs answer them. A reply that makes another number of
+calls than the recorded one is a divergence, which the replay counts. A turn that failed leaves the recorded message in
+place.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m workloads.html_report RESULT.json... --out out.html
 
-A RESULT is what `python -m workloads.replay ... --json-out FILE` writes; each is one policy, named by its `--label`. The
-page is whole in itself: it opens offline, and asks for nothing. `templates/` holds its HTML, style and script.
+A RESULT is what `python -m workloads.replay ... --json-out FILE` writes; each is one policy, named by its `--label`.
+The page is whole in itself: it opens offline, and asks for nothing. `templates/` holds its HTML, style and script.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def facts(results: Sequence[Result]) -> list[tuple[str, str]]:
     """What was replayed and where, of the first result; `warnings` says where others differ."""
     first = results[0]
     said, figures = first.arguments, first.figures
-    load = f"{said['concurrency'] or 1} sessions at a time" if not said["arrivals"] else f"arrivals {said['arrivals']}"
+    at_a_time = said["concurrency"] or 1
+    closed = f"{at_a_time} session{'s' if at_a_time > 1 else ''} at a time"
+    load = f"arrivals {said['arrivals']}" if said["arrivals"] else closed
     return [
         ("traces", ", ".join(Path(name).name for name in said["traces"])),
         ("sessions", f"{figures['sessions']}, {figures['turns']} turns"),
@@ -96,8 +98,11 @@ def warnings(results: Mapping[str, Result]) -> list[str]:
             said.append(f"{label}: {figures['ending']}; {figures['not_asked']} turns were not asked")
         if figures["failed"]:
             said.append(f"{label}: {figures['failed']} turns failed")
-        if figures["rounds"] is None:
-            said.append(f"{label}: served without WhiFlash, so that speculation figures are missing")
+        baseline = figures["acceptance_length"] == 1 and len(results) > 1  # decoding token by token, to compare with
+        if figures["rounds"] is None and not baseline:
+            said.append(
+                f"{label}: the server gave no speculation figures (it is not WhiFlash), so that they are missing"
+            )
     for name in SAME:
         values = {json.dumps(result.arguments[name]) for result in results.values()}
         if len(values) > 1:
@@ -122,21 +127,21 @@ def policy(label: str, result: Result, results: Mapping[str, Result]) -> dict[st
     off = results["off"].figures["tokens_per_s"] if "off" in results else None
     prompt, goodput = figures["prompt_tokens"], figures["goodput"]
 
-    def bar(of: Callable[[Mapping[str, Any]], float | None], form: str, best: str) -> Bar:
+    def bar(of: Callable[[Mapping[str, Any]], float | None], form: Callable[[float], str], best: str) -> Bar:
         found = bars({name: of(other.figures) for name, other in results.items()}, form, best)
         return next(each for each in found if each.label == label)
 
     def times(name: str) -> dict[str, Any]:
         """Of two percentiles the bar shows the first."""
         p95 = figures[f"{name}_p95"]
-        p50 = bar(lambda other: other[f"{name}_p50"], "{:.3g}", "min")
+        p50 = bar(lambda other: other[f"{name}_p50"], number, "min")
         return {"p50": p50, "p95": "n/a" if p95 is None else number(p95)}
 
     return {
         "label": label,
-        "speed": bar(lambda other: other["tokens_per_s"], "{:.1f}", "max"),
+        "speed": bar(lambda other: other["tokens_per_s"], "{:.1f}".format, "max"),
         "times_off": f"{figures['tokens_per_s'] / off:.2f}" if off else None,
-        "al": bar(lambda other: other["acceptance_length"], "{:.2f}", "max"),
+        "al": bar(lambda other: other["acceptance_length"], "{:.2f}".format, "max"),
         "ttft": times("ttft_ms"),
         "tpot": times("tpot_ms"),
         "e2e": times("e2e_ms"),
@@ -165,7 +170,7 @@ def acceptance(results: Mapping[str, Result]) -> list[dict[str, Any]]:
             for label, counts in parts.items()
             for name, count in counts.items()
         }
-        drawn = bars({f"{name}\n{label}": al for (label, name), (al, _) in found.items()}, "{:.2f}")
+        drawn = bars({f"{name}\n{label}": al for (label, name), (al, _) in found.items()}, "{:.2f}".format)
         by_place = {each.label: each for each in drawn}
         groups = [
             {

@@ -2,7 +2,7 @@
 
     --concurrency N            closed loop: N sessions at a time, the next when one ends
     --arrivals poisson:RATE    open loop: RATE sessions a second on average, however slow the server is
-    --arrivals recorded        open loop: each session when it was recorded to start (`timestamp_s` of its first message)
+    --arrivals recorded        open loop: each session when it was recorded to start (its first `timestamp_s`)
 
     --tool-time recorded | zero | scale:X    how long the client waits before a turn that follows tool outputs
 

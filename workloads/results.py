@@ -1,7 +1,7 @@
 """The result of a replay as JSON: what `--json-out` writes, and what a report is made of.
 
-It is the line that the replay prints, with `detail` beside it: percentiles 0 to 100 of every latency, and the turns whose
-rounds were traced.
+It is the line that the replay prints, with `detail` beside it: percentiles 0 to 100 of every latency, and the turns
+whose rounds were traced.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     --slo ttft_ms=500,tpot_ms=30,e2e_ms=4000
 
-A turn that failed keeps none. A limit on a time that a turn does not have (time per token of a one-token answer) is kept.
+A turn that failed keeps none. A limit on a time that a turn does not have (time per token of a one-token answer) is
+kept.
 """
 
 from __future__ import annotations

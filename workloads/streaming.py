@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any, NamedTuple
 
@@ -66,5 +67,5 @@ class Incoming:
         if not self.pieces:
             return Times(e2e_s=e2e_s)
         first, last = self.pieces[0], self.pieces[-1]
-        gaps = tuple(later - earlier for earlier, later in zip(self.pieces, self.pieces[1:], strict=False))
+        gaps = tuple(later - earlier for earlier, later in itertools.pairwise(self.pieces))
         return Times(first - self.began, (last - first) / (num_tokens - 1) if num_tokens > 1 else None, e2e_s, gaps)

@@ -5,7 +5,8 @@
   const at = (id) => document.getElementById(id);
   const text = at("text"), tip = at("tip"), turnSelect = at("turn"), choice = at("choice");
   const known = new Set(["df", "e3", "none"]);
-  let label = turns[0].policies[0].label; // of the policy that is looked at; kept from turn to turn
+  // Of the policy that is looked at, kept from turn to turn; at first the one that changes drafters most.
+  let label = turns.flatMap((turn) => turn.policies).reduce((a, b) => (b.switches > a.switches ? b : a)).label;
   let tokens = []; // {element, round, title, proposer}; round is -1 for the token of the prefill
   let rounds = [];
 
@@ -66,6 +67,7 @@
     at("timeline").replaceChildren(...stretches.map(({ span, members }) => {
       const stretch = make("div", "stretch"), columns = make("div", "rounds");
       stretch.style.flex = members.length;
+      stretch.style.maxWidth = `${Math.max(3, members.length) * 28}px`;
       for (const i of members) {
         const column = make("i", `fill ${style(rounds[i].drafter)}`);
         column.style.height = `${(100 * rounds[i].tokens.length) / most}%`;
