@@ -25,6 +25,7 @@ class Strip(NamedTuple):
     """One distribution as a strip: thin from p1 to p99, wider from p5 to p95, widest from p25 to p75, a line at p50."""
 
     label: str
+    shown: str
     p1: float
     p5: float
     p25: float
@@ -32,7 +33,6 @@ class Strip(NamedTuple):
     p75: float
     p95: float
     p99: float
-    shown: str
 
 
 class Panel(NamedTuple):
@@ -60,8 +60,8 @@ def panel(title: str, quantiles: Mapping[str, Sequence[float]]) -> Panel:
     strips = [
         Strip(
             label,
+            " / ".join(number(cuts[p]) for p in (50, 95, 99)),
             *(percent(cuts[p], top) for p in (1, 5, 25, 50, 75, 95, 99)),
-            shown=" / ".join(number(cuts[p]) for p in (50, 95, 99)),
         )
         for label, cuts in known.items()
     ]

@@ -34,6 +34,13 @@ class ServerGone(ConnectionError):
     """The server stopped answering while it was measured."""
 
 
+class Sampling(NamedTuple):
+    """What every request carries."""
+
+    max_tokens: int
+    temperature: float
+
+
 class Answer(NamedTuple):
     """A whole answer, or the error that stands in its place."""
 
@@ -46,21 +53,19 @@ class Server:
     """`speculates` and `is_whiflash` are known once `totals` has been asked for."""
 
     def __init__(
-        self, http: httpx.AsyncClient, base_url: str, model: str, context: int, retries: int, sampling: dict[str, Any]
+        self, http: httpx.AsyncClient, base_url: str, model: str, context: int, retries: int, sampling: Sampling
     ):
         self.http = http
         self.base_url = base_url
         self.model = model
         self.context = context
         self.retries = retries
-        self.sampling = sampling  # max_tokens, temperature
+        self.sampling = sampling
         self.speculates = self.is_whiflash = False
         self.client = AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=http.timeout.read)
 
     @classmethod
-    async def connect(
-        cls, http: httpx.AsyncClient, base_url: str, retries: int, max_tokens: int, temperature: float
-    ) -> Server:
+    async def connect(cls, http: httpx.AsyncClient, base_url: str, retries: int, sampling: Sampling) -> Server:
         """Ask the server what it serves; raises ServerUnreachable, or ValueError for options that it cannot meet."""
         try:
             reply = await http.get("/v1/models")
@@ -72,9 +77,8 @@ class Server:
                 f"--base-url {base_url}: no server answers /v1/models there ({type(error).__name__}: {error}); "
                 "start one, e.g. with `make serve`, and give its address without /v1"
             ) from error
-        if max_tokens >= context:
-            raise ValueError(f"--max-tokens {max_tokens}: the server's context is {context}; give less")
-        sampling = {"max_tokens": max_tokens, "temperature": temperature}
+        if sampling.max_tokens >= context:
+            raise ValueError(f"--max-tokens {sampling.max_tokens}: the server's context is {context}; give less")
         return cls(http, base_url.rstrip("/"), name, context, retries, sampling)
 
     async def totals(self) -> Totals | None:
@@ -105,7 +109,7 @@ class Server:
 
     @property
     def room(self) -> int:
-        return self.context - int(self.sampling["max_tokens"]) - 1
+        return self.context - self.sampling.max_tokens - 1
 
     async def fit(self, history: list[Message], tools: Tools) -> Prompt | Exception:
         """The prompt, cut to the context where it has to be, or why there is none."""
@@ -137,14 +141,15 @@ class Server:
     async def _stream(self, incoming: Incoming, messages: list[Message], tools: Tools, trace: bool) -> Exception | None:
         try:
             async with asyncio.timeout(self.http.timeout.read):  # of the whole answer
-                stream = await self.client.chat.completions.create(
+                stream = await self.client.chat.completions.create(  # type: ignore[call-overload]
                     model=self.model,
-                    messages=messages,  # type: ignore[arg-type]
-                    tools=tools or None,  # type: ignore[arg-type]
+                    messages=messages,
+                    tools=tools or None,
                     stream=True,
                     stream_options={"include_usage": True},
                     extra_body=TRACE if trace else None,
-                    **self.sampling,
+                    max_tokens=self.sampling.max_tokens,
+                    temperature=self.sampling.temperature,
                 )
                 async for chunk in stream:
                     incoming.take(chunk)

@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page")
     args = parser.parse_args(argv)
     try:
-        args.out.write_text(render([read(path) for path in args.results]))
+        args.out.write_text(render([read(path) for path in args.results]), encoding="utf-8")
     except ResultError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -84,14 +84,13 @@ def run(argv: Sequence[str] | None) -> int:
     for note in notes(figures, report.turns):
         print(f"note: {note}", file=sys.stderr)
     arguments = flags.plain(args) | {"marker": settings.marker}
-    line = {"benchmark": "replay", "arguments": arguments, "figures": figures, **provenance()}
-    print(json.dumps(line), flush=True)
-    if args.json_out or args.report:
-        result = results.Result.model_validate(line | {"detail": results.detail(report, counted)})
-        if args.json_out:
-            args.json_out.write_text(result.model_dump_json() + "\n")
-        if args.report:
-            args.report.write_text(render([result]))
+    record = {"benchmark": "replay", "arguments": arguments, "figures": figures, **provenance()}
+    print(json.dumps(record), flush=True)
+    result = results.Result.model_validate(record | {"detail": results.detail(report, counted)})
+    if args.json_out:
+        args.json_out.write_text(result.model_dump_json() + "\n", encoding="utf-8")
+    if args.report:
+        args.report.write_text(render([result]), encoding="utf-8")
     if report.ending == "interrupted":
         return INTERRUPTED
     return 1 if figures["failed"] or report.ending != "complete" else 0

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 
 import httpx
 
-from workloads.client import Answer, Server, ServerGone, is_connection_failure
+from workloads.client import Answer, Sampling, Server, ServerGone, is_connection_failure
 from workloads.fitting import Prompt
 from workloads.history import History
 from workloads.pacing import Arrivals, tool_pause
@@ -30,7 +30,7 @@ RETRIES = 2
 
 Plan = dict[int, Prompt | Exception]
 Progress = Callable[[Turn], None]
-RunSession = Callable[[int, Session], Awaitable[None]]
+RunSession = Callable[[int, Session], Coroutine[None, None, None]]
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,8 @@ async def _replay(sessions: Sequence[Session], base_url: str, ledger: Ledger, pr
     warm_up, counted = sessions[: settings.warm_up], sessions[settings.warm_up :]
     starts = settings.arrivals.starts(counted, settings.seed) if settings.arrivals else None
     async with httpx.AsyncClient(base_url=base_url, timeout=settings.timeout_s) as http:
-        server = await Server.connect(
-            http, base_url, settings.retries, max_tokens=settings.max_tokens, temperature=settings.temperature
-        )
+        sampling = Sampling(settings.max_tokens, settings.temperature)
+        server = await Server.connect(http, base_url, settings.retries, sampling)
         async with server.client:
             try:
                 await closed_loop(warm_up, settings.concurrency, Player(server, settings, {}, set()).play)
@@ -255,7 +254,7 @@ def _turn(
     whole = answer.incoming if answer is not None and error is None else None
     usage = whole.usage if whole else None
     details = usage.prompt_tokens_details if usage else None
-    times = whole.times(usage.completion_tokens) if whole else Times()
+    times = whole.times(usage.completion_tokens) if whole and usage else Times()
     return Turn(
         session_id=session.session_id,
         index=index,

@@ -19,6 +19,7 @@
   const named = (name) => names[name] ?? name;
   const style = (drafter) => (known.has(drafter) ? drafter : "other");
   const visible = (piece) => piece.replace(/\n/g, "⏎").replace(/\t/g, "⇥");
+  const quoted = (piece) => visible(piece).replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length));
   const number = (value, unit) => (value === null || value === undefined ? "n/a" : `${+value.toFixed(3)}${unit}`);
 
   function describe(into, pairs) {
@@ -36,7 +37,7 @@
     element.setAttribute("aria-selected", "false");
     element.setAttribute("aria-label", `${visible(piece)}: ${proposer}`);
     element.dataset.token = tokens.length;
-    tokens.push({ element, round, title: visible(piece), proposer });
+    tokens.push({ element, round, title: quoted(piece), proposer });
     parent.append(element);
   }
 
@@ -100,7 +101,6 @@
     at("other").hidden = rounds.every((each) => known.has(each.drafter));
     if (tokens.length) tokens[0].element.tabIndex = 0;
     const committed = rounds.reduce((sum, each) => sum + each.tokens.length, 0);
-    describe(at("tiles"), []);
     at("tiles").replaceChildren(...[
       ["tokens", `${view.tokens}`], ["rounds", `${rounds.length}`],
       ["AL", rounds.length ? (committed / rounds.length).toFixed(2) : "n/a"], ["switches", `${view.switches}`],
