@@ -19,7 +19,13 @@ def turn(error: str | None = None) -> Turn:
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_bar_is_for_terminals_and_failures_are_for_all(is_terminal: bool) -> None:
     file = io.StringIO()
-    options: dict[str, Any] = {"file": file, "force_terminal": is_terminal, "width": 100, "soft_wrap": True}
+    options: dict[str, Any] = {
+        "file": file,
+        "force_terminal": is_terminal,
+        "width": 100,
+        "soft_wrap": True,
+        "highlight": False,
+    }
     with Display(3, Console(**options)) as display:
         display.show(turn())
         display.show(turn("HTTP [500]"))
