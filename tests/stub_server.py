@@ -50,7 +50,7 @@ class StubServer:
         counts_tokens: bool = True,
         delay: float = 0.0,
         says: str | None = None,
-        keep_requests: bool = True,
+        forgets: bool = False,
     ):
         self.context = context
         self.deltas = deltas or _deltas(answer_words)
@@ -61,8 +61,7 @@ class StubServer:
         self.counts_tokens = counts_tokens
         self.delay = delay  # seconds before each chunk
         self.says = says  # instead of the figures of a request
-        self.keep_requests = keep_requests
-        self.num_requests = 0
+        self.forgets = forgets  # the figures of every request
         self.traced: dict[str, bool] = {}  # completion id -> whether its rounds are to be traced
         self.asked_figures: list[str] = []
         self.refuse: set[int] = set()  # connections, by number, that are closed unanswered; of completions only
@@ -102,14 +101,12 @@ class StubServer:
     def begin(self, body: Json) -> int:
         """Note a chat completion; its number."""
         with self.lock:
-            if self.keep_requests:
-                self.requests.append(body)
-            self.num_requests += 1
+            self.requests.append(body)
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
-            number = self.num_requests - 1
+            number = len(self.requests) - 1
             whiflash = (body.get("custom_params") or {}).get("whiflash") or {}
-            if self.totals is not None and self.keep_requests:
+            if self.totals is not None and not self.forgets:
                 self.traced[f"answer-{number}"] = whiflash.get("trace", False)
             return number
 
@@ -198,11 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply({"data": [{"id": "stub", "max_model_len": self.server_state.context}]})
         elif self.path == "/server_info":
             self.reply(self.server_state.info())
-        elif self.path.startswith("/whiflash/requests/") and self.path.rpartition("/")[2] in self.server_state.traced:
-            name = self.path.rpartition("/")[2]
+        elif (name := self.path.removeprefix("/whiflash/requests/")) in self.server_state.traced:
             self.server_state.asked_figures.append(name)
-            said = self.server_state.says
-            self.reply(self.server_state.request_figures(name)) if said is None else self.reply_text(said)
+            self.reply_text(self.server_state.says or json.dumps(self.server_state.request_figures(name)))
         else:
             self.reply({"error": "no such route"}, 404)
 
@@ -225,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         finally:
             stub.end()
-            if stub.num_requests == stub.gone_after:
+            if len(stub.requests) == stub.gone_after:
                 stub.gone.set()
 
     def complete(self, body: Json, failure: Failure | None, name: str) -> None:

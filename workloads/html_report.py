@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from workloads.charts import Bar, Panel, bars, number, panel
 from workloads.figures import depth_labels
-from workloads.results import Result, ResultError, View, read
+from workloads.results import Arguments, Result, ResultError, View, read
 
 LATENCIES = {
     "ttft_ms": "Time to first token (TTFT), ms",
@@ -37,15 +37,12 @@ GROUPS = {
 DRAFTERS = {"df": "DFlash", "e3": "EAGLE-3", "none": "no drafts"}
 NAMES = {"tool_call": "tool call", "tool_output": "tool output", "user": "user message"} | DRAFTERS
 # Arguments in which policies that are to be compared have to agree.
-SAME = (
-    *("traces", "limit", "max_tokens", "temperature", "history", "concurrency", "arrivals", "seed", "tool_time"),
-    *("warm_up", "cache_bust"),
-)
+SAME = [name for name in Arguments.model_fields if name != "label"]
 
 
 def render(results: Sequence[Result]) -> str:
     """The page. Raises ResultError where two results have one label."""
-    labels = [result.label for result in results]
+    labels = [result.arguments.label for result in results]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise ResultError(f"RESULT: two have the label `{twice}`; replay with a --label of its own for each")
     environment = Environment(
@@ -76,14 +73,14 @@ def facts(results: Sequence[Result]) -> list[tuple[str, str]]:
     """What was replayed and where, of the first result; `warnings` says where others differ."""
     first = results[0]
     said, figures = first.arguments, first.figures
-    at_a_time = said["concurrency"] or 1
+    at_a_time = said.concurrency or 1
     closed = f"{at_a_time} session{'s' if at_a_time > 1 else ''} at a time"
-    load = f"arrivals {said['arrivals']}" if said["arrivals"] else closed
+    load = f"arrivals {said.arrivals}" if said.arrivals else closed
     return [
-        ("traces", ", ".join(Path(name).name for name in said["traces"])),
+        ("traces", ", ".join(Path(name).name for name in said.traces)),
         ("sessions", f"{figures['sessions']}, {figures['turns']} turns"),
-        ("load", f"{load}, tool time {said['tool_time']}, {said['history']} history"),
-        ("sampling", f"temperature {said['temperature']:g}, at most {said['max_tokens']} tokens"),
+        ("load", f"{load}, tool time {said.tool_time}, {said.history} history"),
+        ("sampling", f"temperature {said.temperature:g}, at most {said.max_tokens} tokens"),
         ("machine", f"{first.hardware['cpu']}, {first.hardware['cores']} cores (of the client)"),
         ("versions", f"SGLang {first.versions.get('sglang') or '-'}, commit {(first.commit or '-')[:10]}"),
     ]
@@ -104,7 +101,7 @@ def warnings(results: Mapping[str, Result]) -> list[str]:
                 f"{label}: the server gave no speculation figures (it is not WhiFlash), so that they are missing"
             )
     for name in SAME:
-        values = {json.dumps(result.arguments[name]) for result in results.values()}
+        values = {json.dumps(result.arguments.model_dump()[name]) for result in results.values()}
         if len(values) > 1:
             said.append(f"not replayed alike: --{name.replace('_', '-')} is {', '.join(sorted(values))}")
     return said

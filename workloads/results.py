@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from workloads.figures import latencies, quantiles
 from workloads.report import Report, Turn
@@ -44,6 +44,25 @@ class View(_Part):
     figures: RequestFigures
 
 
+class Arguments(BaseModel):
+    """How sessions were replayed: the command's flags. These tell whether two results can be compared."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    label: str
+    traces: list[str]
+    limit: int | None
+    max_tokens: int
+    temperature: float
+    history: str
+    concurrency: int | None
+    arrivals: str | None
+    seed: int
+    tool_time: str
+    warm_up: int
+    cache_bust: bool
+
+
 class Detail(_Part):
     quantiles: dict[str, list[float]]
     views: list[View]
@@ -51,16 +70,20 @@ class Detail(_Part):
 
 class Result(_Part):
     benchmark: Literal["replay"]
-    arguments: dict[str, Any]
+    arguments: Arguments
     figures: dict[str, Any]
     versions: dict[str, str | None]
     commit: str | None
     hardware: dict[str, Any]
     detail: Detail
 
-    @property
-    def label(self) -> str:
-        return str(self.arguments["label"])
+    @field_validator("figures")
+    @classmethod
+    def _are_all_there(cls, figures: dict[str, Any]) -> dict[str, Any]:
+        needed = {"sessions", *Report("", (), 0.0, None).figures()}
+        if lacking := sorted(needed - figures.keys()):
+            raise ValueError(f"`{lacking[0]}` is missing: the result of another version")
+        return figures
 
 
 class ResultError(ValueError):

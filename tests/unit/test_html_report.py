@@ -23,7 +23,8 @@ def changed(original: Result, **figures: Any) -> Result:
 
 
 def relabelled(original: Result, label: str, **arguments: Any) -> Result:
-    return original.model_copy(update={"arguments": original.arguments | {"label": label} | arguments})
+    made = original.arguments.model_copy(update={"label": label} | arguments)
+    return original.model_copy(update={"arguments": made})
 
 
 # Charts
@@ -173,12 +174,22 @@ def test_a_written_result_is_read_as_it_was(tmp_path: Path) -> None:
     assert read(path) == original
 
 
+def test_a_result_of_another_version_is_refused(tmp_path: Path) -> None:
+    """A figure that the page needs is missed when the file is read, not while the page is made."""
+    path, record = tmp_path / "r.json", json.loads(result("entropy", 1).model_dump_json())
+    del record["figures"]["by_depth"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(ResultError, match="field figures: Value error, `by_depth` is missing"):
+        read(path)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (None, "cannot be read (No such file or directory)"),
         ("{", "field (file): Invalid JSON"),
         ('{"benchmark": "demo_replay"}', "field benchmark: Input should be 'replay'"),
+        ('{"benchmark": "replay", "arguments": {}}', "field arguments.label: Field required"),
     ],
 )
 def test_other_files_are_refused(

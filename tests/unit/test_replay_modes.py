@@ -256,7 +256,7 @@ def test_figures_that_are_missing_are_no_error(
 ) -> None:
     """A server forgets old requests, or is of another version; what is missing is said, with the first reason."""
     trace = write(tmp_path / "trace.jsonl", session())
-    with StubServer(says=says, keep_requests=says is not None) as stub:
+    with StubServer(says=says, forgets=says is None) as stub:
         assert run_main(trace, "--base-url", stub.base_url) == 0
     captured = capsys.readouterr()
     assert f"note: no speculation figures of 2 turns (the first: {said}" in captured.err

@@ -28,10 +28,12 @@ DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 420, "height": 800}
 
 
 def with_evil_text(original: Result) -> Result:
-    """One more turn, with markup in its first token and in the name of its session."""
+    """One more turn: markup in its first token and in the name of its session, and a drafter that nobody knows."""
     views = original.detail.views
     first = views[0]
-    figures = first.figures.model_copy(update={"first": EVIL})
+    rounds = list(first.figures.trace or [])
+    rounds[0] = rounds[0].model_copy(update={"drafter": "ngram", "tokens": [*rounds[0].tokens[:-1], ""]})
+    figures = first.figures.model_copy(update={"first": EVIL, "trace": rounds})
     view = first.model_copy(update={"session_id": EVIL, "figures": figures})
     return original.model_copy(update={"detail": original.detail.model_copy(update={"views": [*views, view]})})
 
@@ -224,3 +226,12 @@ def test_markup_in_a_trace_is_text(watched: Watched) -> None:
     assert watched.token(0).inner_text() == EVIL
     assert watched.page.title() != "broken"
     assert watched.page.locator("img").count() == 0
+
+
+def test_other_drafters_and_tokens_without_text_are_shown(watched: Watched) -> None:
+    assert not watched.page.locator("#other").is_visible()
+    watched.page.select_option("#turn", label=f"{EVIL}, turn 1")
+    assert watched.page.locator("#other").is_visible()
+    watched.page.locator("#text .token.draft.other").first.hover()
+    assert watched.tip()["proposed by"].startswith("ngram, draft 1 of ")
+    assert "∅" in watched.page.locator("#text .token.own:not(.prefill)").all_inner_texts()

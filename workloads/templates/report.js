@@ -32,6 +32,7 @@
       if (part === "\n") element.append(make("span", "break", "⏎"), "\n");
       else element.append(part);
     }
+    if (!piece) element.append(make("span", "break", "∅")); // a token without text, such as an end mark
     element.tabIndex = -1;
     element.setAttribute("role", "option");
     element.setAttribute("aria-selected", "false");
