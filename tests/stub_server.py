@@ -5,12 +5,14 @@
     assert len(stub.requests) == 5
 
 A token is a word of a message's text. Each answer is "word-1 word-2 ..." in chunks of three, and each chunk counts as a
-round with two accepted drafts in the totals of `/server_info`, if there are any.
+round with two accepted drafts in the totals of `/server_info`, if there are any. `/whiflash/requests/ID` tells of each
+answer that its first word came from the prefill and the others in rounds of up to three words, df and e3 in turn.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import threading
 import time
@@ -47,6 +49,8 @@ class StubServer:
         cache_report: bool = True,
         counts_tokens: bool = True,
         delay: float = 0.0,
+        says: str | None = None,
+        forgets: bool = False,
     ):
         self.context = context
         self.deltas = deltas or _deltas(answer_words)
@@ -56,6 +60,13 @@ class StubServer:
         self.cache_report = cache_report
         self.counts_tokens = counts_tokens
         self.delay = delay  # seconds before each chunk
+        self.says = says  # instead of the figures of a request
+        self.forgets = forgets  # the figures of every request
+        self.traced: dict[str, bool] = {}  # completion id -> whether its rounds are to be traced
+        self.asked_figures: list[str] = []
+        self.refuse: set[int] = set()  # connections, by number, that are closed unanswered; of completions only
+        self.connections = 0
+        self.gone_after: int | None = None  # completions after which the server is gone
         self.totals: Json | None = copy.deepcopy(NO_TOTALS) if speculates else None
         self.requests: list[Json] = []
         self.tokenized: list[Json] = []
@@ -93,7 +104,31 @@ class StubServer:
             self.requests.append(body)
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
-            return len(self.requests) - 1
+            number = len(self.requests) - 1
+            whiflash = (body.get("custom_params") or {}).get("whiflash") or {}
+            if self.totals is not None and not self.forgets:
+                self.traced[f"answer-{number}"] = whiflash.get("trace", False)
+            return number
+
+    def refuses(self) -> bool:
+        """Whether this completion's connection is closed unanswered."""
+        with self.lock:
+            self.connections += 1
+            return self.connections - 1 in self.refuse
+
+    def request_figures(self, name: str) -> Json:
+        """What WhiFlash says of a request; the trace where it was asked for."""
+        words = [f"word-{i} " for i in range(1, self.answer_words + 1)]
+        rounds = []
+        for number, start in enumerate(range(1, len(words), 3)):
+            tokens = words[start : start + 3]
+            drafter = ("df", "e3")[number % 2]
+            scores = {"entropy": 0.25 + number, "score": 3.5, "span": ("reasoning", "answer")[number % 2]}
+            drafts = [*tokens[:-1], "wrong ", "worse "]
+            rounds.append(
+                {"drafter": drafter, "drafts": drafts, "accepted": len(tokens) - 1, "tokens": tokens, **scores}
+            )
+        return figures_of(rounds, words[0] if words else None) | ({"trace": rounds} if self.traced[name] else {})
 
     def end(self) -> None:
         with self.lock:
@@ -111,6 +146,29 @@ class StubServer:
             self.totals["switches"] += 1
             for part, seconds in {"draft": 0.1, "verify": 0.2, "catch_up": 0.1, "round": 0.5}.items():
                 self.totals["seconds"][part] += seconds
+
+
+def figures_of(rounds: list[Json], first: str | None) -> Json:
+    """The figures of a request whose rounds are these."""
+    by: dict[str, dict[str, int]] = {"rounds": {}, "accepted": {}, "drafted": {}}
+    spans: dict[str, dict[str, int]] = {}
+    for each in rounds:
+        for kind, n in {"rounds": 1, "accepted": each["accepted"], "drafted": len(each["drafts"])}.items():
+            by[kind][each["drafter"]] = by[kind].get(each["drafter"], 0) + n
+        span = spans.setdefault(each["span"], {"rounds": 0, "tokens": 0})
+        span["rounds"] += 1
+        span["tokens"] += len(each["tokens"])
+    drafters = [each["drafter"] for each in rounds]
+    return {
+        "rounds": len(rounds),
+        **{f"{kind}_by_drafter": counts for kind, counts in by.items()},
+        "switches": sum(a != b for a, b in itertools.pairwise(drafters)),
+        "by_span": spans,
+        "context_kind": "user",
+        "tool": None,
+        "catch_up": {},
+        "first": first,
+    }
 
 
 def num_tokens(body: Json) -> int:
@@ -137,6 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply({"data": [{"id": "stub", "max_model_len": self.server_state.context}]})
         elif self.path == "/server_info":
             self.reply(self.server_state.info())
+        elif (name := self.path.removeprefix("/whiflash/requests/")) in self.server_state.traced:
+            self.server_state.asked_figures.append(name)
+            self.reply_text(self.server_state.says or json.dumps(self.server_state.request_figures(name)))
         else:
             self.reply({"error": "no such route"}, 404)
 
@@ -149,15 +210,20 @@ class _Handler(BaseHTTPRequestHandler):
             stub.tokenized.append(body)
             self.reply({"count": num_tokens(body), "max_model_len": -1} if stub.counts_tokens else {})
             return
+        if stub.refuses():
+            self.close_connection = True
+            return
         number = stub.begin(body)
         try:
-            self.complete(body, stub.fail.get(number))
+            self.complete(body, stub.fail.get(number), f"answer-{number}")
         except ConnectionError:  # the client has gone
             self.close_connection = True
         finally:
             stub.end()
+            if len(stub.requests) == stub.gone_after:
+                stub.gone.set()
 
-    def complete(self, body: Json, failure: Failure | None) -> None:
+    def complete(self, body: Json, failure: Failure | None, name: str) -> None:
         stub, prompt_tokens = self.server_state, num_tokens(body)
         if failure in ("400", "500"):
             self.reply({"message": "scripted failure", "code": int(failure)}, int(failure))
@@ -170,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        self.event(_chunk([_choice({"role": "assistant", "content": ""})]))
+        self.event(_chunk(name, [_choice({"role": "assistant", "content": ""})]))
         if failure == "stall":
             stub.stopping.wait(STALL_SECONDS)
         for i, delta in enumerate(stub.deltas):
@@ -185,12 +251,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.event({"error": {"message": "scripted failure", "code": 400}})
                 break
             time.sleep(stub.delay)
-            self.event(_chunk([_choice(delta)]))
+            self.event(_chunk(name, [_choice(delta)]))
         else:
             if failure != "cut":
                 stub.count_rounds()
-                self.event(_chunk([_choice({}, "stop")]))
-                self.event(_chunk([], self.usage(prompt_tokens)))
+                self.event(_chunk(name, [_choice({}, "stop")]))
+                self.event(_chunk(name, [], self.usage(prompt_tokens)))
         self.write(b"data: [DONE]\n\n")
         self.wfile.write(b"0\r\n\r\n")
 
@@ -205,7 +271,10 @@ class _Handler(BaseHTTPRequestHandler):
         }
 
     def reply(self, body: Json, status: int = 200) -> None:
-        content = json.dumps(body).encode()
+        self.reply_text(json.dumps(body), status)
+
+    def reply_text(self, text: str, status: int = 200) -> None:
+        content = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -220,8 +289,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
 
 
-def _chunk(choices: list[Json], usage: Json | None = None) -> Json:
-    return {"id": "1", "object": "chat.completion.chunk", "model": "stub", "choices": choices, "usage": usage}
+def _chunk(name: str, choices: list[Json], usage: Json | None = None) -> Json:
+    return {"id": name, "object": "chat.completion.chunk", "model": "stub", "choices": choices, "usage": usage}
 
 
 def _choice(delta: Json, finish_reason: str | None = None) -> Json:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
+
+from workloads.figures import by_depth, latencies, percentiles, speculation
+from workloads.slo import Limits, goodput
+from workloads.speculation import RequestFigures
 
 Totals = dict[str, Any]
 """The server's counters (`whiflash_sglang/observe.py`): numbers, and dicts of numbers."""
@@ -29,6 +32,16 @@ class Turn:
     cut_turns: int  # oldest recorded turns left out so that the prompt fits
     shortened: bool  # a message was shortened, as whole turns were not enough
     error: str | None
+    e2e_s: float | None = None
+    gaps_s: tuple[float, ...] = ()  # between one piece of text and the next; a piece may be several tokens
+    session: int = 0  # number of the session in the run, as ids may repeat
+    depth: int = 1  # number of the turn in its session, from 1
+    retries: int = 0  # after connections that failed before anything had come
+    speculation: RequestFigures | None = None
+    missing: str | None = None  # why a WhiFlash server gave no speculation figures
+
+
+Ending = Literal["complete", "interrupted", "server gone"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,11 @@ class Report:
     wall_s: float
     totals: Totals | None  # what the server counted meanwhile; None where it is not WHIFLASH
     speculates: bool = False  # by whatever algorithm
+    whole_sessions: int = 0  # of which every turn was answered
+    planned_turns: int | None = None  # None: as many as there are
+    ending: Ending = "complete"
+    divergences: int = 0  # of live history: replies with another number of calls than recorded
+    limits: Limits | None = None  # of --slo
 
     def texts(self) -> dict[tuple[str, int], str | None]:
         """Text by (session, message index); None where the request failed."""
@@ -46,18 +64,29 @@ class Report:
     def figures(self) -> dict[str, Any]:
         done = [turn for turn in self.turns if turn.error is None]
         tokens = sum(turn.completion_tokens for turn in done)
+        asked = len(self.turns)
+        times = [percentiles(name, values) for name, values in latencies(done).items()]
         return {
-            "turns": len(self.turns),
-            "failed": len(self.turns) - len(done),
+            "turns": asked,
+            "failed": asked - len(done),
+            "not_asked": 0 if self.planned_turns is None else self.planned_turns - asked,
+            "ending": self.ending,
+            "retries": sum(turn.retries for turn in self.turns),
+            "wall_s": round(self.wall_s, 3),
+            "whole_sessions": self.whole_sessions,
+            "sessions_per_hour": round(3600 * self.whole_sessions / self.wall_s, 1) if self.wall_s else None,
             "tokens_per_s": round(tokens / self.wall_s, 2) if self.wall_s else 0.0,
             "completion_tokens": tokens,
             "prompt_tokens": sum(turn.prompt_tokens for turn in done),
             "cached_prompt_tokens": sum(turn.cached_tokens for turn in done),
             "cut_prompts": sum(turn.cut_turns > 0 for turn in self.turns),
             "shortened_prompts": sum(turn.shortened for turn in self.turns),
-            **_milliseconds("ttft_ms", [turn.ttft_s for turn in done]),
-            **_milliseconds("tpot_ms", [turn.tpot_s for turn in done]),
+            "divergences": self.divergences,
+            **{name: value for part in times for name, value in part.items()},
+            "goodput": goodput(self.turns, self.wall_s, self.limits) if self.limits else None,
             **self._speculation(),
+            "by_depth": by_depth(done),
+            "speculation": speculation(done, self.totals),
         }
 
     def _speculation(self) -> dict[str, Any]:
@@ -92,8 +121,19 @@ def merge(reports: Sequence[Report]) -> Report:
     turns = tuple(turn for report in reports for turn in report.turns)
     counted = [report.totals for report in reports if report.totals is not None]
     totals = sum_of(counted) if counted else None
-    wall_s = sum(report.wall_s for report in reports)
-    return Report(reports[0].label, turns, wall_s, totals, reports[0].speculates)
+    planned = [report.planned_turns for report in reports if report.planned_turns is not None]
+    return Report(
+        label=reports[0].label,
+        turns=turns,
+        wall_s=sum(report.wall_s for report in reports),
+        totals=totals,
+        speculates=reports[0].speculates,
+        whole_sessions=sum(report.whole_sessions for report in reports),
+        planned_turns=sum(planned) if len(planned) == len(reports) else None,
+        ending=next((report.ending for report in reports if report.ending != "complete"), "complete"),
+        divergences=sum(report.divergences for report in reports),
+        limits=reports[0].limits,
+    )
 
 
 def sum_of(parts: Iterable[Totals]) -> Totals:
@@ -143,12 +183,3 @@ def table(figures_by_label: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def _shown(value: float | None, form: str = "{}") -> str:
     return "-" if value is None else form.format(value)
-
-
-def _milliseconds(name: str, seconds: Iterable[float | None]) -> dict[str, float | None]:
-    """p50 and p95 in milliseconds."""
-    values = sorted(1000 * value for value in seconds if value is not None)
-    if not values:
-        return {f"{name}_p50": None, f"{name}_p95": None}
-    cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
-    return {f"{name}_p50": round(cuts[49], 3), f"{name}_p95": round(cuts[94], 3)}

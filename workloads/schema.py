@@ -3,8 +3,10 @@
     {"schema_version": 1, "session_id": "desk-1", "source": "demo", "tools": [...], "messages": [...]}
 
 `tools` are OpenAI tool schemas. `messages` are OpenAI messages; an assistant message may carry `reasoning_content` and
-`tool_calls` (whose `arguments` are a JSON text), a tool message answers one `tool_call_id`. A record that does not fit
-raises `TraceError`, which names file, line, field and mend.
+`tool_calls` (whose `arguments` are a JSON text), a tool message answers one `tool_call_id`. What was timed may stand
+beside it: `timestamp_s` (when a message came to be, on any clock that all sessions of a file share) and the
+`tool_duration_s` of a tool message. A record that does not fit raises `TraceError`, which names file, line, field and
+mend.
 """
 
 from __future__ import annotations
@@ -40,27 +42,32 @@ class ToolCall(_Record):
     function: FunctionCall
 
 
-class SystemMessage(_Record):
+class _Timed(_Record):
+    timestamp_s: float | None = None
+
+
+class SystemMessage(_Timed):
     role: Literal["system"]
     content: str
 
 
-class UserMessage(_Record):
+class UserMessage(_Timed):
     role: Literal["user"]
     content: str
 
 
-class AssistantMessage(_Record):
+class AssistantMessage(_Timed):
     role: Literal["assistant"]
     content: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
 
 
-class ToolMessage(_Record):
+class ToolMessage(_Timed):
     role: Literal["tool"]
     tool_call_id: str
     content: str
+    tool_duration_s: float | None = Field(default=None, ge=0)
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
@@ -95,6 +102,6 @@ def parse_session(record: object, path: Path | str, line: int, where: str = "") 
 
 def to_openai(message: Message) -> dict[str, Any]:
     """The message as a chat completion request carries it."""
-    body = message.model_dump(exclude_none=True)
+    body = message.model_dump(exclude_none=True, exclude={"timestamp_s", "tool_duration_s"})
     body.setdefault("content", None)
     return body

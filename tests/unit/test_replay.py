@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.sessions import CALL, TOOL, session
 from tests.stub_server import StubServer
 from workloads import replay as module
 from workloads.fitting import MARK, PromptTooLong, fit
@@ -21,25 +22,8 @@ from workloads.loaders import load_traces
 from workloads.provenance import provenance
 from workloads.replay import Report, merge, replay, table
 from workloads.report import Turn
-from workloads.schema import Session
 
-TOOL = {"type": "function", "function": {"name": "find_order", "parameters": {"type": "object", "properties": {}}}}
-CALL = {"id": "call-1", "type": "function", "function": {"name": "find_order", "arguments": "{}"}}
 ALL_WORDS = " ".join(f"word-{i}" for i in range(1, 7))
-
-
-def session(name: str = "s", words: int = 3, **changes: Any) -> Session:
-    """Two turns, at messages 2 and 4; every user text and tool output has `words` words."""
-    text = " ".join(["text"] * words)
-    messages = [
-        {"role": "system", "content": "You help."},
-        {"role": "user", "content": text},
-        {"role": "assistant", "content": None, "tool_calls": [CALL]},
-        {"role": "tool", "tool_call_id": "call-1", "content": text},
-        {"role": "assistant", "content": "It was shipped."},
-    ]
-    record = {"schema_version": 1, "session_id": name, "source": "test", "tools": [TOOL], "messages": messages}
-    return Session.model_validate(record | changes)
 
 
 def turn(**changes: Any) -> Turn:
@@ -303,11 +287,15 @@ def test_an_answer_that_only_trickles_in_is_not_waited_for() -> None:
     assert [turn.error for turn in report.turns] == ["TimeoutError: no whole answer in 0.25 s"] * 2
 
 
-def test_a_server_that_goes_away_fails_the_turns_behind() -> None:
+def test_a_server_that_goes_away_ends_the_replay() -> None:
+    """Ten thousand turns are not failed one after the other, each with its retries."""
     with StubServer() as stub:
-        report = replay([session(), session("t")], stub.base_url, progress=lambda turn: stub.gone.set())
-    assert [turn.error is None for turn in report.turns] == [True, False, False, False]
-    assert report.figures()["failed"] == 3
+        report = replay([session(), session("t")], stub.base_url, progress=lambda turn: stub.gone.set(), retries=1)
+    assert [turn.error is None for turn in report.turns] == [True, False]
+    figures = report.figures()
+    assert (figures["failed"], figures["not_asked"], figures["ending"]) == (1, 2, "server gone")
+    assert (figures["turns"], figures["whole_sessions"], figures["retries"]) == (2, 0, 1)
+    assert report.totals is None  # nobody says what was counted meanwhile
 
 
 def test_a_prompt_whose_tokens_the_server_does_not_count_is_not_asked_for() -> None:
@@ -344,7 +332,9 @@ def test_the_last_line_is_json(trace: Path, tmp_path: Path, capsys: pytest.Captu
     assert line["figures"]["turns"] == 4
     assert {"python", "openai", "whiflash-sglang"} <= line["versions"].keys()
     assert "commit" in line
-    assert json.loads(out.read_text()) == line
+    written = json.loads(out.read_text())
+    assert written.pop("detail").keys() == {"quantiles", "views"}
+    assert written == line
     assert any("entropy" in row for row in printed[:-1])
 
 
@@ -412,6 +402,23 @@ def test_the_base_url_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 2 and "--base-url" in capsys.readouterr().err
 
 
+def test_ctrl_c_while_a_script_replays_ends_the_script() -> None:
+    """A script that replays block by block must not take half a block for a whole one, and go on."""
+    program = "import sys; from workloads.replay import replay; from tests.sessions import session;"
+    program += "replay([session()], sys.argv[1]); print('went on')"
+    with StubServer(fail={0: "stall"}) as stub:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, stub.base_url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 60
+        while not stub.requests and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        printed, said = process.communicate(timeout=30)
+    assert process.returncode != 0 and printed == ""
+    assert said.rstrip().endswith("KeyboardInterrupt")
+
+
 @pytest.mark.parametrize("flag", ["--concurrency", "--limit", "--max-tokens"])
 @pytest.mark.parametrize("value", ["0", "-1", "many"])
 def test_counts_below_one_are_refused(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -423,16 +430,24 @@ def test_counts_below_one_are_refused(flag: str, value: str, capsys: pytest.Capt
 
 
 def test_ctrl_c_ends_without_a_traceback(trace: Path) -> None:
-    with StubServer(fail=dict.fromkeys(range(9), "stall")) as stub:
+    """What there is, is printed and written: here one turn of six; the next one hangs."""
+    out = trace.with_name("out.json")
+    with StubServer(fail=dict.fromkeys(range(1, 9), "stall")) as stub:
         command = [sys.executable, "-m", "workloads.replay", str(trace), "--base-url", stub.base_url]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*command, "--json-out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         deadline = time.monotonic() + 60
-        while not stub.requests and time.monotonic() < deadline:
+        while len(stub.requests) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        printed, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in said
+    assert "note: interrupted: 1 turns were asked, 5 were not; 0 sessions are whole" in said
+    figures = json.loads(printed.splitlines()[-1])["figures"]
+    assert (figures["ending"], figures["turns"], figures["not_asked"], figures["failed"]) == ("interrupted", 1, 5, 0)
+    assert json.loads(out.read_text())["figures"] == figures
 
 
 def test_provenance_of_this_checkout() -> None:

@@ -1,0 +1,62 @@
+"""Service-level objectives: limits that a turn has to keep, and the share and rate of turns that keep all of them.
+
+    --slo ttft_ms=500,tpot_ms=30,e2e_ms=4000
+
+A turn that failed keeps none. A limit on a time that a turn does not have (time per token of a one-token answer) is
+kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workloads.report import Turn
+
+Limits = Mapping[str, float]
+"""Milliseconds by name."""
+NAMES = ("ttft_ms", "tpot_ms", "e2e_ms")
+
+
+def parse(text: str) -> dict[str, float]:
+    """`ttft_ms=500,e2e_ms=4000` as limits; raises ValueError that names the part and the mend."""
+    limits: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if name not in NAMES:
+            raise ValueError(f"`{name}` is no objective; give some of {', '.join(f'{each}=MS' for each in NAMES)}")
+        if name in limits:
+            raise ValueError(f"`{name}` is given twice; give it once")
+        limits[name] = _milliseconds(name, value)
+    return limits
+
+
+def _milliseconds(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError(f"`{name}={text}`: `{text}` is not a number of milliseconds above 0; give e.g. {name}=500")
+    return value
+
+
+def keeps(turn: Turn, limits: Limits) -> bool:
+    times = {"ttft_ms": turn.ttft_s, "tpot_ms": turn.tpot_s, "e2e_ms": turn.e2e_s}
+    if turn.error is not None:
+        return False
+    return all(seconds is None or 1000 * seconds <= limits[name] for name, seconds in times.items() if name in limits)
+
+
+def goodput(turns: Iterable[Turn], wall_s: float, limits: Limits) -> dict[str, Any]:
+    """`share` of the asked turns that keep all limits, and how many of those there were a second."""
+    kept = [keeps(turn, limits) for turn in turns]
+    good = sum(kept)
+    return {
+        "limits": dict(limits),
+        "turns": good,
+        "share": round(good / len(kept), 4) if kept else None,
+        "turns_per_s": round(good / wall_s, 3) if wall_s else None,
+    }
