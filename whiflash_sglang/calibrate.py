@@ -151,7 +151,7 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: Mapping[str, Any]) -> None:
-    view = Table(title=f"Tokens per ms of {result['sessions']} sessions, on paper, at this machine's costs of a round")
+    view = Table(title=f"On paper, {result['sessions']} sessions")
     view.add_column("policy")
     view.add_column("tokens/ms", justify="right")
     for name, value in sorted(result["tokens_per_ms"].items(), key=lambda item: item[1]):

@@ -1,13 +1,12 @@
 """Which models a learned file (a neural router, a calibration) was made for, and whether they are the ones served.
 
-A checkpoint is known by a fingerprint of its last norm's weights: two fine-tunes of one architecture differ there, and
-a copy, a rename or a quantization of the other layers does not change it.
+A checkpoint is known by a fingerprint of its weights: the beginning of every tensor. Two fine-tunes of one architecture
+differ there; a copy, another name or other files for the same tensors do not.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from whiflash_sglang.config import FLAG_STEPS
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.safetensors_header import read_headers
 
-_LAST_NORM = re.compile(r"(^|\.)norm\.weight$")
+_BYTES = 1024  # of a tensor
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,10 @@ class Identity:
 
 def fingerprint(flag: str, path: str) -> str:
     """Sixteen hexadecimal digits of the checkpoint in the folder `path`."""
-    tensors = read_headers(flag, Path(path))
-    names = [name for name in tensors if _LAST_NORM.search(name)]
-    if not names:
-        raise CheckpointError(flag, path, "has no norm behind its last layer", "use a complete checkpoint")
-    info = tensors[min(names, key=len)]
-    with info.file.open("rb") as file:
-        file.seek(info.start)
-        return hashlib.sha256(file.read(info.end - info.start)).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for name, info in sorted(read_headers(flag, Path(path)).items()):
+        with info.file.open("rb") as file:
+            file.seek(info.start)
+            beginning = file.read(min(_BYTES, info.end - info.start))
+        digest.update(f"{name} {info.dtype} {info.shape}".encode() + beginning)
+    return digest.hexdigest()[:16]

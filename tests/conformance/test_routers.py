@@ -7,17 +7,39 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.learned import HIDDEN, cost_table, network
+from whiflash_sglang.calibration import Calibration
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.round import Router
-from whiflash_sglang.router import create_router
-from whiflash_sglang.types import Rows
+from whiflash_sglang.router import Learned, create_router
+from whiflash_sglang.router.artefact import NeuralRouter
+from whiflash_sglang.types import Accepted, Plan, RoundResult, Rows
 
 SLOTS, VOCAB = 16, 7
-ROUTERS = ["fixed:e3", "fixed:df", "alternate", "random:7", "entropy"]
+LENGTHS = {"df": 5.0, "e3": 5.0}
+LEARNED = Learned(
+    NeuralRouter(network(), "e3", 0.0, LENGTHS), Calibration(LENGTHS, 0.5, (0.2, 1.0), (-2.0, 0.0, 2.0), None)
+)
+# By name and objective; those that weigh costs plan a batch as a whole, the others row by row.
+BY_ROW = {
+    **{name: (name, None) for name in ("fixed:e3", "fixed:df", "alternate", "random:7")},
+    "entropy": ("entropy", "acceptance"),
+    "neural": ("neural", "acceptance"),
+}
+BY_BATCH = {"entropy by costs": ("entropy", "tokens_per_ms"), "neural by costs": ("neural", "tokens_per_ms")}
 
 
-def create(router: str) -> Router:
-    return create_router(WhiFlashConfig(dflash_draft="d", eagle_draft="e", router=router), SLOTS)
+def create(name: str) -> Router:
+    router, objective = {**BY_ROW, **BY_BATCH}[name]
+    config = WhiFlashConfig(
+        dflash_draft="d",
+        eagle_draft="e",
+        router=router,
+        objective=objective,
+        neural_router_path="r" if router == "neural" else None,
+        calibration="c" if router == "entropy" else None,
+    )
+    return create_router(config, SLOTS, LEARNED, cost_table())
 
 
 def rows(slots: list[int], prefix_lens: list[int], draftable: list[bool] | None) -> Rows:
@@ -27,7 +49,13 @@ def rows(slots: list[int], prefix_lens: list[int], draftable: list[bool] | None)
     return Rows(torch.tensor(slots), zeros, torch.tensor(prefix_lens), torch.zeros(n, 9, dtype=torch.int64), flags)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+def outcome(plan: Plan, n: int) -> RoundResult:
+    """A round in which every row committed three tokens."""
+    lengths = torch.full((n,), 3)
+    return RoundResult(plan, lengths, Accepted(lengths[:, None], lengths, lengths), lengths, {}, {})
+
+
+@pytest.mark.parametrize("name", [*BY_ROW, *BY_BATCH])
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_each_draftable_row_has_one_drafter_and_no_other_row_any(name: str, data: st.DataObject) -> None:
@@ -36,25 +64,29 @@ def test_each_draftable_row_has_one_drafter_and_no_other_row_any(name: str, data
     for _ in range(data.draw(st.integers(1, 6), label="rounds")):
         slots = data.draw(st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=SLOTS, unique=True), label="slots")
         flags = data.draw(st.none() | st.lists(st.booleans(), min_size=len(slots), max_size=len(slots)))
-        plan = router.route(rows(slots, [lens[slot] for slot in slots], flags))
+        batch = rows(slots, [lens[slot] for slot in slots], flags)
+        plan = router.route(batch)
         assert set(plan) <= {"df", "e3"}
         assert all(len(index) for index in plan.values()), "no drafter is called for no row"
         chosen = sorted(row for index in plan.values() for row in index.tolist())
-        assert chosen == [row for row in range(len(slots)) if flags is None or flags[row]]
-        router.observe(torch.tensor(slots), torch.randn(len(slots), VOCAB))
+        expected = [row for row in range(len(slots)) if flags is None or flags[row]]
+        assert chosen == expected or (name in BY_BATCH and not plan), "a batch may go without drafts, but as a whole"
+        router.observe(torch.tensor(slots), torch.randn(len(slots), VOCAB), torch.randn(len(slots), HIDDEN))
+        router.learn(batch, outcome(plan, len(slots)), data.draw(st.floats(1, 50), label="ms"))
         for slot in slots:
             lens[slot] += 2
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", BY_ROW)
 def test_a_request_is_routed_the_same_alone_and_among_others(name: str) -> None:
     together, alone = create(name), create(name)
     slots, lens = [4, 9, 2], [5, 30, 12]
-    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1)) * 3
+    generator = torch.Generator().manual_seed(1)
+    logits, hidden = torch.randn(3, VOCAB, generator=generator) * 3, torch.randn(3, HIDDEN, generator=generator)
     for _ in range(4):
         plan = together.route(rows(slots, lens, None))
         of_9 = next(drafter for drafter, index in plan.items() if 1 in index.tolist())
         assert list(alone.route(rows([9], [lens[1]], None))) == [of_9]
-        together.observe(torch.tensor(slots), logits)
-        alone.observe(torch.tensor([9]), logits[1:2])
-        lens, logits = [n + 3 for n in lens], logits.roll(1, dims=0)
+        together.observe(torch.tensor(slots), logits, hidden)
+        alone.observe(torch.tensor([9]), logits[1:2], hidden[1:2])
+        lens, logits, hidden = [n + 3 for n in lens], logits.roll(1, dims=0), hidden.roll(1, dims=0)

@@ -21,7 +21,7 @@ def parse(*argv: str) -> WhiFlashConfig:
 
 def test_defaults_route_by_entropy_between_both_drafters() -> None:
     config = parse(*BOTH)
-    assert config == WhiFlashConfig("df-e3", "models/df", "models/e3", "entropy", 0.5, 5)
+    assert config == WhiFlashConfig("df-e3", "models/df", "models/e3", "entropy", eagle_steps=5)
     assert config.drafter_names == ("df", "e3")
     assert config.draft_paths == {"df": "models/df", "e3": "models/e3"}
 
@@ -104,7 +104,7 @@ def test_a_config_is_frozen_and_checked_wherever_it_is_made() -> None:
 
 def test_the_environment_carries_the_config_unchanged() -> None:
     config = parse(
-        *BOTH, "--whiflash-router", "random:3", "--whiflash-entropy-threshold", "0.1", "--whiflash-catchup", "eager"
+        *BOTH, "--whiflash-router", "entropy", "--whiflash-entropy-threshold", "0.1", "--whiflash-catchup", "eager"
     )
     environ: dict[str, str] = {}
     config.to_environ(environ)

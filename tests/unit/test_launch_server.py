@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import tiny_models
 from whiflash_sglang import launch_server
+from whiflash_sglang.calibration import Calibration, save_calibration
 from whiflash_sglang.config import ENVIRONMENT_VARIABLE, WhiFlashConfig
 from whiflash_sglang.errors import CheckpointError, ConfigError, WhiFlashError
+from whiflash_sglang.identity import Identity
 from whiflash_sglang.launch_server import build_argv
+from whiflash_sglang.router.artefact import NeuralRouter, save_router
+from whiflash_sglang.router.neural import Network
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +139,7 @@ def test_hub_ids_become_folders_and_the_model_keeps_its_name(
     assert value(argv, "--revision") == "t1"
 
 
-def test_demo_serves_the_bundled_models(demo: Path) -> None:
+def test_demo_serves_the_bundled_models(learned: Path, demo: Path) -> None:
     config, argv = build_argv(["--demo"])
     assert config.draft_paths == {"df": str(demo / "dflash"), "e3": str(demo / "eagle3")}
     assert value(argv, "--model-path") == str(demo / "target")
@@ -158,11 +164,58 @@ def test_flags_given_beside_demo_win(demo: Path, tiny: tiny_models.TinyModels) -
     assert value(argv, "--context-length") == "4096"
 
 
-def test_the_demos_threshold_gives_way_to_a_given_one(demo: Path) -> None:
-    assert build_argv(["--demo"])[0].entropy_threshold == float(launch_server.DEMO_THRESHOLD)
-    assert build_argv(["--demo", "--whiflash-entropy-threshold", "0"])[0].entropy_threshold == 0
+@pytest.fixture
+def learned(demo: Path) -> Path:
+    """Stand-ins for what was learned about the bundled models, beside them."""
+    drafters = {"df": str(demo / "dflash"), "e3": str(demo / "eagle3")}
+    identity = Identity.of(str(demo / "target"), drafters, WhiFlashConfig.eagle_steps)
+    lengths = {"df": 5.0, "e3": 5.0}
+    save_calibration(demo / "calibration.json", Calibration(lengths, 0.1, (0.1,), (-1.0, 1.0), 0.5), identity)
+    weights = (torch.zeros(4, identity.hidden_size), torch.zeros(4), torch.zeros(1, 4), torch.zeros(1))
+    router = NeuralRouter(Network(*weights), "e3", 0.5, lengths)
+    save_router(demo / "router", router, identity, training={}, metrics={})
+    return demo
+
+
+def test_the_demo_knows_what_was_learned_about_its_models(learned: Path) -> None:
+    config, _ = build_argv(["--demo"])
+    assert (config.router, config.calibration) == ("entropy", str(learned / "calibration.json"))
+    assert config.weighs_costs
+    config, _ = build_argv(["--demo", "--whiflash-router", "neural"])
+    assert config.neural_router_path == str(learned / "router")
+    assert config.weighs_costs
+    config, _ = build_argv(["--demo", "--whiflash-router", "fixed:e3"])
+    assert (config.neural_router_path, config.calibration) == (None, None)
+
+
+def test_a_given_threshold_is_the_plain_policy(learned: Path) -> None:
+    config, _ = build_argv(["--demo", "--whiflash-entropy-threshold", "0"])
+    assert (config.entropy_threshold, config.calibration, config.weighs_costs) == (0, None, False)
     with pytest.raises(ConfigError, match="--whiflash-entropy-threshold"):
         build_argv(["--demo", "--whiflash-entropy-threshold", ""])
+    config, _ = build_argv(["--demo", "--whiflash-router", "neural", "--whiflash-neural-router-threshold", "1"])
+    assert not config.weighs_costs
+
+
+def test_what_was_learned_about_the_bundled_models_is_not_used_for_others(
+    learned: Path, tiny: tiny_models.TinyModels, tmp_path: Path
+) -> None:
+    copy = tmp_path / "eagle3"
+    shutil.copytree(tiny.eagle3, copy)
+    config, _ = build_argv(["--demo", "--whiflash-eagle-draft", str(copy)])
+    assert config.calibration is None
+    with pytest.raises(ConfigError, match=r"--whiflash-neural-router-path: missing"):
+        build_argv(["--demo", "--whiflash-eagle-draft", str(copy), "--whiflash-router", "neural"])
+
+
+def test_a_router_of_other_models_is_refused_before_serving(learned: Path, both: list[str], tmp_path: Path) -> None:
+    other = tiny_models.build(tmp_path, seed=9)
+    flags = ["--model-path", str(other.target), "--speculative-draft-model-path", str(other.dflash)]
+    flags += ["--whiflash-eagle-draft", str(other.eagle3), "--whiflash-router", "neural"]
+    with pytest.raises(CheckpointError, match="made for another target"):
+        build_argv([*flags, "--whiflash-neural-router-path", str(learned / "router")])
+    with pytest.raises(CheckpointError, match=r"--whiflash-calibration .*made for another target"):
+        build_argv([*flags[:-2], "--whiflash-calibration", str(learned / "calibration.json")])
 
 
 def test_demo_without_speculation_keeps_the_demos_defaults(demo: Path) -> None:

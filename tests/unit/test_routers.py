@@ -10,7 +10,7 @@ import torch
 
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.router import create_router
-from whiflash_sglang.router.entropy import entropy
+from whiflash_sglang.router.entropy import EntropyGain, entropy
 from whiflash_sglang.types import Plan, Rows
 
 
@@ -76,3 +76,12 @@ def test_random_takes_a_seed_of_any_length() -> None:
     batch = rows(list(range(8)), [5] * 8)
     chosen = choices(create_router(config(f"random:{10**30}"), 8).route(batch), 8)
     assert set(chosen) <= {"df", "e3"}
+
+
+def test_entropy_gain_is_a_step_function_of_entropy() -> None:
+    score = EntropyGain(8, edges=(0.1, 1.0), gains=(-2.0, 0.5, 3.0))
+    two, four = math.log(2), math.log(4)  # nats of an even choice
+    logits = torch.tensor([[9.0, -9.0, -9.0, -9.0], [5.0, 5.0, -30.0, -30.0], [0.0, 0.0, 0.0, 0.0]])
+    assert entropy(logits).tolist() == pytest.approx([0.0, two, four], abs=1e-4)
+    score.observe(torch.tensor([5, 0, 3]), logits, torch.zeros(3, 0))
+    assert score.read(torch.tensor([0, 3, 5])).tolist() == [0.5, 3.0, -2.0]
