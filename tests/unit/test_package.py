@@ -70,11 +70,13 @@ def test_clients_import_neither_sglang_nor_torch(package: str) -> None:
 
 
 def test_the_core_imports_without_sglang() -> None:
-    core = ["accept", "checkpoints", "config", "errors", "hub", "launch_server", "round", "router", "types"]
+    core = ["accept", "asked", "checkpoints", "config", "errors", "hints", "http_routes", "hub", "launch_server"]
+    core += ["ledger", "round", "router", "spans", "types"]
     modules = [name for part in core for name in modules_of(f"whiflash_sglang/{part}") or [f"whiflash_sglang.{part}"]]
     assert imports_of("import " + ", ".join(modules), {"sglang"}) == []
 
 
 def test_the_flag_and_error_modules_import_without_torch() -> None:
     modules = "whiflash_sglang.config, whiflash_sglang.checkpoints, whiflash_sglang.hub, whiflash_sglang.errors"
+    modules += ", whiflash_sglang.hints, whiflash_sglang.spans"
     assert imports_of(f"import {modules}", {"sglang", "torch"}) == []

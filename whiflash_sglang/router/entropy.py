@@ -22,6 +22,10 @@ class EntropyRouter:
     def route(self, rows: Rows) -> Plan:
         return split(rows, self.names, self.entropy.index_select(0, rows.slots) > self.threshold)
 
+    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the next choice for these request slots is made by; see `ledger.Explains`."""
+        return {"entropy": self.entropy.index_select(0, slots)}
+
     def observe(self, slots: torch.Tensor, logits: torch.Tensor) -> None:
         self.entropy = self.entropy.to(logits.device)
         self.entropy.index_copy_(0, slots, entropy(logits))
