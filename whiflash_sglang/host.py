@@ -426,6 +426,15 @@ def span_reader(server_args: Any, target_worker: Any) -> SpanReader:
     return SpanReader(markers._replace(turn_ends=turn_ends), pieces)
 
 
+MARKER_ATTRIBUTES = (
+    ("bot_token", "eot_token"),
+    ("tool_call_start_token", "tool_call_end_token"),
+    ("TOOL_CALL_START", "TOOL_CALL_END"),
+    ("bot", "suffix"),
+)
+"""What SGLang's detectors of tool calls name their markers, the outer one first."""
+
+
 def model_markers(
     reasoning_parser: str | None, tool_call_parser: str | None, tokenizer: Any, pieces: Mapping[int, str]
 ) -> Markers:
@@ -448,8 +457,7 @@ def model_markers(
         )
     if tool_call_parser is not None:
         detector = FunctionCallParser([], tool_call_parser, tokenizer=tokenizer).detector
-        names = (("bot_token", "eot_token"), ("tool_call_start_token", "tool_call_end_token"))
-        found = [pair for pair in names if getattr(detector, pair[0], "")]
+        found = [pair for pair in MARKER_ATTRIBUTES if getattr(detector, pair[0], "")]
         if found:
             opens, closes = (getattr(detector, name) for name in found[0])
             markers = markers._replace(tool_call=Pair(joined(opens), joined(closes)))

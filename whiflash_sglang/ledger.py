@@ -139,7 +139,8 @@ class Ledger:
 
     def signals(self, rows: Rows, router: object) -> Signals:
         """What the router will decide by; nothing where no request of the batch is traced."""
-        if not isinstance(router, Explains) or all(self.records[s].trace is None for s in rows.slots.tolist()):
+        traced = any(self.records[slot].trace is not None for slot in rows.slots.tolist())
+        if not (traced and isinstance(router, Explains)):
             return {}
         return {kind: values.tolist() for kind, values in router.signals(rows.slots).items()}
 

@@ -81,7 +81,7 @@ def test_a_drafter_that_is_not_loaded_is_refused() -> None:
 def test_a_context_survives_its_way() -> None:
     context = Context("tool_output", "get_order")
     assert parse({CONTEXT_FIELD: context_params(context)}, BOTH).context == context
-    with pytest.raises(HintError, match="whiflash_context.kind 'agent'"):
+    with pytest.raises(HintError, match=r"whiflash_context\.kind 'agent'"):
         parse({CONTEXT_FIELD: {"kind": "agent"}}, BOTH)
 
 
