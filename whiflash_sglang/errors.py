@@ -2,7 +2,8 @@
 
 WhiFlashError
 ├── ConfigError        a flag, or flags that contradict each other
-└── CheckpointError    a drafter or target checkpoint that is missing, incomplete or does not fit
+├── CheckpointError    a drafter or target checkpoint that is missing, incomplete or does not fit
+└── HintError          a request's hints; also a ValueError, which SGLang answers with HTTP 400
 """
 
 from __future__ import annotations
@@ -25,4 +26,8 @@ class ConfigError(WhiFlashError):
 
 
 class CheckpointError(WhiFlashError):
+    pass
+
+
+class HintError(WhiFlashError, ValueError):
     pass

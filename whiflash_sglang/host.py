@@ -1,18 +1,22 @@
 """The one door to SGLang's private and unstable names: the registered algorithm, the hooks and why, the builders.
 
 The plugin calls `register_algorithm` and `install_hooks` in each process that SGLang spawns, where the launcher has
-left a WhiFlash configuration in the environment.
+left a WhiFlash configuration in the environment. The launcher, whose process becomes the HTTP server, calls
+`install_http` as well.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import torch
 from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
@@ -20,6 +24,18 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 from whiflash_sglang.checkpoints import DrafterSpec, load_drafter_spec, load_target_spec
 from whiflash_sglang.config import FLAG_OBJECTIVE, WhiFlashConfig
 from whiflash_sglang.drafters.runner import DraftRunner
+from whiflash_sglang.errors import HintError
+from whiflash_sglang.hints import CONTEXT_FIELD, Asked, context_params, parse
+from whiflash_sglang.spans import (
+    TURN_ENDS_AFTER_OUTPUT,
+    Markers,
+    Pair,
+    SpanReader,
+    ToolOutput,
+    message_context,
+)
+
+logger = logging.getLogger(__name__)
 
 ALGORITHM = "WHIFLASH"
 
@@ -163,6 +179,36 @@ def install_hooks() -> None:
     HookRegistry.register(
         "sglang.srt.speculative.dflash_utils.validate_dflash_request", _name_ourselves, HookType.AFTER
     )
+    # Hints: judged where SGLang judges sampling parameters, in the HTTP process, which answers a ValueError with 400.
+    judge = functools.partial(_judge_custom_params, active_config().drafter_names)
+    HookRegistry.register("sglang.srt.sampling.sampling_params.SamplingParams.verify", judge, HookType.AFTER)
+
+
+def install_http(server_args: Any) -> None:
+    """What the HTTP process has beside: our routes, and two hooks where requests come in and go out."""
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from whiflash_sglang.http_routes import Finished, routes
+
+    finished = Finished()
+    # Context: only here are the messages of a chat known, and so what its reply reacts to.
+    chat = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat"
+    HookRegistry.register(f"{chat}._convert_to_internal_request", _tell_context, HookType.AFTER)
+    # Figures: a chat reply has no meta_info, which passes here for every request.
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    keep = functools.partial(_keep_finished, finished)
+    HookRegistry.register(f"{manager}._handle_batch_output", keep, HookType.BEFORE)
+    HookRegistry.apply_hooks()
+
+    config = active_config()
+    about = {"model": server_args.served_model_name, "router": config.router, "drafters": config.draft_paths}
+
+    async def totals() -> Any:
+        states = await http_server.get_global_state().tokenizer_manager.get_internal_state()
+        return states[0]["whiflash"]
+
+    http_server.app.include_router(routes(finished, totals, about))
 
 
 def _capture_union(
@@ -210,9 +256,79 @@ def _name_ourselves(refusal: str | None, request: Any, *args: Any) -> str | None
     if refusal is None and request.return_hidden_states:
         refusal = f"{ALGORITHM} speculative decoding does not support return_hidden_states yet."
     if refusal is None:
+        try:  # requests that have not come through SamplingParams.verify
+            parse(request.sampling_params.custom_params, active_config().drafter_names)
+        except HintError as error:
+            return str(error)
         return None
     mend = "Leave it out of the request, or start the server with --whiflash-router off."
     return f"{refusal.replace('DFLASH', ALGORITHM)} {mend}"
+
+
+def _judge_custom_params(drafters: tuple[str, ...], result: Any, params: Any, *args: Any) -> None:
+    from sglang.srt.sampling.sampling_params import CustomParamValue
+
+    parse(params.custom_params, drafters)
+    try:
+        # What SGLang cannot decode on the scheduler's side would end the scheduler.
+        msgspec.convert(params.custom_params, dict[str, CustomParamValue] | None)
+    except msgspec.ValidationError as error:
+        mend = "give numbers, text, truth values, null, or flat lists and objects of these"
+        raise HintError("custom_params", None, str(error), mend) from error
+
+
+def _tell_context(result: tuple[Any, Any], serving: Any, request: Any, *args: Any) -> None:
+    adapted, _ = result
+    context = context_params(message_context(request.messages))
+    params = adapted.sampling_params
+    params["custom_params"] = {**(params.get("custom_params") or {}), CONTEXT_FIELD: context}
+
+
+def _keep_finished(finished: Any, manager: Any, batch: Any) -> None:
+    from sglang.srt.managers.io_struct import (
+        BatchStrOutput,
+        BatchTokenIDOutput,
+        unwrap_from_pickle,
+        wrap_as_pickle,
+    )
+
+    if not isinstance(batch, BatchStrOutput | BatchTokenIDOutput) or batch.customized_info is None:
+        return
+    ended = [i for i, reason in enumerate(batch.finished_reasons) if reason is not None]
+    if not ended:
+        return
+    shown = unwrap_from_pickle(batch.customized_info)
+    for i in ended:
+        request_id = batch.rids[i]
+        shown["whiflash"][i] = [_readable(manager, figures) for figures in shown["whiflash"][i] if figures is not None]
+        for figures in shown["whiflash"][i]:
+            about = {
+                "id": request_id,
+                "finish_reason": batch.finished_reasons[i]["type"],
+                "prompt_tokens": batch.prompt_tokens[i],
+                "completion_tokens": batch.completion_tokens[i],
+                "cached_tokens": batch.cached_tokens[i],
+                "retractions": batch.retraction_counts[i],
+            }
+            finished.keep(request_id, {**about, **figures})
+    batch.customized_info = wrap_as_pickle(shown)
+
+
+def _readable(manager: Any, figures: dict[str, Any]) -> dict[str, Any]:
+    """A request's figures with the tokens of its trace as text, where this process has a tokenizer."""
+    from whiflash_sglang.http_routes import with_texts
+
+    if "trace" not in figures or manager.tokenizer is None:
+        return figures
+    return with_texts(figures, _token_texts(manager.tokenizer))
+
+
+@functools.lru_cache(maxsize=1)
+def _token_texts(tokenizer: Any) -> Any:
+    from whiflash_sglang.http_routes import TokenTexts
+
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return TokenTexts(decode, tokenizer.encode("a", add_special_tokens=False))
 
 
 def _add_figures(result: Any, scheduler: Any, *args: Any) -> Any:
@@ -325,6 +441,86 @@ def prompt_token(request: Any, position: int) -> int | None:
         return int(prompt[position])
     position -= len(prompt)
     return int(request.output_ids[position]) if position < len(request.output_ids) else None
+
+
+def asked(request: Any, config: WhiFlashConfig) -> Asked:
+    """A request's hints and context. Of one that is refused for its hints, and only passes through, none."""
+    try:
+        return parse(request.sampling_params.custom_params, config.drafter_names)
+    except HintError:
+        return Asked()
+
+
+class Pieces(dict[int, str]):
+    """Token id -> the tokenizer's own piece, as they are asked for."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> str:
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        if isinstance(piece, bytes):
+            piece = piece.decode("latin-1")
+        self[token] = piece or ""  # ids that only fill up the vocabulary have none
+        return self[token]
+
+
+def span_reader(server_args: Any, target_worker: Any) -> SpanReader:
+    """Reads spans by the markers of the parsers that `--reasoning-parser` and `--tool-call-parser` name."""
+    tokenizer = target_worker.tokenizer
+    if tokenizer is None:
+        logger.warning("WHIFLASH: without a tokenizer (--skip-tokenizer-init) all text counts as span `answer`")
+        return SpanReader(Markers(), {})
+    pieces = Pieces(tokenizer)
+    markers = model_markers(server_args.reasoning_parser, server_args.tool_call_parser, tokenizer, pieces)
+    turn_ends = frozenset({*(target_worker.model_config.hf_eos_token_id or ()), tokenizer.eos_token_id} - {None})
+    return SpanReader(markers._replace(turn_ends=turn_ends), pieces)
+
+
+MARKER_ATTRIBUTES = (
+    ("bot_token", "eot_token"),
+    ("tool_call_start_token", "tool_call_end_token"),
+    ("TOOL_CALL_START", "TOOL_CALL_END"),
+    ("bot", "suffix"),
+)
+"""What SGLang's detectors of tool calls name their markers, the outer one first."""
+
+
+def model_markers(
+    reasoning_parser: str | None, tool_call_parser: str | None, tokenizer: Any, pieces: Mapping[int, str]
+) -> Markers:
+    """The markers that SGLang's parsers look for, as joined pieces. Its detectors name them in several ways."""
+    from sglang.srt.function_call.function_call_parser import FunctionCallParser
+    from sglang.srt.parser.reasoning_parser import ReasoningParser
+
+    def joined(marker: str | None) -> str:
+        tokens = tokenizer.encode(marker.strip(), add_special_tokens=False) if marker else []
+        # Some tokenizers put a space before a text's first word.
+        return "".join([pieces[token] for token in tokens]).lstrip("▁Ġ ")
+
+    markers = Markers()
+    if reasoning_parser is not None:
+        detector = ReasoningParser(reasoning_parser, tokenizer=tokenizer).detector
+        markers = markers._replace(
+            reasoning=Pair(joined(detector.think_start_token), joined(detector.think_end_token)),
+            call_ends_reasoning=detector.tool_start_token is not None,
+            begins_reasoning=detector.force_reasoning,
+        )
+    if tool_call_parser is not None:
+        detector = FunctionCallParser([], tool_call_parser, tokenizer=tokenizer).detector
+        found = [pair for pair in MARKER_ATTRIBUTES if getattr(detector, pair[0], "")]
+        if found:
+            opens, closes = (getattr(detector, name) for name in found[0])
+            markers = markers._replace(tool_call=Pair(joined(opens), joined(closes)))
+        else:
+            logger.warning("WHIFLASH: tool calls of parser %s have no marker and count as `answer`", tool_call_parser)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = "".join(template.values())
+    for marker, turn_ends in TURN_ENDS_AFTER_OUTPUT.items():
+        if marker in (template or ""):
+            return markers._replace(tool_output=ToolOutput(joined(marker), turn_ends))
+    return markers
 
 
 def metric_labels(server_args: Any) -> dict[str, str]:

@@ -181,6 +181,10 @@ def serve(sglang_argv: Sequence[str]) -> None:
         server_args = prepare_server_args(list(sglang_argv))
     except ValueError as error:  # flags that do not go together, by SGLang or by us (host.py, cpu/platform.py)
         raise SystemExit(f"error: {error}") from error
+    if ENVIRONMENT_VARIABLE in os.environ:
+        from whiflash_sglang import host
+
+        host.install_http(server_args)
     try:
         run_server(server_args)
     finally:

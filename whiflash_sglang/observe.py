@@ -15,12 +15,26 @@ from typing import Any
 import torch
 
 from whiflash_sglang.costs import RoundCosts
+from whiflash_sglang.ledger import NOBODY, Ledger, Record, Signals
+from whiflash_sglang.spans import Markers, SpanReader
 from whiflash_sglang.types import CatchUp, RoundResult, Rows
 
-STEPS = ("prefill", "prefill_drafters", "route", "catch_up", "draft", "verify", "commit", "commit_idle", "round")
-"""`commit` keeps the features of drafters that draft in the round, `commit_idle` those of the others."""
-NOBODY = "none"  # a row that was not drafted for
+STEPS = (
+    "prefill",
+    "prefill_drafters",
+    "route",
+    "catch_up",
+    "draft",
+    "verify",
+    "commit",
+    "commit_idle",
+    "spans",
+    "round",
+)
+"""`commit` keeps the features of drafters that draft in the round, `commit_idle` those of the others.
 
+`spans` follows the texts and counts by span. Half of it stands within `round`, which ends before the counting.
+"""
 
 FIELDS = 9
 ROUNDS, DRAFTED, ACCEPTED, SWITCHES, INGESTED, INGESTIONS, MISSED, CATCH_UPS, CATCH_UP_S = range(FIELDS)
@@ -32,8 +46,9 @@ class Totals:
     Everything is kept on the host. A float64 counts exactly up to 2**53.
     """
 
-    def __init__(self, drafter_names: tuple[str, ...], num_slots: int):
+    def __init__(self, drafter_names: tuple[str, ...], num_slots: int, reader: SpanReader | None = None):
         self.names = (*drafter_names, NOBODY)
+        self.ledger = Ledger(SpanReader(Markers(), {}) if reader is None else reader)
         self.seconds = dict.fromkeys(STEPS, 0.0)
         self.steps = 0
         self.switched_off: list[str] = []
@@ -54,8 +69,10 @@ class Totals:
         for slot in slots.tolist():
             self.longest[slot] = 0
 
-    def count(self, rows: Rows, result: RoundResult) -> None:
+    def count(self, rows: Rows, result: RoundResult, signals: Signals) -> None:
         """Add one batch's round."""
+        with self.timed("spans"):
+            self.ledger.count(rows, result, signals)
         slots = rows.slots.cpu()
         choice = torch.full_like(slots, len(self.names) - 1)
         for name, index in result.plan.items():
@@ -96,6 +113,7 @@ class Totals:
             "switched_off": dict.fromkeys(self.switched_off, 1),
             "kv_pool": self.pool,
             "round_ms": {} if self.costs is None else self.costs.snapshot(),
+            **self.ledger.snapshot(),
         }
 
     def request(self, slot: int) -> dict[str, Any]:
@@ -138,9 +156,10 @@ class RequestFigures:
     SGLang slices this by the tokens that it is about to send, the last time when the request has ended.
     """
 
-    def __init__(self, totals: Totals, request: Any):
+    def __init__(self, totals: Totals, request: Any, record: Record):
         self.totals = totals
         self.request = request
+        self.record = record
         self.slot = int(request.req_pool_idx)
 
     def __getitem__(self, tokens: slice) -> list[dict[str, Any]]:
@@ -150,7 +169,7 @@ class RequestFigures:
         names = self.totals.names[:-1]
         # Every drafter keeps its own K and V for each of the request's KV slots.
         slots = {"draft_kv_slots": dict.fromkeys(names, int(self.request.kv_committed_len))}
-        return [self.totals.request(self.slot) | slots]
+        return [self.totals.request(self.slot) | slots | self.record.figures()]
 
 
 class Metrics:
@@ -177,6 +196,10 @@ class Metrics:
             "catch_up_seconds": ("Wall time of catching up.", None),
             "switches": ("Rounds of a request with another drafter than the one before.", None),
             "step_seconds": ("Wall time by step of a round; prefill steps too.", "step"),
+            "span_rounds": ("Decode rounds of requests by the span in which they began.", "span"),
+            "span_tokens": ("Tokens committed by these rounds.", "span"),
+            "context_rounds": ("Decode rounds of requests by what their prompts ended with.", "context_kind"),
+            "context_tokens": ("Tokens committed by these rounds.", "context_kind"),
         }
         self.counters = {
             key: Counter(f"whiflash_{key}", text, [*names, *([label] if label else [])])
@@ -207,6 +230,10 @@ class Metrics:
             "catch_up_seconds": {"": figures["catch_up"]["ms"] / 1000},
             "switches": {"": figures["switches"]},
             "step_seconds": figures["seconds"],
+            "span_rounds": {span: count["rounds"] for span, count in figures["by_span"].items()},
+            "span_tokens": {span: count["tokens"] for span, count in figures["by_span"].items()},
+            "context_rounds": {kind: count["rounds"] for kind, count in figures["by_context"].items()},
+            "context_tokens": {kind: count["tokens"] for kind, count in figures["by_context"].items()},
         }
         for key, values in by_label.items():
             for label, value in values.items():

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from whiflash_sglang.accept import accept
+from whiflash_sglang.asked import grant
 from whiflash_sglang.backlog import Backlog
 from whiflash_sglang.types import (
     Accepted,
@@ -119,7 +120,7 @@ class DecodeRound:
 
     def run(self, rows: Rows) -> RoundResult:
         with self.timed("route"):
-            plan = self.reroute(self.router.route(rows))
+            plan = self.reroute(grant(rows, self.router.route(rows)))
         with self.timed("catch_up"):
             catch_ups = self.catch_up(rows, plan)
         with self.timed("draft"):
@@ -129,7 +130,7 @@ class DecodeRound:
         accepted = accept(proposal, verified.predictions)
         self.commit(rows, plan, verified, accepted)
         new_prefix_lens = rows.prefix_lens + accepted.num_committed
-        return RoundResult(plan, proposal.num_drafts, accepted, new_prefix_lens, catch_ups, finite)
+        return RoundResult(plan, proposal.num_drafts, accepted, new_prefix_lens, catch_ups, finite, proposal.tokens)
 
     def reroute(self, plan: Plan) -> Plan:
         """Rows of a drafter that has been switched off go to one that is left, or are not drafted for."""

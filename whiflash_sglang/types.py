@@ -14,6 +14,7 @@ final hidden state  what the target's head reads at a position: the last layer's
 request slot    row of SGLang's request table; per-request state of ours is keyed by it
 KV slot         index into the KV pool. Every drafter has a pool of its own and uses the target's KV slots
 ingest          write a drafter's K and V for committed positions, from features (KV-only: no query, attention or MLP)
+span, context kind  what a request's text is in, and what it reacts to: see `spans.py`
 backlog         committed positions that a drafter has not ingested; catch-up ingests them in one batched pass
 
 Worked example, width 4, committed tokens `the cat` (prefix_len 2), anchor `sat`:
@@ -37,6 +38,16 @@ Plan = Mapping[str, torch.Tensor]
 """Drafter name -> row indices, int64 [n]. A row that stands in no entry is not drafted for in this round."""
 
 
+class Standing(NamedTuple):
+    """Where a request stands as a round begins, and what it asked for (see `spans.py`, `hints.py`)."""
+
+    span: str  # reasoning, tool_call, answer
+    context_kind: str  # user, tool_output
+    tool: str | None  # whose output the reply reacts to
+    prior: float  # added to the router's score, AL
+    route: str  # auto, or the drafter that the request wants, or off
+
+
 class Rows(NamedTuple):
     """The requests of one decode batch, one row each."""
 
@@ -47,11 +58,14 @@ class Rows(NamedTuple):
         torch.Tensor
     )  # [rows, 1 + max_width] int64, KV slots of positions prefix_len - 1 .. prefix_len + max_width - 1
     draftable: torch.Tensor | None  # [rows] bool, or None where all rows may be drafted for
+    standings: tuple[Standing, ...] | None = None  # [rows], or None where nobody follows the texts
 
     def pick(self, index: torch.Tensor) -> Rows:
         """The rows at `index` [n], in that order."""
         draftable = None if self.draftable is None else self.draftable[index]
-        return Rows(self.slots[index], self.anchors[index], self.prefix_lens[index], self.kv_slots[index], draftable)
+        standings = None if self.standings is None else tuple(self.standings[row] for row in index.tolist())
+        slots, anchors, prefix_lens = self.slots[index], self.anchors[index], self.prefix_lens[index]
+        return Rows(slots, anchors, prefix_lens, self.kv_slots[index], draftable, standings)
 
 
 class Proposal(NamedTuple):
@@ -123,3 +137,4 @@ class RoundResult(NamedTuple):
     new_prefix_lens: torch.Tensor  # [rows] int64
     catch_ups: Mapping[str, CatchUp]  # by drafter
     finite: Mapping[str, torch.Tensor]  # by drafter that drafted: [] bool
+    window: torch.Tensor  # [rows, width] int64, what was verified: anchor, drafts, padding

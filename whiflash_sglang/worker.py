@@ -22,6 +22,7 @@ from whiflash_sglang.backlog import Backlog
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.costs import BATCH_SIZES, CONTEXTS, RoundCosts, measure, places
 from whiflash_sglang.drafters import DRAFTERS
+from whiflash_sglang.ledger import Trace
 from whiflash_sglang.observe import Metrics, RequestFigures, Totals
 from whiflash_sglang.probe import RoundProbe
 from whiflash_sglang.round import DecodeRound, Router
@@ -79,7 +80,8 @@ class WhiFlashWorker(BaseSpecWorker):
         """The last step of start-up: everything is allocated, so the round can be put together."""
         kv_table = self.req_to_token_pool.req_to_token
         captured = host.captured_layers(self.specs.values())
-        self.totals = Totals(self.config.drafter_names, kv_table.shape[0])
+        reader = host.span_reader(self.server_args, self._target_worker)
+        self.totals = Totals(self.config.drafter_names, kv_table.shape[0], reader)
         tokens, lost = host.kv_tokens_lost(self._target_worker.model_runner, self.runners.values())
         self.totals.pool = {"tokens": tokens, "lost_to_draft_pools": lost}
         self.metrics = Metrics(self.totals, host.metric_labels(self.server_args)) if self.shows_metrics else None
@@ -163,12 +165,29 @@ class WhiFlashWorker(BaseSpecWorker):
         # Sampling turns SGLang's logits into probabilities in place; their logarithms have the same softmax.
         self.round.prefill(prefill, logits if batch.sampling_info.is_all_greedy else logits.log())
         self.totals.start(prefill.slots)
-        for request in batch.reqs:  # shown in the request's meta_info when it has ended
-            request.customized_info = {"whiflash": RequestFigures(self.totals, request)}
+        self.begin_records(batch, result.next_token_ids.tolist())
         logits_output.hidden_states = None  # large, and of no use to the host
         result.new_seq_lens = batch.seq_lens
         result.next_draft_input = host.draft_input(bonus_tokens=result.next_token_ids, new_seq_lens=batch.seq_lens)
         return result
+
+    def begin_records(self, batch: Any, sampled: list[int]) -> None:
+        """What is known of each prefilled request; it is shown in the request's meta_info when it has ended."""
+        for row, request in enumerate(batch.reqs):
+            asked = host.asked(request, self.config)
+            earlier = request.customized_info  # of a chunk, or before a retraction
+            trace = earlier["whiflash"].record.trace if earlier else Trace() if asked.hints.trace else None
+            is_whole = host.prompt_token(request, batch.prefix_lens[row] + batch.extend_lens[row]) is None
+            record = self.totals.ledger.record(
+                asked.hints,
+                asked.context,
+                request.origin_input_ids,
+                request.output_ids,
+                sampled[row] if is_whole else None,
+                trace,
+            )
+            self.totals.ledger.begin(int(request.req_pool_idx), record)
+            request.customized_info = {"whiflash": RequestFigures(self.totals, request, record)}
 
     def decode(self, batch: Any) -> GenerationBatchResult:
         """One round for every request of the batch."""
@@ -176,10 +195,13 @@ class WhiFlashWorker(BaseSpecWorker):
         with self.totals.timed("round"):
             self.target.bind(batch)
             rows = decode_rows(batch, self.req_to_token_pool.req_to_token, self.max_width)
+            with self.totals.timed("spans"):
+                rows = self.totals.ledger.stand(rows)
+                signals = self.totals.ledger.signals(rows, self.round.router)
             result = self.round.run(rows)
         with self.totals.timed("route"):
             self.round.router.learn(rows, result, 1000 * (time.perf_counter() - began))
-        self.totals.count(rows, result)
+        self.totals.count(rows, result, signals)
         for name, finite in result.finite.items():
             if not bool(finite):
                 self.switch_off(name)

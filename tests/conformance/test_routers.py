@@ -52,7 +52,7 @@ def rows(slots: list[int], prefix_lens: list[int], draftable: list[bool] | None)
 def outcome(plan: Plan, n: int) -> RoundResult:
     """A round in which every row committed three tokens."""
     lengths = torch.full((n,), 3)
-    return RoundResult(plan, lengths, Accepted(lengths[:, None], lengths, lengths), lengths, {}, {})
+    return RoundResult(plan, lengths, Accepted(lengths[:, None], lengths, lengths), lengths, {}, {}, lengths[:, None])
 
 
 @pytest.mark.parametrize("name", [*BY_ROW, *BY_BATCH])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.learned import cost_table
 from whiflash_sglang.costs import RoundCosts
 from whiflash_sglang.router.cost_aware import EXPLORE_EVERY, CostAwareRouter
-from whiflash_sglang.types import Accepted, Plan, RoundResult, Rows
+from whiflash_sglang.types import Accepted, Plan, RoundResult, Rows, Standing
 
 
 class Gains:
@@ -45,7 +45,7 @@ def chosen(plan: Plan) -> dict[str, list[int]]:
 def result(plan: Plan, committed: list[int]) -> RoundResult:
     lengths = torch.tensor(committed)
     zeros = torch.zeros_like(lengths)
-    return RoundResult(plan, zeros, Accepted(zeros[:, None], lengths, zeros), zeros, {}, {})
+    return RoundResult(plan, zeros, Accepted(zeros[:, None], lengths, zeros), zeros, {}, {}, zeros[:, None])
 
 
 def test_e3_has_to_gain_more_than_its_time_is_worth() -> None:
@@ -82,6 +82,12 @@ def test_rows_that_may_not_be_drafted_for_stand_in_no_plan() -> None:
     decided = router([9.0, 9.0, 9.0])
     assert chosen(decided.route(rows(3, [True, False, True]))) == {"e3": [0, 2]}
     assert chosen(decided.route(rows(3, [False, False, False]))) == {}
+
+
+@pytest.mark.parametrize(("gain", "prior", "drafter"), [(0.9, 0.3, "e3"), (1.1, -0.3, "df"), (1.1, 0.0, "e3")])
+def test_a_prior_is_added_to_the_gain(gain: float, prior: float, drafter: str) -> None:
+    asking = rows(1)._replace(standings=(Standing("answer", "user", None, prior, "auto"),))
+    assert chosen(router([gain]).route(asking)) == {drafter: [0]}
 
 
 def test_the_base_is_learned_from_rounds_of_either_drafter() -> None:

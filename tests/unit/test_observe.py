@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from whiflash_sglang.hints import Hints
+from whiflash_sglang.ledger import Record
 from whiflash_sglang.observe import RequestFigures, Totals
 from whiflash_sglang.types import Accepted, CatchUp, RoundResult, Rows
 
@@ -19,10 +21,17 @@ def rows(slots: list[int]) -> Rows:
     return Rows(torch.tensor(slots), zeros, zeros, torch.zeros(n, 9, dtype=torch.int64), None)
 
 
+def record(totals: Totals) -> Record:
+    return totals.ledger.record(Hints(), None, [], [], None, None)
+
+
 def result(plan: dict[str, list[int]], drafts: list[int], committed: list[int], **catch_ups: CatchUp) -> RoundResult:
-    accepted = Accepted(torch.zeros(len(drafts), 8), torch.tensor(committed), torch.zeros(len(drafts)))
+    accepted = Accepted(
+        torch.zeros(len(drafts), 8, dtype=torch.int64), torch.tensor(committed), torch.zeros(len(drafts))
+    )
     by_name = {name: torch.tensor(index) for name, index in plan.items()}
-    return RoundResult(by_name, torch.tensor(drafts), accepted, torch.tensor(committed), catch_ups, {})
+    window = torch.zeros(len(drafts), 8, dtype=torch.int64)
+    return RoundResult(by_name, torch.tensor(drafts), accepted, torch.tensor(committed), catch_ups, {}, window)
 
 
 @pytest.fixture
@@ -30,9 +39,11 @@ def totals() -> Totals:
     """Slot 2: df, df, e3. Slot 5: e3, then not drafted for."""
     totals = Totals(("df", "e3"), 8)
     totals.start(torch.tensor([2, 5]))
-    totals.count(rows([2, 5]), result({"df": [0], "e3": [1]}, [7, 5], [8, 1]))
-    totals.count(rows([2, 5]), result({"df": [0]}, [7, 0], [3, 1], df=CatchUp([2], [8], [0], 0.001)))
-    totals.count(rows([2]), result({"e3": [0]}, [5], [2], e3=CatchUp([2, 5], [11, 2], [8, 0], 0.0013)))
+    for slot in (2, 5):
+        totals.ledger.begin(slot, record(totals))
+    totals.count(rows([2, 5]), result({"df": [0], "e3": [1]}, [7, 5], [8, 1]), {})
+    totals.count(rows([2, 5]), result({"df": [0]}, [7, 0], [3, 1], df=CatchUp([2], [8], [0], 0.001)), {})
+    totals.count(rows([2]), result({"e3": [0]}, [5], [2], e3=CatchUp([2, 5], [11, 2], [8, 0], 0.0013)), {})
     return totals
 
 
@@ -59,23 +70,27 @@ def test_a_request_is_counted_by_itself_and_stays_in_the_totals(totals: Totals) 
     totals.start(torch.tensor([2]))
     assert totals.request(2)["rounds"] == totals.request(2)["backlog_max"] == 0
     assert totals.snapshot() == before
-    totals.count(rows([2]), result({"e3": [0]}, [5], [1]))
+    totals.count(rows([2]), result({"e3": [0]}, [5], [1]), {})
     assert totals.snapshot()["switches"] == before["switches"], "the first round of a request is no switch"
 
 
 def test_figures_of_a_request_come_with_its_last_tokens(totals: Totals) -> None:
     ended = False
     request = SimpleNamespace(req_pool_idx=torch.tensor(2), finished=lambda: ended, kv_committed_len=40)
-    figures = RequestFigures(totals, request)
+    figures = RequestFigures(totals, request, totals.ledger.records[2])
     assert figures[0:5] == []
     ended = True
-    assert figures[5:9] == [totals.request(2) | {"draft_kv_slots": {"df": 40, "e3": 40}}]
+    by_span = totals.ledger.records[2].figures()
+    assert by_span["by_span"] == {"answer": {"rounds": 3, "tokens": 13}}
+    assert figures[5:9] == [totals.request(2) | {"draft_kv_slots": {"df": 40, "e3": 40}} | by_span]
 
 
 def test_metrics_follow_the_totals() -> None:
     # In a process of its own: metrics are registered once for a whole process.
     program = """
 from prometheus_client import generate_latest
+from whiflash_sglang.hints import Hints
+from whiflash_sglang.ledger import Record
 from whiflash_sglang.observe import Metrics, Totals
 totals = Totals(("df", "e3"), 4)
 totals.pool = {"tokens": 100, "lost_to_draft_pools": 40}
@@ -83,6 +98,7 @@ metrics = Metrics(totals, {"model_name": "m"})
 for rounds in (3, 5):
     totals.running[0, 0, 0] = rounds
     totals.seconds["draft"] = rounds / 2
+    totals.ledger.counts[("user", "reasoning", "df")] = [rounds, 4 * rounds]
     metrics.write(totals.snapshot())
 totals.switched_off.append("e3")
 metrics.write(totals.snapshot())
@@ -92,6 +108,8 @@ print(generate_latest().decode())
     for line in (
         'whiflash_rounds_total{drafter="df",model_name="m"} 5.0',
         'whiflash_step_seconds_total{model_name="m",step="draft"} 2.5',
+        'whiflash_span_rounds_total{model_name="m",span="reasoning"} 5.0',
+        'whiflash_context_tokens_total{context_kind="user",model_name="m"} 20.0',
         'whiflash_kv_pool_tokens{kind="lost_to_draft_pools",model_name="m"} 40.0',
         'whiflash_drafter_switched_off{drafter="e3",model_name="m"} 1.0',
     ):

@@ -71,8 +71,8 @@ def test_clients_import_neither_sglang_nor_torch(package: str) -> None:
 
 def test_the_core_imports_without_sglang() -> None:
     core = [
-        *("accept", "backlog", "calibration", "checkpoints", "config", "costs", "errors", "hub", "identity"),
-        *("launch_server", "probe", "round", "router", "types"),
+        *("accept", "asked", "backlog", "calibration", "checkpoints", "config", "costs", "errors", "hints"),
+        *("http_routes", "hub", "identity", "launch_server", "ledger", "probe", "round", "router", "spans", "types"),
     ]
     modules = [name for part in core for name in modules_of(f"whiflash_sglang/{part}") or [f"whiflash_sglang.{part}"]]
     assert imports_of("import " + ", ".join(modules), {"sglang"}) == []
@@ -80,4 +80,5 @@ def test_the_core_imports_without_sglang() -> None:
 
 def test_the_flag_and_error_modules_import_without_torch() -> None:
     modules = "whiflash_sglang.config, whiflash_sglang.checkpoints, whiflash_sglang.hub, whiflash_sglang.errors"
+    modules += ", whiflash_sglang.hints, whiflash_sglang.spans"
     assert imports_of(f"import {modules}", {"sglang", "torch"}) == []

@@ -16,7 +16,7 @@ import torch
 
 from whiflash_sglang.costs import NONE, RoundCosts
 from whiflash_sglang.round import Router
-from whiflash_sglang.router.score import Score
+from whiflash_sglang.router.score import Score, priors
 from whiflash_sglang.types import Plan, RoundResult, Rows
 
 EXPLORE_EVERY = 128  # rounds of one batch size without drafts, until one with drafts is tried again
@@ -39,6 +39,8 @@ class CostAwareRouter(Router):
     def route(self, rows: Rows) -> Plan:
         device = rows.slots.device
         self.gains = self.gain.read(rows.slots).tolist()
+        if (prior := priors(rows)) is not None:
+            self.gains = [gain + more for gain, more in zip(self.gains, prior, strict=True)]
         may_draft = [True] * len(self.gains) if rows.draftable is None else rows.draftable.tolist()
         drafted = [row for row, may in enumerate(may_draft) if may]
         ranked = sorted(drafted, key=self.gains.__getitem__, reverse=True)
@@ -87,6 +89,9 @@ class CostAwareRouter(Router):
 
     def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
         self.gain.observe(slots, logits, hidden)
+
+    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.gain.signals(slots)
 
     def learn(self, rows: Rows, result: RoundResult, ms: float) -> None:
         num_rows = len(self.gains)

@@ -15,6 +15,8 @@ import torch
 class EntropyScore:
     """H of each request, in nats."""
 
+    in_tokens = False
+
     def __init__(self, num_slots: int):
         self.values = torch.zeros(num_slots)
 
@@ -25,12 +27,17 @@ class EntropyScore:
     def read(self, slots: torch.Tensor) -> torch.Tensor:
         return self.values.index_select(0, slots)
 
+    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"entropy": self.values.index_select(0, slots)}
+
 
 class EntropyGain(EntropyScore):
     """What `e3` is expected to gain over `df` at each request's H, in tokens of acceptance length.
 
     `gains` [k + 1] are those below, between and above the ascending `edges` [k], in nats.
     """
+
+    in_tokens = True
 
     def __init__(self, num_slots: int, edges: Sequence[float], gains: Sequence[float]):
         super().__init__(num_slots)
@@ -43,6 +50,9 @@ class EntropyGain(EntropyScore):
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:
         return self.gains.index_select(0, torch.bucketize(super().read(slots), self.edges))
+
+    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {**super().signals(slots), "score": self.read(slots)}
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,8 @@ class Network(NamedTuple):
 class NeuralScore:
     """What `e3` is expected to accept more than `df`, in tokens; `network` has `e3` as its positive drafter."""
 
+    in_tokens = True
+
     def __init__(self, network: Network, num_slots: int):
         self.network = network
         self.values = torch.zeros(num_slots, dtype=network.weight_in.dtype)
@@ -47,3 +49,6 @@ class NeuralScore:
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:
         return self.values.index_select(0, slots)
+
+    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"score": self.read(slots)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from whiflash_sglang.round import Router
-from whiflash_sglang.router.score import Score
+from whiflash_sglang.router.score import Score, priors
 from whiflash_sglang.router.split import split
 from whiflash_sglang.types import Plan, Rows
 
@@ -18,7 +18,13 @@ class ThresholdRouter(Router):
         self.threshold = threshold
 
     def route(self, rows: Rows) -> Plan:
-        return split(rows, self.names, self.score.read(rows.slots) > self.threshold)
+        score = self.score.read(rows.slots)
+        if self.score.in_tokens and (prior := priors(rows)) is not None:
+            score = score + torch.tensor(prior, device=score.device)
+        return split(rows, self.names, score > self.threshold)
 
     def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
         self.score.observe(slots, logits, hidden)
+
+    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.score.signals(slots)
