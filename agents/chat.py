@@ -85,9 +85,9 @@ class ChatWhiFlash(ChatOpenAI):
         return "whiflash-chat"
 
     @classmethod
-    def get_lc_namespace(cls) -> list[str]:
-        """Where `langchain_core.load` finds the class."""
-        return ["agents", "chat"]
+    def is_lc_serializable(cls) -> bool:
+        """No: `langchain_core.load` loads the classes of a list of its own only, and would make a ChatOpenAI of this."""
+        return False
 
     # ---- what is sent
 

@@ -29,7 +29,7 @@ from langgraph.errors import GraphRecursionError
 from rich.console import Console
 from rich.table import Table
 
-from agents.chat import FIGURES, REASONING
+from agents.chat import FIGURES, REASONING, ChatWhiFlash
 from agents.desk import connect, desk_agent, steps
 from agents.figures import acceptance_length
 from workloads import server
@@ -58,10 +58,10 @@ class Run:
         ]
 
 
-def do(task: Task, base_url: str) -> Run:
-    """Let the agent do `task`. One that comes to no end has given no answer."""
+def do(task: Task, model: ChatWhiFlash) -> Run:
+    """Let the agent do `task` in a session of its own. One that comes to no end has given no answer."""
     desk = task.desk()
-    agent = desk_agent(connect(base_url), desk)
+    agent = desk_agent(model.with_session(), desk)
     messages: list[AnyMessage] = []
     began = time.perf_counter()
     with contextlib.suppress(GraphRecursionError):
@@ -73,23 +73,24 @@ def do(task: Task, base_url: str) -> Run:
     return Run(task, judge(task, desk, answer), tuple(messages), seconds)
 
 
-def measure(urls: dict[str, str], tasks: Sequence[Task]) -> dict[str, list[Run]]:
+def measure(models: dict[str, ChatWhiFlash], tasks: Sequence[Task]) -> dict[str, list[Run]]:
     """Every task on every server; who begins changes with the task."""
-    runs: dict[str, list[Run]] = {router: [] for router in urls}
+    runs: dict[str, list[Run]] = {router: [] for router in models}
     for number, task in enumerate(tasks):
-        for router in sorted(urls, reverse=number % 2 == 1):
-            runs[router].append(do(task, urls[router]))
+        for router in sorted(models, reverse=number % 2 == 1):
+            runs[router].append(do(task, models[router]))
         verdict = runs[ON][-1].verdict
         said = "solved" if verdict.solved else verdict.why
         print(f"{number + 1} of {len(tasks)}, {task.question} {said}", file=sys.stderr, flush=True)
     return runs
 
 
-def warm_up(urls: dict[str, str], task: Task) -> None:
-    """One task that is not counted, on every server; its cached prefixes are dropped again."""
-    for url in urls.values():
-        do(task, url)
-        httpx.post(f"{url}/flush_cache", timeout=30).raise_for_status()
+def warm_up(url: str, task: Task) -> ChatWhiFlash:
+    """A model of the server at `url` that has done `task`, which is not counted; what was cached is dropped again."""
+    model = connect(url)
+    do(task, model)
+    httpx.post(f"{url}/flush_cache", timeout=30).raise_for_status()
+    return model
 
 
 def summary(runs: dict[str, list[Run]]) -> dict[str, Any]:
@@ -176,8 +177,7 @@ def main() -> None:
     print(f"starting 2 servers (logs in {logs})", file=sys.stderr, flush=True)
     with contextlib.ExitStack() as stack:
         urls = start_servers(logs, stack)
-        warm_up(urls, spare)
-        runs = measure(urls, tasks)
+        runs = measure({router: warm_up(url, spare) for router, url in urls.items()}, tasks)
     figures = summary(runs)
     Console(width=100).print(table(runs))
     arguments = {"tasks": args.tasks, "min_solved": args.min_solved}
