@@ -9,6 +9,7 @@ the reply, or is no WhiFlash server, is no failure: there are None figures, and 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 Figures = dict[str, Any]
 # The server answers from memory; a reply is not held up for longer than this by a server that is busy.
 OPTIONS: Any = {"timeout": 2.0, "max_retries": 0}
+FAILURES = (openai.APIError, json.JSONDecodeError)
 NO_ID = "its reply has no id"
 
 
@@ -35,7 +37,7 @@ class FigureReader:
             return self._none(client, NO_ID)
         try:
             return self._checked(client.get(_url(client, response_id), cast_to=object, options=OPTIONS), client)
-        except openai.APIError as error:
+        except FAILURES as error:
             return self._none(client, error)
 
     async def aread(self, client: openai.AsyncOpenAI, response_id: str | None) -> Figures | None:
@@ -43,7 +45,7 @@ class FigureReader:
             return self._none(client, NO_ID)
         try:
             return self._checked(await client.get(_url(client, response_id), cast_to=object, options=OPTIONS), client)
-        except openai.APIError as error:
+        except FAILURES as error:
             return self._none(client, error)
 
     def _checked(self, reply: object, client: openai.OpenAI | openai.AsyncOpenAI) -> Figures | None:
