@@ -26,7 +26,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import openai
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -35,7 +35,6 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, Tool
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_openai import ChatOpenAI
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
-from typing_extensions import Self
 
 from agents.figures import FigureReader, Figures
 from agents.hints import Hints, hints_in
@@ -86,7 +85,7 @@ class ChatWhiFlash(ChatOpenAI):
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
-        """No: `langchain_core.load` loads the classes of a list of its own only, and would make a ChatOpenAI of this."""
+        """No: `langchain_core.load` knows the classes of its own list only."""
         return False
 
     # ---- what is sent

@@ -3,8 +3,8 @@
     python -m agents.desk "Where is order 1042?" [--base-url http://127.0.0.1:30000] [--seed 414]
 
 Without `--base-url` it starts a server with the bundled models for the one question, which needs the server's
-environment. `--seed` chooses the shop: customers, orders and stock. The tools are real: they read and change its database,
-an SQLite of this process.
+environment. `--seed` chooses the shop: customers, orders and stock. The tools are real: they read and change the shop's
+database, an SQLite of this process.
 
     agent = desk_agent(model, Desk.create(seed))
     agent.invoke({"messages": conversation("Where is order 1042?")})
@@ -64,7 +64,7 @@ def desk_agent(model: BaseChatModel, desk: Desk) -> CompiledStateGraph:
 
 
 def desk_tools(desk: Desk) -> list[StructuredTool]:
-    """The desk's tools for LangChain. The schemas are passed on as they are; wrong arguments are the desk's to answer."""
+    """The desk's tools for LangChain, schemas as they are; wrong arguments are the desk's to answer."""
 
     def tool(name: str, description: str, parameters: dict[str, Any]) -> StructuredTool:
         def call(**arguments: Any) -> str:
@@ -118,7 +118,9 @@ def show(console: Console, number: int, step: Step) -> None:
     reasoning = (message.additional_kwargs.get(REASONING) or "").strip()
     console.print(Text.assemble((f"{number}. ", "bold"), (reasoning, "italic")))
     for call in message.tool_calls:
-        console.print(Text(f"   calls {call['name']}({json.dumps(call['args'], ensure_ascii=False)})", style="bold cyan"))
+        console.print(
+            Text(f"   calls {call['name']}({json.dumps(call['args'], ensure_ascii=False)})", style="bold cyan")
+        )
     for call in message.invalid_tool_calls:
         console.print(Text(f"   a call that cannot be read: {call['name']}({call['args']})", style="bold red"))
     if answer := message.text.strip():

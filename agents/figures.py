@@ -3,8 +3,8 @@
     figures = FigureReader().read(client, "chatcmpl-...")    # {"rounds": 12, "rounds_by_drafter": {"df": 9, ...}, ...}
     acceptance_length(figures), drafter_shares(figures)
 
-`GET {root}/whiflash/requests/{id}`, where the root is the OpenAI base URL without its `/v1`. A server that does not know
-the reply, or is no WhiFlash server, is no failure: there are None figures, and the first time one line of log says so.
+`GET {root}/whiflash/requests/{id}`, where the root is the OpenAI base URL without its `/v1`. A server that does not
+know the reply, or is no WhiFlash server, is no failure: figures are None, and the first time one line of log says so.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class FigureReader:
             return self._none(client, error)
 
     def _checked(self, reply: object, client: openai.OpenAI | openai.AsyncOpenAI) -> Figures | None:
-        return reply if isinstance(reply, dict) else self._none(client, f"a reply that is no JSON object: {reply!r:.80}")
+        return (
+            reply if isinstance(reply, dict) else self._none(client, f"a reply that is no JSON object: {reply!r:.80}")
+        )
 
     def _none(self, client: openai.OpenAI | openai.AsyncOpenAI, reason: object) -> None:
         level = logging.DEBUG if self.has_told else logging.WARNING

@@ -188,7 +188,9 @@ def main() -> None:
     if figures["same_as_off"] < figures["tasks"]:
         raise SystemExit("error: a conversation differs from that of `off`; see the logs in " + str(logs))
     if figures["solved"] < args.min_solved * figures["tasks"]:
-        raise SystemExit(f"error: {figures['solved']} of {figures['tasks']} tasks solved, --min-solved {args.min_solved}")
+        raise SystemExit(
+            f"error: {figures['solved']} of {figures['tasks']} tasks solved, --min-solved {args.min_solved}"
+        )
 
 
 if __name__ == "__main__":

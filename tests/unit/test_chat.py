@@ -15,7 +15,12 @@ from pydantic import BaseModel, ValidationError
 from agents import ChatWhiFlash, HintError, Hints
 from tests.fake_openai import BASE_URL, FakeOpenAI
 
-FIGURES = {"rounds": 4, "rounds_by_drafter": {"df": 3, "e3": 1}, "accepted_by_drafter": {"df": 9, "e3": 2}, "switches": 1}
+FIGURES = {
+    "rounds": 4,
+    "rounds_by_drafter": {"df": 3, "e3": 1},
+    "accepted_by_drafter": {"df": 9, "e3": 2},
+    "switches": 1,
+}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "lookup_order", "arguments": '{"order_id": 7}'}}
 THOUGHT = "\nThe user wants order 7.\n"
 REPLY = {"content": "It is packed.", "reasoning_content": THOUGHT}
