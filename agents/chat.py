@@ -12,8 +12,8 @@ Everything that ChatOpenAI can do is left as it is. Added are:
   for each instance;
 - hints for the router (agents/hints.py): `ChatWhiFlash(hints={"route": "df"})`, `model.with_hints(span="answer")`,
   `hints={...}` in a call, or `extra_body={"custom_params": {"whiflash": {...}}}`. A call's win over those in
-  `extra_body`, and these over the instance's. The tool whose output stands last is named without being asked, unless
-  `derive_hints=False`;
+  `extra_body`, and these over the instance's. None is needed for what the server reads in the messages itself: the
+  span that is being written, and the tool whose output stands last;
 - each reply's speculation figures, unless `speculation_figures=False`. They cost one small request after the reply;
 - the model's reasoning, which ChatOpenAI drops both ways. Sent back with the history, the prompt of the next turn
   extends the text that the model generated, and the server finds it in its cache.
@@ -25,13 +25,13 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import openai
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_openai import ChatOpenAI
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
@@ -60,7 +60,6 @@ class ChatWhiFlash(ChatOpenAI):
 
     session_id: Annotated[str, AfterValidator(checked_session_id)] = Field(default_factory=new_session_id)
     hints: Annotated[Hints, BeforeValidator(Hints.parse)] = Hints()
-    derive_hints: bool = True
     speculation_figures: bool = True
 
     # ChatOpenAI asks for token counts of streams at OpenAI's own address only.
@@ -107,10 +106,7 @@ class ChatWhiFlash(ChatOpenAI):
         session = {SESSION_HEADER: checked_session_id(session_id or self.session_id)}
         payload["extra_headers"] = session | dict(payload.get("extra_headers") or {})
         extra_body = payload.get("extra_body")
-        given = Hints.parse(hints).over(hints_in(extra_body)).over(self.hints)
-        if self.derive_hints:
-            given = given.over(derived_hints(messages))
-        payload["extra_body"] = given.into(extra_body)
+        payload["extra_body"] = Hints.parse(hints).over(hints_in(extra_body)).over(self.hints).into(extra_body)
         return payload
 
     # ---- what comes back
@@ -200,16 +196,6 @@ class ChatWhiFlash(ChatOpenAI):
             if run_manager:
                 await run_manager.on_llm_new_token("", chunk=last)
             yield last
-
-
-def derived_hints(messages: Sequence[BaseMessage]) -> Hints:
-    """What the history tells: the tool whose output stands last."""
-    last = messages[-1] if messages else None
-    if not isinstance(last, ToolMessage):
-        return Hints()
-    calls = (call for message in messages if isinstance(message, AIMessage) for call in message.tool_calls)
-    called = {call["id"]: call["name"] for call in calls}
-    return Hints(tool=last.name or called.get(last.tool_call_id) or None)
 
 
 def _keep_reasoning(message: BaseMessage, sent: Mapping[str, Any] | None) -> None:

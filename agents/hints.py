@@ -7,21 +7,23 @@
 |---|---|
 | `route` | `auto`: the server's router decides. `e3`, `df`: this drafter in every round. `off`: no drafts |
 | `span` | what the reply will be: `reasoning`, `tool_call` or `answer` |
-| `prior` | added to the router's score, in units of acceptance length; above 0 speaks for EAGLE-3 |
-| `tool` | name of the tool whose output the reply is about |
+| `prior` | added to the router's score, in units of acceptance length, -16 to 16; above 0 speaks for EAGLE-3 |
+| `tool` | name of the tool whose output the reply is about, up to 128 characters |
+| `trace` | `True`: the reply's figures hold every round with its drafts and tokens |
 
 Every field may be left out. A wrong one raises `HintError`, which names field, value and mend, before anything is sent.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 ROUTES = ("auto", "e3", "df", "off")
 SPANS = ("reasoning", "tool_call", "answer")
+MAX_PRIOR = 16
+MAX_TOOL_NAME = 128
 PARAMS, NAMESPACE = "custom_params", "whiflash"
 
 
@@ -41,6 +43,7 @@ class Hints:
     span: str | None = None
     prior: float | None = None
     tool: str | None = None
+    trace: bool | None = None
 
     def __post_init__(self) -> None:
         for field, allowed in (("route", ROUTES), ("span", SPANS)):
@@ -48,10 +51,14 @@ class Hints:
             if value is not None and value not in allowed:
                 raise HintError(field, value, "unknown", "give one of " + ", ".join(allowed))
         is_number = isinstance(self.prior, int | float) and not isinstance(self.prior, bool)
-        if self.prior is not None and not (is_number and math.isfinite(self.prior)):
-            raise HintError("prior", self.prior, "not a finite number", "give units of acceptance length, e.g. 0.5")
-        if self.tool is not None and not (isinstance(self.tool, str) and self.tool):
-            raise HintError("tool", self.tool, "not a tool's name", "give the name as in the tool's schema")
+        if self.prior is not None and not (is_number and -MAX_PRIOR <= self.prior <= MAX_PRIOR):
+            mend = f"give units of acceptance length from {-MAX_PRIOR} to {MAX_PRIOR}, e.g. 0.5"
+            raise HintError("prior", self.prior, "no number within bounds", mend)
+        if self.tool is not None and not (isinstance(self.tool, str) and 1 <= len(self.tool) <= MAX_TOOL_NAME):
+            mend = f"give the name in the tool's schema, 1 to {MAX_TOOL_NAME} characters"
+            raise HintError("tool", self.tool, "not a tool's name", mend)
+        if not isinstance(self.trace, bool | None):
+            raise HintError("trace", self.trace, "not a truth value", "give True or False")
 
     @classmethod
     def parse(cls, given: Hints | Mapping[str, Any] | None) -> Hints:

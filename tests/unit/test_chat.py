@@ -207,25 +207,6 @@ def test_without_hints_nothing_is_added() -> None:
     assert set(server.bodies[0]) - {"stream"} == {"model", "messages"}
 
 
-def test_the_tool_whose_output_stands_last_is_named() -> None:
-    """By the message's own name, or by the call that it answers, of several the last one's."""
-    server = FakeOpenAI([REPLY] * 5)
-    calls = [{"name": name, "args": {}, "id": f"call_{name}"} for name in ("first", "second")]
-    asked, called = HumanMessage("hi"), AIMessage("", tool_calls=calls)
-    first, second = (ToolMessage("{}", tool_call_id=call["id"]) for call in calls)
-    model = model_of(server)
-    model.invoke([asked, called, first, second])
-    assert sent_hints(server) == {"tool": "second"}
-    model.invoke([asked, called, first, ToolMessage("{}", name="named", tool_call_id="call_second")])
-    assert sent_hints(server) == {"tool": "named"}
-    model.invoke([asked, called, first, second], hints={"tool": "mine"})
-    assert sent_hints(server) == {"tool": "mine"}
-    model.invoke([asked, called, first, second, HumanMessage("thanks")])
-    assert sent_hints(server) is None
-    model_of(server, derive_hints=False).invoke([asked, called, first, second])
-    assert sent_hints(server) is None
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_a_wrong_hint_is_refused_before_anything_is_sent(way: str) -> None:
     server = FakeOpenAI([REPLY] * 3)
@@ -239,7 +220,7 @@ def test_a_wrong_hint_is_refused_before_anything_is_sent(way: str) -> None:
 def test_a_wrong_hint_is_refused_by_the_model() -> None:
     with pytest.raises(ValidationError, match="span='prose': unknown"):
         model_of(FakeOpenAI([]), hints={"span": "prose"})
-    with pytest.raises(HintError, match="spam='x': unknown field; give one of route, span, prior, tool"):
+    with pytest.raises(HintError, match="spam='x': unknown field; give one of route, span, prior, tool, trace"):
         model_of(FakeOpenAI([])).with_hints(spam="x")
 
 

@@ -21,8 +21,11 @@ from agents.hints import HintError, Hints, hints_in
         ("prior", True),
         ("prior", math.nan),
         ("prior", math.inf),
+        ("prior", -16.5),
         ("tool", ""),
         ("tool", 7),
+        ("tool", "x" * 129),
+        ("trace", 1),
     ],
 )
 def test_a_wrong_value_names_field_value_and_mend(field: str, value: object) -> None:
@@ -44,7 +47,7 @@ def test_nothing_is_no_hint() -> None:
 
 
 def test_a_prior_of_zero_is_a_hint() -> None:
-    assert Hints(prior=0).given == {"prior": 0}
+    assert Hints(prior=0, trace=False).given == {"prior": 0, "trace": False}
     assert Hints(prior=0).over(Hints(prior=2.0, route="df")) == Hints(prior=0, route="df")
 
 
