@@ -6,12 +6,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PORT ?= 30000
 MINUTES ?= 15
+QUESTION ?= Where is order 1042?
+# make agent: the server to ask, e.g. BASE_URL=http://127.0.0.1:30000; none: one is started
+BASE_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve soak test check format lock clean
+.PHONY: help setup demo serve agent agent-bench soak test test-newest-client check format lock clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
 
 setup: $(INSTALLED)  ## create .venv with the locked server environment (about 9 GB)
 
@@ -25,11 +28,20 @@ demo: $(INSTALLED)  ## serve the bundled models, replay the bundled traces under
 serve: $(INSTALLED)  ## serve the bundled models on 127.0.0.1:$(PORT)
 	@$(BIN)/python -m whiflash_sglang.launch_server --demo --port $(PORT)
 
+agent: $(INSTALLED)  ## ask the example agent $(QUESTION); a server is started unless BASE_URL is given
+	@$(BIN)/python -m agents.desk "$(QUESTION)" $(if $(BASE_URL),--base-url $(BASE_URL))
+
+agent-bench: $(INSTALLED)  ## the example agent live on 50 held-out tasks, with and without speculation
+	@$(BIN)/python scripts/agent_bench.py
+
 soak: $(INSTALLED)  ## serve from a KV pool that is too small for $(MINUTES) minutes, see what is left behind
 	@$(BIN)/python scripts/soak.py --minutes $(MINUTES)
 
 test: $(INSTALLED)  ## all tests, real servers on this CPU included; needs no network
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-newest-client: $(INSTALLED)  ## the agents' tests with the newest langchain-openai, in an environment of its own
+	@bash scripts/test_newest_client.sh $(BIN)/python
 
 check: $(INSTALLED)  ## lint, formatting, types of the core
 	@$(BIN)/ruff check .

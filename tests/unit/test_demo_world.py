@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,12 @@ def test_a_failing_call_answers_with_an_error(name: str, arguments: dict) -> Non
     before = desk.rows("SELECT count(*) AS n FROM orders")
     assert "error" in json.loads(desk.call(name, arguments))
     assert desk.rows("SELECT count(*) AS n FROM orders") == before
+
+
+def test_tools_may_be_called_from_any_thread() -> None:
+    """LangGraph runs the calls of one reply in threads; SQLite refused all but the first thread, as a tool error."""
+    desk = Desk.create(3)
+    orders = [row["id"] for row in desk.rows("SELECT id FROM orders")]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda order: json.loads(desk.call("lookup_order", {"order_id": order})), orders * 4))
+    assert [order["order_id"] for order in found] == orders * 4

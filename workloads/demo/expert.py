@@ -241,10 +241,15 @@ TASKS: list[Callable[[Session], None]] = [
 ]
 
 
+def plan(session: Session) -> list[Callable[[Session], None]]:
+    """What the user of a fresh session will ask for, in order."""
+    return session.rng.sample(TASKS, session.rng.choice([1, 1, 2, 2, 3]))
+
+
 def solve(seed: int) -> dict[str, Any]:
     """One session as a trace; the same seed gives the same session."""
     session = Session(seed)
-    for task in session.rng.sample(TASKS, session.rng.choice([1, 1, 2, 2, 3])):
+    for task in plan(session):
         task(session)
     return {
         "schema_version": 1,

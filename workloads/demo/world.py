@@ -14,6 +14,7 @@ import json
 import operator
 import random
 import sqlite3
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -35,15 +36,16 @@ MONEY = 2  # decimals
 
 
 class Desk:
-    """One shop. Not shared between threads."""
+    """One shop. Tool calls may come from several threads, as LangGraph's do, and take turns."""
 
     def __init__(self, connection: sqlite3.Connection):
+        self.turn = threading.Lock()
         self.db = connection
         self.db.row_factory = sqlite3.Row
 
     @classmethod
     def create(cls, seed: int) -> Desk:
-        desk = cls(sqlite3.connect(":memory:"))
+        desk = cls(sqlite3.connect(":memory:", check_same_thread=False))
         desk.db.executescript(SCHEMA)
         _fill(desk.db, random.Random(f"desk-{seed}"))
         return desk
@@ -53,7 +55,8 @@ class Desk:
         if name not in TOOLS:
             return _json({"error": f"unknown tool {name}"})
         try:
-            return _json(TOOLS[name](self, **arguments))
+            with self.turn:
+                return _json(TOOLS[name](self, **arguments))
         except (TypeError, ValueError, ArithmeticError, SyntaxError, sqlite3.Error) as error:
             return _json({"error": str(error)})
 

@@ -1,0 +1,212 @@
+"""`ChatWhiFlash`: LangChain's ChatOpenAI, with what an agent and a WhiFlash server have to tell each other.
+
+    model = ChatWhiFlash(model="whiflash-demo", base_url="http://127.0.0.1:30000/v1", api_key="none", temperature=0)
+    reply = model.bind_tools(tools).invoke(messages)
+    reply.response_metadata["whiflash"]         # rounds, drafts and switches of this reply (agents/figures.py)
+    reply.additional_kwargs["reasoning_content"]
+
+Everything that ChatOpenAI can do is left as it is. Added are:
+
+- a session id, sent as the header `X-Session-Affinity`, so that a load balancer keeps an agent where its prefix is
+  cached: `ChatWhiFlash(session_id=...)`, `model.with_session(...)`, or `session_id=...` in a call; else one is made up
+  for each instance;
+- hints for the router (agents/hints.py): `ChatWhiFlash(hints={"route": "df"})`, `model.with_hints(span="answer")`,
+  `hints={...}` in a call, or `extra_body={"custom_params": {"whiflash": {...}}}`. A call's win over those in
+  `extra_body`, and these over the instance's. None is needed for what the server reads in the messages itself: the
+  span that is being written, and the tool whose output stands last;
+- each reply's speculation figures, unless `speculation_figures=False`. They cost one small request after the reply;
+- the model's reasoning, which ChatOpenAI drops both ways. Sent back with the history, the prompt of the next turn
+  extends the text that the model generated, and the server finds it in its cache.
+
+It speaks chat completions only; OpenAI's Responses API has none of this.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
+
+import openai
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_openai import ChatOpenAI
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
+
+from agents.figures import FigureReader, Figures
+from agents.hints import Hints, hints_in
+
+SESSION_HEADER = "X-Session-Affinity"
+FIGURES = "whiflash"  # in response_metadata
+REASONING = "reasoning_content"  # in additional_kwargs, and in the messages of requests and replies
+
+
+def new_session_id() -> str:
+    return uuid.uuid4().hex
+
+
+def checked_session_id(session_id: str) -> str:
+    """`session_id`, if it can stand in a header."""
+    if not re.fullmatch(r"[\x21-\x7e]{1,200}", session_id):
+        raise ValueError(f"session_id={session_id!r}: not a header's value; give 1 to 200 visible ASCII characters")
+    return session_id
+
+
+class ChatWhiFlash(ChatOpenAI):
+    """A chat model of a WhiFlash server; see the module. Works with any other OpenAI server, without figures."""
+
+    session_id: Annotated[str, AfterValidator(checked_session_id)] = Field(default_factory=new_session_id)
+    hints: Annotated[Hints, BeforeValidator(Hints.parse)] = Hints()
+    speculation_figures: bool = True
+
+    # ChatOpenAI asks for token counts of streams at OpenAI's own address only.
+    stream_usage: bool | None = True
+    use_responses_api: Literal[False] = False
+
+    _figures: FigureReader = PrivateAttr(default_factory=FigureReader)
+
+    def with_session(self, session_id: str | None = None) -> Self:
+        """This model in another session, a new one unless told; both share their connections."""
+        return self.model_copy(update={"session_id": checked_session_id(session_id or new_session_id())})
+
+    def with_hints(self, **hints: Any) -> Self:
+        """This model with these hints, and its own where none are given."""
+        return self.model_copy(update={"hints": Hints.parse(hints).over(self.hints)})
+
+    # ---- LangChain's own
+
+    @property
+    def _llm_type(self) -> str:
+        return "whiflash-chat"
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """No: `langchain_core.load` knows the classes of its own list only."""
+        return False
+
+    # ---- what is sent
+
+    def _get_request_payload(
+        self,
+        input_: LanguageModelInput,
+        *,
+        stop: list[str] | None = None,
+        session_id: str | None = None,
+        hints: Hints | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        messages = self._convert_input(input_).to_messages()
+        payload = super()._get_request_payload(messages, stop=stop, **kwargs)
+        for message, sent in zip(messages, payload["messages"], strict=True):
+            if isinstance(message, AIMessage) and (reasoning := message.additional_kwargs.get(REASONING)):
+                sent[REASONING] = reasoning
+        session = {SESSION_HEADER: checked_session_id(session_id or self.session_id)}
+        payload["extra_headers"] = session | dict(payload.get("extra_headers") or {})
+        extra_body = payload.get("extra_body")
+        payload["extra_body"] = Hints.parse(hints).over(hints_in(extra_body)).over(self.hints).into(extra_body)
+        return payload
+
+    # ---- what comes back
+
+    def _create_chat_result(
+        self, response: dict[str, Any] | openai.BaseModel, generation_info: dict[str, Any] | None = None
+    ) -> ChatResult:
+        result = super()._create_chat_result(response, generation_info)
+        body = response if isinstance(response, dict) else response.model_dump()
+        for generation, choice in zip(result.generations, body["choices"], strict=True):
+            _keep_reasoning(generation.message, choice["message"])
+        return result
+
+    def _convert_chunk_to_generation_chunk(
+        self, chunk: dict[str, Any], default_chunk_class: type, base_generation_info: dict[str, Any] | None
+    ) -> ChatGenerationChunk | None:
+        converted = super()._convert_chunk_to_generation_chunk(chunk, default_chunk_class, base_generation_info)
+        body = chunk.get("chunk") or chunk  # with a response format, OpenAI's client wraps what was sent
+        if converted is None or not body.get("choices"):
+            return converted
+        choice = body["choices"][0]
+        _keep_reasoning(converted.message, choice["delta"])
+        if choice.get("finish_reason"):
+            converted.message.response_metadata["id"] = body["id"]
+        return converted
+
+    def _get_generation_chunk_from_completion(self, completion: openai.BaseModel) -> ChatGenerationChunk:
+        chunk = super()._get_generation_chunk_from_completion(completion)
+        # It repeats the whole reply, of which the reasoning has been streamed already.
+        chunk.message.additional_kwargs.pop(REASONING, None)
+        return chunk
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        result = super()._generate(messages, stop=stop, run_manager=run_manager, **kwargs)
+        if self.speculation_figures:
+            _put(self._figures.read(self.root_client, result.llm_output.get("id")), result)
+        return result
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        result = await super()._agenerate(messages, stop=stop, run_manager=run_manager, **kwargs)
+        if self.speculation_figures:
+            _put(await self._figures.aread(self.root_async_client, result.llm_output.get("id")), result)
+        return result
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        response_id = None
+        for chunk in super()._stream(messages, stop=stop, run_manager=run_manager, **kwargs):
+            response_id = chunk.message.response_metadata.get("id", response_id)
+            yield chunk
+        if self.speculation_figures and response_id is not None:
+            last = _chunk_of(self._figures.read(self.root_client, response_id))
+            if run_manager:
+                run_manager.on_llm_new_token("", chunk=last)
+            yield last
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        response_id = None
+        async for chunk in super()._astream(messages, stop=stop, run_manager=run_manager, **kwargs):
+            response_id = chunk.message.response_metadata.get("id", response_id)
+            yield chunk
+        if self.speculation_figures and response_id is not None:
+            last = _chunk_of(await self._figures.aread(self.root_async_client, response_id))
+            if run_manager:
+                await run_manager.on_llm_new_token("", chunk=last)
+            yield last
+
+
+def _keep_reasoning(message: BaseMessage, sent: Mapping[str, Any] | None) -> None:
+    if sent and (reasoning := sent.get(REASONING)):
+        message.additional_kwargs[REASONING] = reasoning
+
+
+def _put(figures: Figures | None, result: ChatResult) -> None:
+    for generation in result.generations:
+        generation.message.response_metadata[FIGURES] = figures
+
+
+def _chunk_of(figures: Figures | None) -> ChatGenerationChunk:
+    return ChatGenerationChunk(message=AIMessageChunk(content="", response_metadata={FIGURES: figures}))

@@ -1,0 +1,85 @@
+"""What drafting did for one reply: asked of the server after the reply, over the connection that brought it.
+
+    figures = FigureReader().read(client, "chatcmpl-...")    # {"rounds": 12, "rounds_by_drafter": {"df": 9, ...}, ...}
+    acceptance_length(figures), drafter_shares(figures)
+
+`GET {root}/whiflash/requests/{id}`, where the root is the OpenAI base URL without its `/v1`. A server that does not
+know the reply, or is no WhiFlash server, is no failure: figures are None, and the first time one line of log says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+import openai
+
+log = logging.getLogger(__name__)
+
+Figures = dict[str, Any]
+# The server answers from memory; a reply is not held up for longer than this by a server that is busy.
+OPTIONS: Any = {"timeout": 2.0, "max_retries": 0}
+FAILURES = (openai.APIError, json.JSONDecodeError)
+NO_ID = "its reply has no id"
+
+
+class FigureReader:
+    """Reads the figures of replies. One is shared by a model and its copies, so that they log a lack only once."""
+
+    def __init__(self) -> None:
+        self.has_told = False
+
+    def read(self, client: openai.OpenAI, response_id: str | None) -> Figures | None:
+        if not response_id:
+            return self._none(client, NO_ID)
+        try:
+            return self._checked(client.get(_url(client, response_id), cast_to=object, options=OPTIONS), client)
+        except FAILURES as error:
+            return self._none(client, error)
+
+    async def aread(self, client: openai.AsyncOpenAI, response_id: str | None) -> Figures | None:
+        if not response_id:
+            return self._none(client, NO_ID)
+        try:
+            return self._checked(await client.get(_url(client, response_id), cast_to=object, options=OPTIONS), client)
+        except FAILURES as error:
+            return self._none(client, error)
+
+    def _checked(self, reply: object, client: openai.OpenAI | openai.AsyncOpenAI) -> Figures | None:
+        return (
+            reply if isinstance(reply, dict) else self._none(client, f"a reply that is no JSON object: {reply!r:.80}")
+        )
+
+    def _none(self, client: openai.OpenAI | openai.AsyncOpenAI, reason: object) -> None:
+        level = logging.DEBUG if self.has_told else logging.WARNING
+        self.has_told = True
+        log.log(
+            level,
+            "no speculation figures from %s (%s): response_metadata['whiflash'] is None; "
+            "serve with whiflash_sglang.launch_server, or give speculation_figures=False",
+            _root(client),
+            " ".join(str(reason).split()),
+        )
+
+
+def acceptance_length(figures: Mapping[str, Any]) -> float | None:
+    """Committed tokens a round, the bonus token included; None without a round (a reply of one token)."""
+    rounds = figures["rounds"]
+    return (rounds + sum(figures["accepted_by_drafter"].values())) / rounds if rounds else None
+
+
+def drafter_shares(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Share of the rounds by drafter, the largest first."""
+    by_drafter = sorted(figures["rounds_by_drafter"].items(), key=lambda item: -item[1])
+    return {name: rounds / figures["rounds"] for name, rounds in by_drafter if rounds}
+
+
+def _root(client: openai.OpenAI | openai.AsyncOpenAI) -> str:
+    return str(client.base_url).rstrip("/").removesuffix("/v1")
+
+
+def _url(client: openai.OpenAI | openai.AsyncOpenAI, response_id: str) -> str:
+    return f"{_root(client)}/whiflash/requests/{quote(response_id, safe='')}"
