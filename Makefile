@@ -37,8 +37,8 @@ agent-bench: $(INSTALLED)  ## the example agent live on 50 held-out tasks, with 
 soak: $(INSTALLED)  ## serve from a KV pool that is too small for $(MINUTES) minutes, see what is left behind
 	@$(BIN)/python scripts/soak.py --minutes $(MINUTES)
 
-test: $(INSTALLED)  ## all tests, real servers on this CPU included; needs no network
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+test: $(INSTALLED)  ## all tests on two cores, real servers on this CPU included; needs no network
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-newest-client: $(INSTALLED)  ## the agents' tests with the newest langchain-openai, in an environment of its own
 	@bash scripts/test_newest_client.sh $(BIN)/python
