@@ -1,9 +1,11 @@
-"""The launcher, except that the scheduler writes down what every drafter's KV pool holds of each request that ends.
+"""The launcher, except that the scheduler writes down what every drafter's KV pool holds of each request that ends, and
+what a neural router has read.
 
     WHIFLASH_TEST_DUMPS=FOLDER python -m tests.e2e.dumping_server --demo ...
 
 FOLDER/RID.npz then holds what the radix tree is about to share of the request: its `tokens` [n], and for every drafter
-and layer the keys and values of positions 0 .. n - 1 as `NAME.LAYER.k` and `NAME.LAYER.v` [n, kv_heads, head_dim].
+and layer the keys and values of positions 0 .. n - 1 as `NAME.LAYER.k` and `NAME.LAYER.v` [n, kv_heads, head_dim]. With
+a neural router `hidden` [rounds + 1, hidden] are the final hidden states that it was given, prefill first.
 """
 
 from __future__ import annotations
@@ -25,22 +27,36 @@ def install() -> None:
     from sglang.srt.mem_cache.radix_cache import RadixCache
 
     from whiflash_sglang.cpu.processes import other_threads
+    from whiflash_sglang.router.neural import NeuralScore
     from whiflash_sglang.worker import WhiFlashWorker
 
     workers: list[WhiFlashWorker] = []
-    assemble, cache_finished = WhiFlashWorker.assemble, RadixCache.cache_finished_req
+    seen: dict[int, list[np.ndarray]] = {}  # hidden states by request slot
+    assemble, cache_finished, observe = (
+        WhiFlashWorker.assemble,
+        RadixCache.cache_finished_req,
+        NeuralScore.observe,
+    )
 
     def assemble_and_keep(worker: WhiFlashWorker) -> None:
         assemble(worker)
         workers.append(worker)
+        seen.clear()  # of the rounds that were timed
+
+    def observe_and_keep(score: NeuralScore, slots: Any, logits: Any, hidden: Any) -> None:
+        observe(score, slots, logits, hidden)
+        for slot, state in zip(slots.tolist(), hidden.float().numpy(), strict=True):
+            seen.setdefault(slot, []).append(state.copy())
 
     def dump_and_cache(tree: RadixCache, request: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         if is_insert:  # not where a request is retracted
-            write(request.rid, shared(workers[0], request, kv_len_to_handle))
+            states = seen.pop(int(request.req_pool_idx), [])
+            write(request.rid, shared(workers[0], request, kv_len_to_handle) | {"hidden": np.array(states)})
         cache_finished(tree, request, is_insert, kv_len_to_handle=kv_len_to_handle)
 
     WhiFlashWorker.assemble = assemble_and_keep
     RadixCache.cache_finished_req = dump_and_cache
+    NeuralScore.observe = observe_and_keep
     if others := other_threads():
         raise SystemExit(f"the scheduler would be spawned, and not write anything: other threads run ({others})")
 

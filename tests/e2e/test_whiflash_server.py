@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, pairwise
 
 import httpx
 import numpy as np
@@ -19,6 +19,7 @@ pytest.importorskip("sglang")
 
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from tests.e2e.dumping_server import FOLDER
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.training.distill import load_drafters
@@ -54,6 +55,17 @@ def alternate(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def neural(tmp_path_factory):
+    """A server with the bundled neural router, and the folder where it writes down the hidden states that it reads."""
+    folder = tmp_path_factory.mktemp("neural")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER, str(folder))
+        flags = ("--demo", "--whiflash-router", "neural")
+        with running_server("tests.e2e.dumping_server", *flags, log=folder / "server.log") as base_url:
+            yield base_url, folder
+
+
+@pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODELS / "target")
     found = (prompt for session in sessions("heldout", 12) for _, prompt in histories(session, tokenizer))
@@ -78,6 +90,34 @@ def test_greedy_text_is_that_of_the_server_without_speculation(off, alternate, p
     """Alone over a cold cache; then several at a time, over the radix cache that the first pass filled."""
     found = asyncio.run(generate(alternate, prompts, NUM_TOKENS, in_flight))
     assert compare(off, prompts, reference, found).figures()["different"] == []
+
+
+@pytest.mark.parametrize("in_flight", [1, 5])
+def test_greedy_text_with_the_neural_router(off, neural, prompts, reference, in_flight):
+    """As above, with rounds of either drafter, of both, and of none, as the costs of this machine have it."""
+    found = asyncio.run(generate(neural[0], prompts, NUM_TOKENS, in_flight))
+    assert compare(off, prompts, reference, found).figures()["different"] == []
+
+
+@torch.no_grad()
+def test_the_router_reads_the_hidden_states_that_it_was_trained_on(neural, prompts):
+    """Each is, to rounding, the training code's final hidden state at one position: the last of the prompt first, then
+    those that the rounds ended at, in order. One position further or one layer below, none of them would be."""
+    base_url, folder = neural
+    target = Qwen3ForCausalLM.from_pretrained(DEMO_MODELS / "target", dtype=torch.float32).eval()
+    for number, prompt in enumerate(prompts[:3]):
+        params = {"temperature": 0, "max_new_tokens": NUM_TOKENS}
+        ask(base_url, input_ids=prompt, sampling_params=params, rid=f"hidden-{number}").raise_for_status()
+        dump = np.load(folder / f"hidden-{number}.npz")
+        ids = dump["tokens"][None]
+        expected = judge(target, ids, np.zeros(ids.shape, dtype=np.uint8), autocast=False).hidden[0]
+        read = torch.from_numpy(dump["hidden"])
+        distances = torch.cdist(read, expected, compute_mode="donot_use_mm_for_euclid_dist")  # [rounds + 1, n]
+        nearest = distances.argmin(dim=1).tolist()
+        nearest, distances = nearest[:-1], distances[:-1]  # the last round may end behind what is kept of the text
+        assert nearest[0] == len(prompt) - 1
+        assert len(nearest) > 4 and all(a < b for a, b in pairwise(nearest))
+        assert float(distances.min(dim=1).values.max()) < 1e-3 * float(expected.norm(dim=1).mean())
 
 
 def test_a_wrong_token_would_be_found(off, prompts, reference):
