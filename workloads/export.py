@@ -48,15 +48,14 @@ def _rows(session: Session, timestamp: float | None) -> Iterator[Row]:
         if number and (delay := _delay_s(session, index)) is not None:
             row["delay"] = delay * MS
         yield row | _prompt(session, index, new) | _reply(session.messages[index])
-        end = index if not session.needs_live_history else index + 1
+        end = index + 1
 
 
 def _prompt(session: Session, index: int, new: list[Message]) -> Row:
-    if session.length_only:
-        (message,) = [message for message in new if isinstance(message, UserMessage) and message.lengths]
-        assert message.lengths is not None
-        hashes = {"hash_ids": message.lengths.hash_ids} if message.lengths.hash_ids else {}
-        return {"input_length": message.lengths.input_tokens} | hashes
+    for message in new:
+        if isinstance(message, UserMessage) and message.lengths:
+            hashes = {"hash_ids": message.lengths.hash_ids} if message.lengths.hash_ids else {}
+            return {"input_length": message.lengths.input_tokens} | hashes
     tools = {"tools": session.tools} if session.tools else {}
     if session.needs_live_history:
         return {"message_mode": "delta", "messages": list(map(to_openai, new))} | tools

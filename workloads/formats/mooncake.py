@@ -5,8 +5,8 @@
     {"session_id": "s", "delay": 200, "messages": [...]}
 
 Times are milliseconds. Lines of one `session_id` are its turns; a line without is a session of its own. What is asked
-is said by exactly one field: `messages`, the whole history, or with `"message_mode": "delta"` what is new since the line
-before; `text_input`, one user message; `payload`, a whole request body; `input_length`, the number of tokens.
+is said by exactly one field: `messages`, the whole history, or with `"message_mode": "delta"` what is new since the
+line before; `text_input`, one user message; `payload`, a whole request body; `input_length`, the number of tokens.
 
 What was answered is not in these files, except where a later line has it in its history: a last reply is not known;
 after deltas or lengths the server's own replies stand in the history. A history that does not extend the line before

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import httpx
 import uvicorn
+from starlette.applications import Starlette
 
 from workloads.record.proxy import build_app, shown
 from workloads.record.recorder import Recorder, RecordError
@@ -47,21 +48,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         if problem := _unreachable(args.upstream):
-            print(f"warning: --upstream {shown(args.upstream)} does not answer ({problem}); start it: until then "
-                  "clients get status 502", file=sys.stderr)  # fmt: skip
+            said = f"--upstream {shown(args.upstream)} does not answer ({problem})"
+            print(f"warning: {said}; start it: until then clients get status 502", file=sys.stderr)
         address = f"http://{HOST}:{listener.getsockname()[1]}/v1"
-        print(f"recording {address} -> {shown(args.upstream)}/v1 into {args.out}; Ctrl-C ends it", flush=True)
-        _serve(build_app(args.upstream, recorder), listener)
+        started = f"recording {address} -> {shown(args.upstream)}/v1 into {args.out}; Ctrl-C ends it"
+        _serve(build_app(args.upstream, recorder), listener, started)
         print(recorder.summary(), flush=True)
     return 0
 
 
-def _serve(app: object, listener: socket.socket) -> None:
-    """Until Ctrl-C or SIGTERM. uvicorn raises the signal again after it has stopped, for nobody."""
+class _Server(uvicorn.Server):
+    """Says `started` when it listens."""
+
+    def __init__(self, config: uvicorn.Config, started: str):
+        super().__init__(config)
+        self.words = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self.words, flush=True)
+
+
+def _serve(app: Starlette, listener: socket.socket, started: str) -> None:
+    """Until Ctrl-C or SIGTERM, which uvicorn raises again after it has stopped, for nobody."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS, lifespan="off")  # type: ignore[arg-type]
-    uvicorn.Server(config).run(sockets=[listener])
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS, lifespan="off")
+    _Server(config, started).run(sockets=[listener])
 
 
 def _listen(port: int) -> socket.socket:
@@ -89,8 +102,10 @@ def _url(text: str) -> httpx.URL:
         url = httpx.URL(text)
     except httpx.InvalidURL as error:
         raise argparse.ArgumentTypeError(f"`{text}` is no URL ({error}); give e.g. http://127.0.0.1:30000") from error
-    if url.scheme not in ("http", "https") or not url.host or url.query:
-        raise argparse.ArgumentTypeError(f"`{text}` is no server's address; give e.g. http://127.0.0.1:30000")
+    if url.scheme not in ("http", "https") or not url.host or url.query or url.userinfo:
+        raise argparse.ArgumentTypeError(
+            f"`{shown(url)}` is not a plain address; give e.g. http://127.0.0.1:30000, and credentials to the client"
+        )
     return url.copy_with(path=url.path.rstrip("/").removesuffix("/v1") or "/")
 
 

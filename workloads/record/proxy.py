@@ -45,8 +45,7 @@ def build_app(upstream: httpx.URL, recorder: Recorder, inner: httpx.AsyncBaseTra
     async def handle(request: Request) -> Response:
         outgoing = await _outgoing(request, upstream)
         try:
-            reply = await _unless_gone(request, transport.handle_async_request(outgoing))
-            return await _unless_gone(request, _incoming(reply))
+            return await _unless_gone(request, _answer(transport, outgoing))
         except httpx.HTTPError as error:
             return JSONResponse(upstream_error(upstream, error), status_code=502)
         except _ClientGone:
@@ -56,6 +55,7 @@ def build_app(upstream: httpx.URL, recorder: Recorder, inner: httpx.AsyncBaseTra
 
 
 def upstream_error(upstream: httpx.URL, error: Exception) -> dict[str, Any]:
+    """As OpenAI writes errors."""
     said = f"the upstream {shown(upstream)} gave no whole reply ({type(error).__name__}: {error}); is it running?"
     return {"error": {"message": said, "type": "upstream_error", "param": None, "code": 502}}
 
@@ -76,11 +76,12 @@ async def _outgoing(request: Request, upstream: httpx.URL) -> httpx.Request:
     return httpx.Request(request.method, url, headers=headers, content=body, extensions={"timeout": timeout})
 
 
-async def _incoming(reply: httpx.Response) -> Response:
+async def _answer(transport: httpx.AsyncBaseTransport, outgoing: httpx.Request) -> Response:
     """Events as they come; anything else as a whole, so that a reply that breaks off can still become an error."""
+    reply = await transport.handle_async_request(outgoing)
     assert isinstance(reply.stream, httpx.AsyncByteStream)
     if reply.headers.get("content-type", "").startswith(EVENT_STREAM):
-        response: Response = _PassedOn(reply.stream, reply.status_code)
+        response: Response = _PassedOn(reply.stream, reply.status_code, outgoing.url)
     else:
         try:
             content = b"".join([chunk async for chunk in reply.stream])
@@ -95,8 +96,10 @@ async def _incoming(reply: httpx.Response) -> Response:
 
 
 class _PassedOn(StreamingResponse):
-    def __init__(self, stream: httpx.AsyncByteStream, status_code: int):
-        super().__init__(_chunks(stream), status_code)
+    """A stream of events, as it comes."""
+
+    def __init__(self, stream: httpx.AsyncByteStream, status_code: int, upstream: httpx.URL):
+        super().__init__(_chunks(stream, upstream), status_code)
         self.stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,23 +109,19 @@ class _PassedOn(StreamingResponse):
             await asyncio.shield(asyncio.ensure_future(self.stream.aclose()))
 
 
-async def _chunks(stream: httpx.AsyncByteStream) -> AsyncIterator[bytes]:
+async def _chunks(stream: httpx.AsyncByteStream, upstream: httpx.URL) -> AsyncIterator[bytes]:
     try:
         async for chunk in stream:
             yield chunk
     except httpx.HTTPError as error:
-        said = {
-            "message": f"the upstream's reply broke off ({type(error).__name__}: {error})",
-            "type": "upstream_error",
-        }
-        yield b"data: " + json.dumps({"error": said | {"param": None, "code": 502}}).encode() + b"\n\n"
+        yield b"data: " + json.dumps(upstream_error(upstream, error)).encode() + b"\n\n"
 
 
 class _ClientGone(Exception):
     """Nobody waits for the reply any more."""
 
 
-async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
+async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
     """The result of `work`, which is cancelled when the client goes first."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request))

@@ -179,15 +179,15 @@ class Exchange:
 
 
 def without_secrets(value: Any) -> Any:
-    """`value` without the fields of objects, however deep, that are named like credentials."""
+    """`value` without the texts, however deep, that are named like credentials. A schema's `password` is no text."""
     if isinstance(value, dict):
-        return {key: without_secrets(part) for key, part in value.items() if not _is_secret(key)}
+        return {key: without_secrets(part) for key, part in value.items() if not _is_secret(key, part)}
     return [without_secrets(part) for part in value] if isinstance(value, list) else value
 
 
-def _is_secret(name: str) -> bool:
+def _is_secret(name: str, value: Any) -> bool:
     plain = "".join(filter(str.isalnum, name)).lower()
-    return any(secret in plain for secret in SECRET_NAMES)
+    return isinstance(value, str) and any(secret in plain for secret in SECRET_NAMES)
 
 
 def _parsed(body: bytes) -> Raw:
@@ -253,9 +253,7 @@ def _open(path: Path) -> tuple[int, set[str]]:
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)  # prompts may be private
     except OSError as error:
-        raise RecordError(
-            f"{path}: cannot be written ({error.strerror}); give a file in a folder that exists"
-        ) from error
+        raise RecordError(f"{path}: cannot be written ({error.strerror}); give a file in an existing folder") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file, _session_ids(path, file)

@@ -130,7 +130,8 @@ def _begin(recorder: Recorder, request: httpx.Request) -> Exchange | None:
 
 def _abandon(exchange: Exchange | None, error: BaseException) -> None:
     if exchange is not None:
-        exchange.abandon(f"the upstream failed ({type(error).__name__})")
+        failed = isinstance(error, httpx.HTTPError)
+        exchange.abandon(f"the upstream failed ({type(error).__name__})" if failed else "the client did not wait")
 
 
 def _is_answered(exchange: Exchange, response: httpx.Response) -> bool:
