@@ -33,7 +33,7 @@ def rows(sessions: Sequence[Session]) -> Iterator[Row]:
     """The lines of all sessions, each session's in order."""
     starts = [session.messages[0].timestamp_s for session in sessions]
     known = [start for start in starts if start is not None]
-    first = min(known) if len(known) == len(starts) else None  # a fixed schedule needs them all
+    first = min(known) if known and len(known) == len(starts) else None  # a fixed schedule needs them all
     for session, start in zip(sessions, starts, strict=True):
         yield from _rows(session, None if first is None or start is None else (start - first) * MS)
 
@@ -94,7 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         loaded = load_traces(args.traces, skip_bad=args.skip_bad)
+        for line in loaded.skipped:
+            print(f"skipped: {line}", file=sys.stderr)
         lines = list(rows(loaded.sessions))
+        if not lines:
+            print("error: TRACE: no recorded turn to export; give other traces", file=sys.stderr)
+            return 2
         args.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines), encoding="utf-8")
     except TraceError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -102,9 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: --out {args.out}: cannot be written ({error.strerror}); give another file", file=sys.stderr)
         return 2
-    for line in loaded.skipped:
-        print(f"skipped: {line}", file=sys.stderr)
-    timed = bool(lines) and "timestamp" in lines[0]
+    timed = "timestamp" in lines[0]
     print(f"{len(lines)} turns of {len(loaded.sessions)} sessions in {args.out}{'' if timed else ', without times'}")
     return 0
 
