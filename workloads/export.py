@@ -4,7 +4,7 @@
     aiperf profile --input-file trace.jsonl --custom-dataset-type mooncake_trace --endpoint-type chat ...
 
 One line a turn. `messages` is the whole history before it, as our own replay asks with; where a reply in it was not
-recorded, the session is written as deltas, between which AIPerf puts the server's own replies. `output_length` is the
+recorded, the session is written as deltas, between which AIPerf (after 0.13.0) puts the server's own. `output_length` is the
 length of the recorded reply, where it is known, and `extra` the recorded sampling options. A session starts at
 `timestamp`, if all sessions have times, and its later turns come after `delay`: the time of the tools or the user.
 Sessions of lengths only stay so. Lines can be read again by this package (workloads/formats/mooncake.py).
@@ -107,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: --out {args.out}: cannot be written ({error.strerror}); give another file", file=sys.stderr)
         return 2
+    if any("message_mode" in row for row in lines):
+        print("note: replies are missing in the history: written as deltas, for AIPerf after 0.13.0", file=sys.stderr)
     timed = "timestamp" in lines[0]
     print(f"{len(lines)} turns of {len(loaded.sessions)} sessions in {args.out}{'' if timed else ', without times'}")
     return 0

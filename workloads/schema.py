@@ -33,7 +33,7 @@ Version 1 is the first form in one line without these fields, and is read too. A
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -47,7 +47,7 @@ from pydantic import (
     model_validator,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION: Final = 2
 BLOCK_TOKENS = 512  # of one hash id, in Mooncake's traces
 SKIP = "or go on without the record by --skip-bad"
 

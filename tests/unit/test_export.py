@@ -57,6 +57,7 @@ def test_a_round_trip_asks_the_same(tmp_path: Path) -> None:
     (first, second) = again(tmp_path, TIMED, other)
     assert requests(first) == requests(TIMED)
     assert [messages for messages, _ in requests(second)] == [messages for messages, _ in requests(other)]
+    (first,) = again(tmp_path, TIMED)
     assert list(rows([first]))[:2] == list(rows([TIMED]))[:2]
     calling, output = first.messages[1:3]
     assert isinstance(calling, AssistantMessage) and isinstance(output, ToolMessage)
@@ -113,7 +114,9 @@ def test_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main([str(bad), "--out", str(tmp_path / "out")]) == 2
     assert f"error: {bad}, line 1, field schema_version" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert main([str(bad), "--out", str(tmp_path / "out"), "--skip-bad"]) == 0
-    assert "skipped: " in capsys.readouterr().err
+    assert main([str(bad), "--out", str(tmp_path / "out"), "--skip-bad"]) == 2
+    assert "no recorded turn to export" in capsys.readouterr().err
+    assert main([str(bad), str(BUNDLED), "--out", str(tmp_path / "out"), "--skip-bad"]) == 0
+    assert f"skipped: {bad}, line 1" in capsys.readouterr().err
     assert main([str(BUNDLED), "--out", "/no/such/folder/a"]) == 2
     assert "error: --out /no/such/folder/a: cannot be written" in capsys.readouterr().err

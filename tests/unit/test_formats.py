@@ -1,4 +1,4 @@
-"""Traces of others: OpenAI messages, SGLang's agentic traces, Mooncake's and AIPerf's lines; and what SWE-agent times."""
+"""Traces of others: OpenAI messages, SGLang's agentic traces, Mooncake's and AIPerf's lines, SWE-agent's times."""
 
 from __future__ import annotations
 

@@ -45,4 +45,4 @@ def _convert(turns: Any, place: Place) -> Raw:
         if new:  # SGLang skips turns without
             messages += [checked(raw, place, f"{i}.messages.{j}") for j, raw in enumerate(new)]
             messages.append(dict(UNKNOWN_REPLY))
-    return own_record(f"{place.path.stem}-{place.index + 1}", "agentic-trace", messages)
+    return own_record(f"{place.path.stem}-{place.number + 1}", "agentic-trace", messages)

@@ -23,7 +23,7 @@ class Place(NamedTuple):
     path: Path
     line: int
     where: str
-    index: int
+    number: int
 
     def error(self, field: str, problem: str) -> TraceError:
         return TraceError(self.path, self.line, self.where + field, problem, f"mend the record, {SKIP}")
@@ -31,11 +31,11 @@ class Place(NamedTuple):
 
 def each(path: Path, items: Iterable[Item], convert: Callable[[Any, Place], Raw]) -> Iterator[Session | TraceError]:
     """A session of each record, by way of a record of our own."""
-    for index, item in enumerate(items):
+    for number, item in enumerate(items):
         try:
             if isinstance(item, TraceError):
                 raise item
-            record = convert(item.value, Place(path, item.line, item.where, index))
+            record = convert(item.value, Place(path, item.line, item.where, number))
             yield parse_session(record, path, item.line, item.where)
         except TraceError as error:
             yield error

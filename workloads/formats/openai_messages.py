@@ -25,7 +25,7 @@ def _convert(record: Any, place: Place) -> Raw:
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
         raise place.error("messages", "a record needs a list of messages here")
     messages = [checked(raw, place, f"messages.{i}") for i, raw in enumerate(record["messages"])]
-    name = record.get("session_id") or record.get("id") or f"{place.path.stem}-{place.index + 1}"
+    name = record.get("session_id") or record.get("id") or f"{place.path.stem}-{place.number + 1}"
     return own_record(str(name), SOURCE, messages, record.get("tools") or None)
 
 

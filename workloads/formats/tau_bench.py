@@ -19,4 +19,4 @@ def _convert(entry: Any, place: Place) -> Raw:
     if not isinstance(entry, dict) or not isinstance(entry.get("traj"), list):
         raise place.error("traj", "tau-bench needs a list of messages here")
     messages = [message(raw, place, f"traj[{i}]") for i, raw in enumerate(entry["traj"])]
-    return own_record(f"tau-bench-{entry.get('task_id', place.index)}-{entry.get('trial', 0)}", "tau-bench", messages)
+    return own_record(f"tau-bench-{entry.get('task_id', place.number)}-{entry.get('trial', 0)}", "tau-bench", messages)

@@ -193,10 +193,12 @@ def _is_secret(name: str, value: Any) -> bool:
 def _parsed(body: bytes) -> Raw:
     """The body of a chat completion; raises Unrecordable."""
     try:
-        request = json.loads(body)
+        request: Any = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Unrecordable("the request is not JSON") from error
-    messages = request.get("messages") if isinstance(request, dict) else None
+    if not isinstance(request, dict):
+        raise Unrecordable("the request has no list of messages")
+    messages = request.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise Unrecordable("the request has no list of messages")
     if clash := sorted({key for message in messages for key in message} & NOTED):
