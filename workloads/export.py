@@ -4,10 +4,10 @@
     aiperf profile --input-file trace.jsonl --custom-dataset-type mooncake_trace --endpoint-type chat ...
 
 One line a turn. `messages` is the whole history before it, as our own replay asks with; where a reply in it was not
-recorded, the session is written as deltas, between which AIPerf (after 0.13.0) puts the server's own. `output_length` is the
-length of the recorded reply, where it is known, and `extra` the recorded sampling options. A session starts at
-`timestamp`, if all sessions have times, and its later turns come after `delay`: the time of the tools or the user.
-Sessions of lengths only stay so. Lines can be read again by this package (workloads/formats/mooncake.py).
+recorded, the session is written as deltas, between which AIPerf (after 0.13.0) puts the server's own replies.
+`output_length` is the length of the recorded reply, where it is known, and `extra` the recorded sampling options. A
+session starts at `timestamp`, if all sessions have times, and its later turns come after `delay`: the time of the tools
+or the user. Sessions of lengths only stay so. This package reads the lines again (workloads/formats/mooncake.py).
 """
 
 from __future__ import annotations
