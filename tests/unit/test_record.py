@@ -290,6 +290,20 @@ def test_a_reply_that_breaks_off_is_no_turn(tmp_path: Path, how: str) -> None:
     assert [len(session.turns) for session in load_traces([recorder.path]).sessions] == [3]
 
 
+def test_a_turn_has_ended_before_the_client_sees_the_end(tmp_path: Path) -> None:
+    """A client may ask the next thing as soon as it reads the end of the events; it may come in two pieces."""
+    with Recorder(tmp_path / "a") as recorder:
+        exchange = recorder.begin(json.dumps({"messages": [user("a")]}).encode(), None)
+        assert exchange is not None
+        exchange.respond(httpx.Headers({"Content-Type": "text/event-stream"}))
+        exchange.feed(b'data: {"choices": [{"delta": {"content": "yes"}, "finish_reason": "stop"}]}\n\ndata: [DO')
+        assert recorder.summary().turns == 0
+        exchange.feed(b"NE]\n\n")
+        record(recorder, [user("a"), said("yes"), user("b")])
+        exchange.end()
+    assert sessions_of(recorder.path) == {"session-1": (1, 3)}
+
+
 # Sessions
 
 
