@@ -283,7 +283,7 @@ def test_a_reply_that_breaks_off_is_no_turn(tmp_path: Path, how: str) -> None:
         recording(how, upstream.url, recorder) as client,
     ):
         stream = client.chat.completions.create(model="m", messages=start(), tools=[TOOL], stream=True)
-        with pytest.raises((httpx.HTTPError, OpenAIError), match="peer closed connection|Connection error"):
+        with pytest.raises((httpx.HTTPError, OpenAIError), match=r"peer closed connection|Connection error"):
             list(stream)
         run_agent(client, True, start())
     assert recorder.summary().unrecorded == {"the upstream failed (RemoteProtocolError)": 1}
