@@ -73,14 +73,21 @@ def joined(head: list[Message], turns: list[list[Message]]) -> list[Message]:
 
 def shorten(messages: list[Message], share: float) -> list[Message]:
     """The longest text loses its middle, so that about `share` of all text is left."""
-    lengths = [len(message.get("content") or "") for message in messages]
+    texts = [_text(message) for message in messages]
+    lengths = [len(text) for text in texts]
     longest = max(range(len(messages)), key=lengths.__getitem__)
     surplus = max(64, int(sum(lengths) * (1 - share)))
     keep = max(0, lengths[longest] - surplus) // 2
-    text = messages[longest].get("content") or ""
+    text = texts[longest]
     left_out = len(text) - 2 * keep
     content = text[:keep] + MARK.format(left_out) + text[len(text) - keep :]
     return [*messages[:longest], {**messages[longest], "content": content}, *messages[longest + 1 :]]
+
+
+def _text(message: Message) -> str:
+    """Content as one text; of content parts those that are text."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 def upper_bound(messages: list[Message], tools: list[dict[str, Any]]) -> int:

@@ -1,4 +1,4 @@
-"""Reading traces: three formats told apart by content, and a bad record named by file, line and field."""
+"""Reading traces: files and their records, tau-bench, SWE-agent, and a bad record named by file, line and field."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def without(record: dict[str, Any], key: str) -> dict[str, Any]:
     ("bad", "field"),
     [
         (without(OURS, "session_id"), "session_id"),
-        ({**OURS, "schema_version": 2}, "schema_version"),
+        ({**OURS, "schema_version": 3}, "schema_version"),
         ({**OURS, "messages": []}, "messages"),
         ({**OURS, "messages": [{"role": "user", "content": 7}]}, "messages.0.user.content"),
         ({**OURS, "messages": [{"role": "judge", "content": "x"}]}, "messages.0"),

@@ -1,0 +1,119 @@
+"""Record an agent's requests through a reverse proxy on 127.0.0.1, as traces for `python -m workloads.replay`.
+
+    python -m workloads.record --upstream http://127.0.0.1:30000 --port 8000 --out run.jsonl
+
+and give the agent http://127.0.0.1:8000/v1 as its base URL. Sessions are told apart by the header X-Session-Affinity,
+and by which request extends which. Streams are passed on as they come. Headers and credentials are never written.
+Ctrl-C ends the recording and says what was recorded; a file that exists is added to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+
+from workloads.record.proxy import build_app, shown
+from workloads.record.recorder import Recorder, RecordError
+
+HOST = "127.0.0.1"
+STOP_SECONDS = 5  # for replies in flight at Ctrl-C; a second one ends them at once
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m workloads.record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--upstream", type=_url, required=True, help="the server, e.g. http://127.0.0.1:30000")
+    parser.add_argument("--port", type=_port, default=8000, help="to listen on; 0: a free one (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="trace file, JSON lines")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        try:
+            listener = stack.enter_context(_listen(args.port))
+            recorder = stack.enter_context(Recorder(args.out))
+        except (OSError, RecordError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        if problem := _unreachable(args.upstream):
+            said = f"--upstream {shown(args.upstream)} does not answer ({problem})"
+            print(f"warning: {said}; start it: until then clients get status 502", file=sys.stderr)
+        address = f"http://{HOST}:{listener.getsockname()[1]}/v1"
+        started = f"recording {address} -> {shown(args.upstream)}/v1 into {args.out}; Ctrl-C ends it"
+        _serve(build_app(args.upstream, recorder), listener, started)
+        print(recorder.summary(), flush=True)
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """Says `started` when it listens."""
+
+    def __init__(self, config: uvicorn.Config, started: str):
+        super().__init__(config)
+        self.words = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self.words, flush=True)
+
+
+def _serve(app: Starlette, listener: socket.socket, started: str) -> None:
+    """Until Ctrl-C or SIGTERM, which uvicorn raises again after it has stopped, for nobody."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS, lifespan="off")
+    _Server(config, started).run(sockets=[listener])
+
+
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+    except OSError as error:
+        listener.close()
+        raise OSError(f"--port {port}: cannot be listened on ({error.strerror}); give another, or 0") from error
+    return listener
+
+
+def _unreachable(upstream: httpx.URL) -> str | None:
+    """Why nobody answers there; None if somebody does, whatever the answer."""
+    try:
+        httpx.get(upstream.copy_with(path=upstream.path.rstrip("/") + "/v1/models"), timeout=5, trust_env=False)
+    except httpx.HTTPError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _url(text: str) -> httpx.URL:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise argparse.ArgumentTypeError(f"`{text}` is no URL ({error}); give e.g. http://127.0.0.1:30000") from error
+    if url.scheme not in ("http", "https") or not url.host or url.query or url.userinfo:
+        raise argparse.ArgumentTypeError(
+            f"`{shown(url)}` is not a plain address; give e.g. http://127.0.0.1:30000, and credentials to the client"
+        )
+    return url.copy_with(path=url.path.rstrip("/").removesuffix("/v1") or "/")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 <= int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"`{text}` is no port; give 0 to 65535")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
