@@ -32,7 +32,7 @@ from whiflash_sglang.router.artefact import load_router
 from whiflash_sglang.training import collect_router_data
 from whiflash_sglang.training.models import ModelPaths, add_arguments, paths_of
 from whiflash_sglang.training.router_data import Record, RouterData, load_router_data
-from whiflash_sglang.training.walk import best_threshold, by_worth, gather, oracle, walk
+from whiflash_sglang.training.walk import best_threshold, by_worth, gather, lengths_of, oracle, walk
 from workloads import server
 from workloads.provenance import provenance
 from workloads.schema import TraceError
@@ -117,7 +117,7 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     data = load_data(args, paths)
     records = data.records
     edges, gains = gains_by_entropy(records)
-    lengths = {name: round(float(gather(records, name).mean()), 4) for name in ("df", "e3")}
+    lengths = lengths_of(records)
     table = measured_costs(paths, Calibration(lengths, 0.0, edges, gains, None), args.demo, args.server_flags)
     ms = round_costs(records, table)
     entropy = gather(records, "entropy")

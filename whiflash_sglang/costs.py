@@ -6,7 +6,9 @@ width and so with the widest drafter of the round; `none` stands for a round wit
     round_ms({"df": 3, "e3": 1}, num_rows=4, context=900) = draft["df"](3) + draft["e3"](1) + rest["df"](4)
 
 Both are measured at start at a few batch sizes and contexts (`measure`), with lines between them and beyond, and are
-corrected while serving by what rounds really take (`observe`): a machine gets slower and faster.
+corrected while serving by what rounds really take (`observe`). A machine gets slower and faster as a whole, so that
+most of a deviation counts for all rounds of that many rows; what is left belongs, slowly, to the drafters of the
+round.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ BATCH_SIZES = (1, 4, 16, 64)
 CONTEXTS = (256, 4096)  # attention takes time in proportion to the context: two places make the line
 MAX_REPEATS, ENOUGH_SECONDS = 5, 0.15  # of one place of the table
 
-_CORRECTION = 0.05  # of a round's deviation goes into the table
+_SPEED = 0.05  # of a round's deviation goes into the machine's speed
+_CORRECTION = 0.005  # and this much into what its drafters cost
 _OUTLIER = 2.0  # a round that deviates by more than this factor counts as one that deviates by it: a pause, not a cost
 
 
@@ -36,6 +39,7 @@ class RoundCosts:
         # [context][batch size], by drafter
         self.draft = {name: self._blank() for name in widths}
         self.rest = {name: self._blank() for name in self.widths}
+        self.speed = [1.0] * len(batch_sizes)
         self.correction = {name: [1.0] * len(batch_sizes) for name in self.widths}  # by batch size
 
     def _blank(self) -> list[list[float]]:
@@ -62,6 +66,7 @@ class RoundCosts:
         ratio = ms / self.round_ms(counts, num_rows, context)
         ratio = min(_OUTLIER, max(1 / _OUTLIER, ratio))
         column = self._column(num_rows)
+        self.speed[column] *= 1 + _SPEED * (ratio - 1)
         for name in {self._widest(counts), *(name for name, rows in counts.items() if rows)}:
             self.correction[name][column] *= 1 + _CORRECTION * (ratio - 1)
 
@@ -89,7 +94,8 @@ class RoundCosts:
         column = self._column(num_rows)
         by_context = [on_line(self.batch_sizes, values, num_rows, column) for values in table]
         row = min(bisect_left(self.contexts, context), len(self.contexts) - 1)
-        return on_line(self.contexts, by_context, context, row) * self.correction[name][column]
+        measured = on_line(self.contexts, by_context, context, row)
+        return measured * self.correction[name][column] * self.speed[column]
 
 
 def on_line(knots: Sequence[int], values: Sequence[float], x: float, index: int) -> float:

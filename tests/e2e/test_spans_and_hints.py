@@ -31,7 +31,9 @@ MODEL = "whiflash-demo"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("spans") / "server.log"
-    flags = ["--demo", "--api-key", KEY, "--enable-metrics", "--chunked-prefill-size", "128"]
+    # The plain threshold: the same text is drafted for in the same way each time, whatever rounds cost meanwhile.
+    flags = ["--demo", "--whiflash-entropy-threshold", "0.1"]
+    flags += ["--api-key", KEY, "--enable-metrics", "--chunked-prefill-size", "128"]
     # More is admitted than fits, so that requests are retracted for room.
     flags += ["--max-total-tokens", "3500", "--schedule-conservativeness", "0.05"]
     with running_server("whiflash_sglang.launch_server", *flags, log=log) as base_url:

@@ -98,7 +98,7 @@ def test_each_drafter_alone(launch, prompts):
 
 def test_bfloat16_and_ctrl_c(launch, prompts):
     """bfloat16 rounds logits, so that the text may be another; drafts are accepted all the same. Ctrl-C ends it all."""
-    server = launch("--dtype", "bfloat16", "--whiflash-router", "entropy")
+    server = launch("--dtype", "bfloat16", "--whiflash-router", "entropy", "--whiflash-entropy-threshold", "0.1")
     assert [len(text) for text in texts(server, prompts)] == [NUM_TOKENS] * len(prompts)
     counted = totals(server)
     assert set(counted["rounds_by_drafter"]) == {"df", "e3"}

@@ -93,7 +93,7 @@ def test_a_prior_is_added_to_the_gain(gain: float, prior: float, drafter: str) -
 def test_the_base_is_learned_from_rounds_of_either_drafter() -> None:
     """A round of e3 tells what df would have made of it, by the gain that was expected: 7 - 3."""
     for gain, committed in ((3.0, 7), (-3.0, 4)):
-        decided = router([gain], base=1.0)
+        decided = router([gain], cost_table(none=100.0), base=1.0)
         for _ in range(400):
             plan = decided.route(rows(1))
             decided.learn(rows(1), result(plan, [committed]), 10.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,7 @@ def test_the_bundled_traces_are_valid_sessions() -> None:
 
 
 def test_splits_are_disjoint_ranges_of_seeds() -> None:
-    first, second = sorted(FIRST_SEED.values())
-    assert first + MAX_SESSIONS <= second
+    assert all(first + MAX_SESSIONS <= second for first, second in pairwise(sorted(FIRST_SEED.values())))
     with pytest.raises(ValueError, match="--sessions"):
         sessions("train", MAX_SESSIONS + 1)
 

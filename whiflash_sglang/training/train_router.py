@@ -26,12 +26,11 @@ from whiflash_sglang.identity import Identity
 from whiflash_sglang.router.artefact import NeuralRouter, save_router
 from whiflash_sglang.router.neural import Network
 from whiflash_sglang.training.router_data import Record, RouterData, load_router_data
-from whiflash_sglang.training.walk import best_threshold, by_worth, gather, walk
+from whiflash_sglang.training.walk import EQUAL_COSTS, best_threshold, by_worth, gather, lengths_of, walk
 
 MIN_SESSIONS = 16
 VALIDATION_SHARE = 0.15
 THRESHOLDS = tuple(round(0.25 * step - 2, 2) for step in range(17))  # tokens
-EQUAL_COSTS = {"df": 1.0, "e3": 1.0}  # thresholds are compared by acceptance length here; calibrate knows costs
 
 
 class Fit(NamedTuple):
@@ -153,8 +152,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     x, _ = tensors(validation, args.positive_drafter)
     sign = 1 if args.positive_drafter == "e3" else -1
     threshold, table = best_threshold(validation, sign * fit.network(x).numpy(), THRESHOLDS, EQUAL_COSTS)
-    lengths = {name: round(float(gather(data.records, name).mean()), 4) for name in ("df", "e3")}
-    router = NeuralRouter(fit.network, args.positive_drafter, sign * threshold, lengths)
+    router = NeuralRouter(fit.network, args.positive_drafter, sign * threshold, lengths_of(data.records))
     training = {
         "traces": data.manifest["traces"],
         "sha256": data.manifest["sha256"],

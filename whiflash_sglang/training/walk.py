@@ -15,6 +15,8 @@ import numpy as np
 from whiflash_sglang.training.router_data import Record
 from whiflash_sglang.training.text import SPANS
 
+EQUAL_COSTS = {"df": 1.0, "e3": 1.0}  # policies are compared by acceptance length
+
 
 class Walk(NamedTuple):
     """The rounds of all replies, in order."""
@@ -101,6 +103,15 @@ def by_worth(records: Sequence[Record], gain: np.ndarray, ms: Mapping[str, float
         rate = walk(records, choice, ms).tokens_per_ms
         choice = gain > rate * (ms["e3"] - ms["df"])
     return choice
+
+
+def lengths_of(records: Sequence[Record]) -> dict[str, float]:
+    """Acceptance length of each drafter alone, over the rounds that it would make. Over all positions it would be
+    larger: long drafts are started from more seldom than they are long."""
+    n = len(gather(records, "entropy"))
+    choices = {"df": np.zeros(n, dtype=bool), "e3": np.ones(n, dtype=bool)}
+    found = {name: walk(records, choice, EQUAL_COSTS) for name, choice in choices.items()}
+    return {name: round(one.acceptance_length, 4) for name, one in found.items()}
 
 
 def gather(records: Sequence[Record], field: str) -> np.ndarray:
