@@ -32,7 +32,7 @@ from whiflash_sglang.router.artefact import load_router
 from whiflash_sglang.training import collect_router_data
 from whiflash_sglang.training.models import ModelPaths, add_arguments, paths_of
 from whiflash_sglang.training.router_data import Record, RouterData, load_router_data
-from whiflash_sglang.training.walk import best_threshold, by_worth, gather, lengths_of, oracle, walk
+from whiflash_sglang.training.walk import best_threshold, by_worth, gather, lengths_of, oracle, round_starts, walk
 from workloads import server
 from workloads.provenance import provenance
 from workloads.schema import TraceError
@@ -47,9 +47,13 @@ LAUNCHER = "whiflash_sglang.launch_server"
 
 
 def gains_by_entropy(records: Sequence[Record]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Edges (nats), and what e3 accepts more than df between them, in tokens: one more than edges."""
-    entropy = gather(records, "entropy")
-    difference = gather(records, "e3").astype(np.float64) - gather(records, "df")
+    """Edges (nats), and what e3 accepts more than df between them, in tokens: one more than edges.
+
+    At the positions where rounds of either drafter begin: where drafts are long, few do.
+    """
+    starts = round_starts(records)
+    entropy = gather(records, "entropy")[starts]
+    difference = (gather(records, "e3").astype(np.float64) - gather(records, "df"))[starts]
     edges: list[float] = []
     for edge in EDGES:
         below = (entropy < edge) & (entropy >= (edges[-1] if edges else -1.0))

@@ -56,10 +56,11 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_gains_are_the_means_between_edges() -> None:
-    """Half of the positions are sure and df's, half are open and e3's; edges that part nothing are left out."""
-    sure = record(df=[7] * 100, e3=[5] * 100)
-    open_ = record(df=[2] * 60, e3=[5] * 60)
-    open_ = open_._replace(positions=open_.positions._replace(entropy=np.full(60, 0.8, dtype=np.float32)))
+    """Some replies are sure and df's, some are open and e3's; edges that part nothing are left out, and so are
+    positions where no round begins (every other one of the sure replies)."""
+    sure = record(df=[4, 1] * 100, e3=[2, 8] * 100)
+    open_ = record(df=[2] * 100, e3=[5] * 100)
+    open_ = open_._replace(positions=open_.positions._replace(entropy=np.full(100, 0.8, dtype=np.float32)))
     edges, gains = gains_by_entropy([sure, open_])
     assert edges == (0.001,)
     assert gains == (-2.0, 3.0)

@@ -108,10 +108,18 @@ def by_worth(records: Sequence[Record], gain: np.ndarray, ms: Mapping[str, float
 def lengths_of(records: Sequence[Record]) -> dict[str, float]:
     """Acceptance length of each drafter alone, over the rounds that it would make. Over all positions it would be
     larger: long drafts are started from more seldom than they are long."""
+    return {name: round(found.acceptance_length, 4) for name, found in _alone(records).items()}
+
+
+def round_starts(records: Sequence[Record]) -> np.ndarray:
+    """The positions [rounds] where rounds of either drafter alone begin; one that both come to counts twice."""
+    return np.concatenate([found.position for found in _alone(records).values()])
+
+
+def _alone(records: Sequence[Record]) -> dict[str, Walk]:
     n = len(gather(records, "entropy"))
     choices = {"df": np.zeros(n, dtype=bool), "e3": np.ones(n, dtype=bool)}
-    found = {name: walk(records, choice, EQUAL_COSTS) for name, choice in choices.items()}
-    return {name: round(one.acceptance_length, 4) for name, one in found.items()}
+    return {name: walk(records, choice, EQUAL_COSTS) for name, choice in choices.items()}
 
 
 def gather(records: Sequence[Record], field: str) -> np.ndarray:
