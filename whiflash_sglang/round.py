@@ -36,10 +36,10 @@ class Router(Protocol):
         """Disjoint row indices by drafter. Rows that are not `draftable` stand in none."""
         ...
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        """`logits` [rows, vocab]: those that each request's newest token, the next anchor, was chosen from.
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
+        """What each request's newest token, the next anchor, was chosen from: `at` [rows] of what a forward gave.
 
-        `hidden` [rows, hidden]: the final hidden states that gave these logits, [rows, 0] if no router reads them.
+        `logits` [n, vocab], `hidden` [n, hidden] final hidden states, [n, 0] if no router reads them.
         """
         return None
 
@@ -116,7 +116,8 @@ class DecodeRound:
                 features = drafter.fuse(prefill.features)
                 drafter.ingest(Entries(features, prefill.next_tokens, prefill.positions, prefill.kv_slots))
                 self.backlog.begin(name, prefill.slots, prefill.lens, features[prefill.last])
-        self.router.observe(prefill.slots, logits, prefill.hidden.index_select(0, prefill.last))
+        at = torch.arange(len(prefill.slots), device=logits.device)
+        self.router.observe(prefill.slots, logits, prefill.hidden.index_select(0, prefill.last), at)
 
     def run(self, rows: Rows) -> RoundResult:
         with self.timed("route"):
@@ -203,9 +204,7 @@ class DecodeRound:
         with self.timed("route"):
             # Window column num_committed - 1 is the last committed position; the bonus token was chosen there.
             last = torch.arange(-1, num_rows * width - 1, width, device=rows.slots.device) + accepted.num_committed
-            logits = verified.logits.view(num_rows * width, -1).index_select(0, last)
-            hidden = verified.hidden.reshape(num_rows * width, verified.hidden.shape[2]).index_select(0, last)
-            self.router.observe(rows.slots, logits, hidden)
+            self.router.observe(rows.slots, verified.logits.flatten(0, 1), verified.hidden.flatten(0, 1), last)
 
     def ingest_window(self, drafter: Drafter, rows: Rows, accepted: Accepted, features: torch.Tensor) -> None:
         """Bring a drafter up to date at once, whether it will be chosen or not.

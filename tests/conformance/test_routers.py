@@ -71,7 +71,8 @@ def test_each_draftable_row_has_one_drafter_and_no_other_row_any(name: str, data
         chosen = sorted(row for index in plan.values() for row in index.tolist())
         expected = [row for row in range(len(slots)) if flags is None or flags[row]]
         assert chosen == expected or (name in BY_BATCH and not plan), "a batch may go without drafts, but as a whole"
-        router.observe(torch.tensor(slots), torch.randn(len(slots), VOCAB), torch.randn(len(slots), HIDDEN))
+        n = len(slots)
+        router.observe(torch.tensor(slots), torch.randn(n, VOCAB), torch.randn(n, HIDDEN), torch.arange(n))
         router.learn(batch, outcome(plan, len(slots)), data.draw(st.floats(1, 50), label="ms"))
         for slot in slots:
             lens[slot] += 2
@@ -87,6 +88,6 @@ def test_a_request_is_routed_the_same_alone_and_among_others(name: str) -> None:
         plan = together.route(rows(slots, lens, None))
         of_9 = next(drafter for drafter, index in plan.items() if 1 in index.tolist())
         assert list(alone.route(rows([9], [lens[1]], None))) == [of_9]
-        together.observe(torch.tensor(slots), logits, hidden)
-        alone.observe(torch.tensor([9]), logits[1:2], hidden[1:2])
+        together.observe(torch.tensor(slots), logits, hidden, torch.arange(3))
+        alone.observe(torch.tensor([9]), logits, hidden, torch.tensor([1]))
         lens, logits, hidden = [n + 3 for n in lens], logits.roll(1, dims=0), hidden.roll(1, dims=0)

@@ -43,9 +43,9 @@ def install() -> None:
         workers.append(worker)
         seen.clear()  # of the rounds that were timed
 
-    def observe_and_keep(score: NeuralScore, slots: Any, logits: Any, hidden: Any) -> None:
-        observe(score, slots, logits, hidden)
-        for slot, state in zip(slots.tolist(), hidden.float().numpy(), strict=True):
+    def observe_and_keep(score: NeuralScore, slots: Any, logits: Any, hidden: Any, at: Any) -> None:
+        observe(score, slots, logits, hidden, at)
+        for slot, state in zip(slots.tolist(), hidden[at].float().numpy(), strict=True):
             seen.setdefault(slot, []).append(state.copy())
 
     def dump_and_cache(tree: RadixCache, request: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:

@@ -21,7 +21,7 @@ class Gains:
     def __init__(self, values: list[float]):
         self.values = torch.tensor(values)
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
         raise AssertionError("not asked here")
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:

@@ -157,7 +157,7 @@ def test_a_trace_is_bounded(ledger: Ledger) -> None:
 
 def test_signals_are_asked_for_only_where_a_request_is_traced(ledger: Ledger) -> None:
     router = create_router(WhiFlashConfig(dflash_draft="d", eagle_draft="e"), 4)
-    router.observe(torch.tensor([1]), torch.tensor([[1.0, 1.0]]), torch.zeros(1, 0))
+    router.observe(torch.tensor([1]), torch.tensor([[1.0, 1.0]]), torch.zeros(1, 0), torch.tensor([0]))
     ledger.begin(0, ledger.record(Hints(), Context(), [], [], 5, None))
     ledger.begin(1, ledger.record(Hints(trace=True), Context(), [], [], 5, Trace()))
     assert ledger.signals(ledger.stand(rows([0])), router) == {}

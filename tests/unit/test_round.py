@@ -97,8 +97,8 @@ class Mixed(Router):
     def route(self, rows: Rows) -> Plan:
         return {"df": torch.tensor([0]), "e3": torch.tensor([1])}
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        self.logits = logits
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
+        self.logits = logits[at]
 
 
 def test_one_width_a_batch_and_each_row_its_own_drafter() -> None:

@@ -58,7 +58,7 @@ def test_a_router_of_the_other_sign_decides_the_same() -> None:
 def test_scores_are_kept_by_request() -> None:
     score = NeuralScore(network(), 8)
     hidden = torch.randn(2, HIDDEN)
-    score.observe(torch.tensor([6, 1]), torch.zeros(2, 3), hidden)
+    score.observe(torch.tensor([6, 1]), torch.zeros(2, 3), hidden, torch.arange(2))
     assert torch.equal(score.read(torch.tensor([1, 6])), network()(hidden).flip(0))
 
 

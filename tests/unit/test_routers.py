@@ -61,7 +61,7 @@ def test_random_is_fair_and_repeats_itself() -> None:
 def test_entropy_splits_a_batch_at_the_threshold() -> None:
     router = create_router(config("entropy", threshold=0.5), 8)
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])  # ln 4 nats and about 0
-    router.observe(torch.tensor([6, 2]), logits, torch.zeros(2, 0))
+    router.observe(torch.tensor([6, 2]), logits, torch.zeros(2, 0), torch.arange(2))
     assert choices(router.route(rows([2, 6], [3, 3])), 2) == ["df", "e3"]
 
 
@@ -83,5 +83,5 @@ def test_entropy_gain_is_a_step_function_of_entropy() -> None:
     two, four = math.log(2), math.log(4)  # nats of an even choice
     logits = torch.tensor([[9.0, -9.0, -9.0, -9.0], [5.0, 5.0, -30.0, -30.0], [0.0, 0.0, 0.0, 0.0]])
     assert entropy(logits).tolist() == pytest.approx([0.0, two, four], abs=1e-4)
-    score.observe(torch.tensor([5, 0, 3]), logits, torch.zeros(3, 0))
+    score.observe(torch.tensor([5, 0, 3]), logits, torch.zeros(3, 0), torch.arange(3))
     assert score.read(torch.tensor([0, 3, 5])).tolist() == [0.5, 3.0, -2.0]

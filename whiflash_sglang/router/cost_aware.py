@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import torch
 
-from whiflash_sglang.costs import NONE, RoundCosts
+from whiflash_sglang.costs import RoundCosts
 from whiflash_sglang.round import Router
 from whiflash_sglang.router.score import Score, priors
 from whiflash_sglang.types import Plan, RoundResult, Rows
 
 EXPLORE_EVERY = 128  # rounds of one batch size without drafts, until one with drafts is tried again
-_MEMORY = 0.02  # weight of the newest round in the running means
+LEARN_EVERY = 4  # rounds: learning from each would cost as much as routing does
+_MEMORY = 0.05  # weight of the newest round in the running means
+_CONTEXT_STEP = 64  # tokens; contexts that differ by less cost the same
 
 
 class CostAwareRouter(Router):
@@ -35,6 +37,8 @@ class CostAwareRouter(Router):
         self.yields: dict[int, tuple[float, float]] = {}
         self.without_drafts = [0] * (costs.max_rows + 1)  # rounds since the last one with drafts
         self.gains: list[float] = []  # of the rows of the round in flight
+        self.rounds = 0
+        self.expected: dict[tuple[int, int, int, int], float] = {}  # milliseconds; see `round_ms`
 
     def route(self, rows: Rows) -> Plan:
         device = rows.slots.device
@@ -64,11 +68,10 @@ class CostAwareRouter(Router):
         for num_e3 in range(drafted + 1):
             if num_e3:
                 yield_ += gains[num_e3 - 1]
-            counts = {"df": drafted - num_e3, "e3": num_e3}
-            worth = yield_ - rate * self.costs.round_ms(counts, num_rows, context)
+            worth = yield_ - rate * self.round_ms(drafted - num_e3, num_e3, num_rows, context)
             if worth > best_worth:
                 best, best_worth = num_e3, worth
-        if num_rows - rate * self.costs.round_ms({}, num_rows, context) <= best_worth:
+        if num_rows - rate * self.round_ms(0, 0, num_rows, context) <= best_worth:
             self.without_drafts[num_rows] = 0
             return best
         self.without_drafts[num_rows] += 1
@@ -79,21 +82,36 @@ class CostAwareRouter(Router):
     def rate(self, num_rows: int, context: float) -> float:
         """Tokens that a millisecond yields; before any round of this many rows, what the best single choice would."""
         if num_rows not in self.yields:
-            single = {"df": {"df": num_rows}, "e3": {"e3": num_rows}, NONE: {}}
-            times = {name: self.costs.round_ms(counts, num_rows, context) for name, counts in single.items()}
-            tokens = {name: num_rows * (1.0 if name == NONE else self.base) for name in single}
-            best = max(single, key=lambda name: tokens[name] / times[name])
-            self.yields[num_rows] = tokens[best], times[best]
-        tokens_, ms = self.yields[num_rows]
-        return tokens_ / ms
+            drafted = num_rows * self.base
+            singles = (
+                (drafted, self.round_ms(num_rows, 0, num_rows, context)),
+                (drafted, self.round_ms(0, num_rows, num_rows, context)),
+                (float(num_rows), self.round_ms(0, 0, num_rows, context)),
+            )
+            self.yields[num_rows] = max(singles, key=lambda single: single[0] / single[1])
+        tokens, ms = self.yields[num_rows]
+        return tokens / ms
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        self.gain.observe(slots, logits, hidden)
+    def round_ms(self, num_df: int, num_e3: int, num_rows: int, context: float) -> float:
+        """The table's word, remembered until it learns again."""
+        step = int(context) // _CONTEXT_STEP
+        key = (num_df, num_e3, num_rows, step)
+        if key not in self.expected:
+            counts = {"df": num_df, "e3": num_e3}
+            self.expected[key] = self.costs.round_ms(counts, num_rows, (step + 0.5) * _CONTEXT_STEP)
+        return self.expected[key]
+
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
+        self.gain.observe(slots, logits, hidden, at)
 
     def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.gain.signals(slots)
 
     def learn(self, rows: Rows, result: RoundResult, ms: float) -> None:
+        self.rounds += 1
+        if self.rounds % LEARN_EVERY:
+            return
+        self.expected.clear()
         num_rows = len(self.gains)
         counts = {name: len(index) for name, index in result.plan.items()}
         self.costs.observe(counts, num_rows, mean(rows.prefix_lens.tolist()), ms)

@@ -20,9 +20,9 @@ class EntropyScore:
     def __init__(self, num_slots: int):
         self.values = torch.zeros(num_slots)
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
         self.values = self.values.to(logits.device)
-        self.values.index_copy_(0, slots, entropy(logits))
+        self.values.index_copy_(0, slots, entropy(logits.index_select(0, at)))
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:
         return self.values.index_select(0, slots)
@@ -44,8 +44,8 @@ class EntropyGain(EntropyScore):
         self.edges = torch.tensor(edges, dtype=torch.float32)
         self.gains = torch.tensor(gains, dtype=torch.float32)
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        super().observe(slots, logits, hidden)
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
+        super().observe(slots, logits, hidden, at)
         self.edges, self.gains = self.edges.to(logits.device), self.gains.to(logits.device)
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:

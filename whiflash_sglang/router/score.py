@@ -20,7 +20,7 @@ class Score(Protocol):
 
     in_tokens: bool  # whether it is what `e3` is expected to accept more, so that a prior can be added to it
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
         """As `round.Router.observe`."""
         ...
 

@@ -23,8 +23,8 @@ class ThresholdRouter(Router):
             score = score + torch.tensor(prior, device=score.device)
         return split(rows, self.names, score > self.threshold)
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        self.score.observe(slots, logits, hidden)
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
+        self.score.observe(slots, logits, hidden, at)
 
     def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.score.signals(slots)

@@ -147,7 +147,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     data = load_router_data(args.data)
     kept = set(data.sessions[: args.sessions])
     data = RouterData(data.manifest, [record for record in data.records if record.session in kept])
-    fit, validation = train(data, args.positive_drafter, args.width, args.epochs, args.patience, args.seed)
+    width = args.width or max(64, data.manifest["models"]["hidden_size"] // 8)
+    fit, validation = train(data, args.positive_drafter, width, args.epochs, args.patience, args.seed)
     metrics = metrics_of(fit, validation, args.positive_drafter)
     x, _ = tensors(validation, args.positive_drafter)
     sign = 1 if args.positive_drafter == "e3" else -1
@@ -158,7 +159,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "sha256": data.manifest["sha256"],
         "sessions": len(data.sessions),
         "positions": sum(len(record.positions.entropy) for record in data.records),
-        "width": args.width,
+        "width": width,
         "epochs": fit.epochs,
         "seed": args.seed,
     }
@@ -178,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plots", type=Path, metavar="DIR", help="folder of the plots (default: the data's)")
     parser.add_argument("--sessions", type=int, metavar="N", help="the first N only, to calibrate on the others")
     parser.add_argument("--positive-drafter", choices=("e3", "df"), default="e3")
-    parser.add_argument("--width", type=int, default=128, help="of the inner layer (default: %(default)s)")
+    parser.add_argument(
+        "--width", type=int, help="of the inner layer (default: an eighth of the target's, at least 64)"
+    )
     parser.add_argument("--epochs", type=int, default=60, help="at most (default: %(default)s)")
     parser.add_argument("--patience", type=int, default=8, help="epochs without a lower loss (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
