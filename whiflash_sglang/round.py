@@ -39,7 +39,8 @@ class Router(Protocol):
     def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
         """What each request's newest token, the next anchor, was chosen from: `at` [rows] of what a forward gave.
 
-        `logits` [n, vocab], `hidden` [n, hidden] final hidden states, [n, 0] if no router reads them.
+        `logits` [..., vocab] and `hidden` [..., hidden], final hidden states, of n positions that `at` counts through.
+        Where no router reads hidden states they are of size 0.
         """
         return None
 
@@ -104,6 +105,7 @@ class DecodeRound:
         self.backlog = backlog
         self.lazy = lazy
         self.timed = timed
+        self.starts: dict[tuple[int, int], torch.Tensor] = {}
         self.max_width = 1 + max(drafter.num_drafts for drafter in drafters.values())
 
     def prefill(self, prefill: Prefill, logits: torch.Tensor) -> None:
@@ -203,8 +205,16 @@ class DecodeRound:
                     self.ingest_window(drafter, rows, accepted, features)
         with self.timed("route"):
             # Window column num_committed - 1 is the last committed position; the bonus token was chosen there.
-            last = torch.arange(-1, num_rows * width - 1, width, device=rows.slots.device) + accepted.num_committed
-            self.router.observe(rows.slots, verified.logits.flatten(0, 1), verified.hidden.flatten(0, 1), last)
+            last = self.window_starts(num_rows, width, rows.slots.device) + accepted.num_committed
+            self.router.observe(rows.slots, verified.logits, verified.hidden, last)
+
+    def window_starts(self, num_rows: int, width: int, device: torch.device) -> torch.Tensor:
+        """One before each row's window [rows], in windows that stand one after the other."""
+        starts = self.starts.get((num_rows, width))
+        if starts is None:
+            starts = torch.arange(-1, num_rows * width - 1, width, device=device)
+            self.starts[num_rows, width] = starts
+        return starts
 
     def ingest_window(self, drafter: Drafter, rows: Rows, accepted: Accepted, features: torch.Tensor) -> None:
         """Bring a drafter up to date at once, whether it will be chosen or not.

@@ -98,7 +98,7 @@ class Mixed(Router):
         return {"df": torch.tensor([0]), "e3": torch.tensor([1])}
 
     def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
-        self.logits = logits[at]
+        self.logits = logits.flatten(0, -2)[at]
 
 
 def test_one_width_a_batch_and_each_row_its_own_drafter() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.learned import HIDDEN, identity, network
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.router.artefact import NeuralRouter, load_router, save_router
-from whiflash_sglang.router.neural import NeuralScore
+from whiflash_sglang.router.neural import Folded, NeuralScore
 
 
 @pytest.fixture
@@ -59,7 +59,12 @@ def test_scores_are_kept_by_request() -> None:
     score = NeuralScore(network(), 8)
     hidden = torch.randn(2, HIDDEN)
     score.observe(torch.tensor([6, 1]), torch.zeros(2, 3), hidden, torch.arange(2))
-    assert torch.equal(score.read(torch.tensor([1, 6])), network()(hidden).flip(0))
+    assert torch.allclose(score.read(torch.tensor([1, 6])), network()(hidden).flip(0), atol=1e-5)
+
+
+def test_the_folded_network_is_the_same_function() -> None:
+    hidden = 3 * torch.randn(400, HIDDEN)
+    assert torch.allclose(Folded.of(network())(hidden), network()(hidden), atol=1e-4)
 
 
 @pytest.mark.parametrize("with_biases", [True, False])

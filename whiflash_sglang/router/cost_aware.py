@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import torch
 
-from whiflash_sglang.costs import RoundCosts
+from whiflash_sglang.costs import NONE, RoundCosts
 from whiflash_sglang.round import Router
 from whiflash_sglang.router.score import Score, priors
 from whiflash_sglang.types import Plan, RoundResult, Rows
 
 EXPLORE_EVERY = 128  # rounds of one batch size without drafts, until one with drafts is tried again
-LEARN_EVERY = 4  # rounds: learning from each would cost as much as routing does
-_MEMORY = 0.05  # weight of the newest round in the running means
+LEARN_EVERY = 8  # rounds: learning from each would cost as much as routing does
+_MEMORY = 0.1  # weight of the newest round in the running means
+_INDICES = 256  # tensors of row numbers that are kept
 _CONTEXT_STEP = 64  # tokens; contexts that differ by less cost the same
 
 
@@ -38,21 +39,33 @@ class CostAwareRouter(Router):
         self.without_drafts = [0] * (costs.max_rows + 1)  # rounds since the last one with drafts
         self.gains: list[float] = []  # of the rows of the round in flight
         self.rounds = 0
-        self.expected: dict[tuple[int, int, int, int], float] = {}  # milliseconds; see `round_ms`
+        self.indices: dict[tuple[int, ...], torch.Tensor] = {}
+        self.known: dict[tuple[int, int, int], tuple[list[float], float]] = {}  # see `worths`; until it learns again
 
     def route(self, rows: Rows) -> Plan:
-        device = rows.slots.device
         self.gains = self.gain.read(rows.slots).tolist()
         if (prior := priors(rows)) is not None:
             self.gains = [gain + more for gain, more in zip(self.gains, prior, strict=True)]
-        may_draft = [True] * len(self.gains) if rows.draftable is None else rows.draftable.tolist()
-        drafted = [row for row, may in enumerate(may_draft) if may]
+        drafted = list(range(len(self.gains)))
+        if rows.draftable is not None:
+            drafted = [row for row, may in enumerate(rows.draftable.tolist()) if may]
         ranked = sorted(drafted, key=self.gains.__getitem__, reverse=True)
         num_e3 = self.best_split([self.gains[row] for row in ranked], len(self.gains), mean(rows.prefix_lens.tolist()))
         if num_e3 is None:
             return {}
+        if num_e3 in (0, len(ranked)):
+            return {"e3" if num_e3 else "df": self.index_of(drafted, rows.slots.device)}
         parts = {"df": sorted(ranked[num_e3:]), "e3": sorted(ranked[:num_e3])}
-        return {name: torch.tensor(index, device=device) for name, index in parts.items() if index}
+        return {name: self.index_of(index, rows.slots.device) for name, index in parts.items()}
+
+    def index_of(self, rows: list[int], device: torch.device) -> torch.Tensor:
+        """Row numbers as a tensor; remembered, as small batches are split in few ways."""
+        key = tuple(rows)
+        if key not in self.indices:
+            if len(self.indices) >= _INDICES:
+                self.indices.clear()
+            self.indices[key] = torch.tensor(rows, device=device)
+        return self.indices[key]
 
     def best_split(self, gains: list[float], num_rows: int, context: float) -> int | None:
         """How many of the rows with the descending `gains` go to `e3`, the others to `df`; None: no drafts at all.
@@ -61,17 +74,13 @@ class CostAwareRouter(Router):
         """
         if not gains:
             return None
-        rate = self.rate(num_rows, context)
-        drafted = len(gains)
-        yield_ = num_rows - drafted + drafted * self.base
-        best, best_worth = 0, -float("inf")
-        for num_e3 in range(drafted + 1):
-            if num_e3:
-                yield_ += gains[num_e3 - 1]
-            worth = yield_ - rate * self.round_ms(drafted - num_e3, num_e3, num_rows, context)
-            if worth > best_worth:
-                best, best_worth = num_e3, worth
-        if num_rows - rate * self.round_ms(0, 0, num_rows, context) <= best_worth:
+        worths, without = self.worths(len(gains), num_rows, context)
+        best, best_worth, gained = 0, worths[0], 0.0
+        for num_e3, gain in enumerate(gains, start=1):
+            gained += gain
+            if gained + worths[num_e3] > best_worth:
+                best, best_worth = num_e3, gained + worths[num_e3]
+        if without <= best_worth:
             self.without_drafts[num_rows] = 0
             return best
         self.without_drafts[num_rows] += 1
@@ -79,27 +88,29 @@ class CostAwareRouter(Router):
             return best
         return None
 
+    def worths(self, drafted: int, num_rows: int, context: float) -> tuple[list[float], float]:
+        """Worth of rounds with 0, 1, .. `drafted` rows at `e3`, before its gains; and of one without drafts."""
+        step = int(context) // _CONTEXT_STEP
+        key = (drafted, num_rows, step)
+        if key not in self.known:
+            context = (step + 0.5) * _CONTEXT_STEP
+            rate = self.rate(num_rows, context)
+            tokens = num_rows - drafted + drafted * self.base
+            rounds = ({"df": drafted - num_e3, "e3": num_e3} for num_e3 in range(drafted + 1))
+            worths = [tokens - rate * self.costs.round_ms(counts, num_rows, context) for counts in rounds]
+            self.known[key] = worths, num_rows - rate * self.costs.round_ms({}, num_rows, context)
+        return self.known[key]
+
     def rate(self, num_rows: int, context: float) -> float:
         """Tokens that a millisecond yields; before any round of this many rows, what the best single choice would."""
         if num_rows not in self.yields:
-            drafted = num_rows * self.base
-            singles = (
-                (drafted, self.round_ms(num_rows, 0, num_rows, context)),
-                (drafted, self.round_ms(0, num_rows, num_rows, context)),
-                (float(num_rows), self.round_ms(0, 0, num_rows, context)),
-            )
-            self.yields[num_rows] = max(singles, key=lambda single: single[0] / single[1])
-        tokens, ms = self.yields[num_rows]
-        return tokens / ms
-
-    def round_ms(self, num_df: int, num_e3: int, num_rows: int, context: float) -> float:
-        """The table's word, remembered until it learns again."""
-        step = int(context) // _CONTEXT_STEP
-        key = (num_df, num_e3, num_rows, step)
-        if key not in self.expected:
-            counts = {"df": num_df, "e3": num_e3}
-            self.expected[key] = self.costs.round_ms(counts, num_rows, (step + 0.5) * _CONTEXT_STEP)
-        return self.expected[key]
+            singles = {"df": {"df": num_rows}, "e3": {"e3": num_rows}, NONE: {}}
+            times = {name: self.costs.round_ms(counts, num_rows, context) for name, counts in singles.items()}
+            tokens = {name: num_rows * (1.0 if name == NONE else self.base) for name in singles}
+            best = max(singles, key=lambda name: tokens[name] / times[name])
+            self.yields[num_rows] = tokens[best], times[best]
+        yielded, ms = self.yields[num_rows]
+        return yielded / ms
 
     def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
         self.gain.observe(slots, logits, hidden, at)
@@ -111,7 +122,7 @@ class CostAwareRouter(Router):
         self.rounds += 1
         if self.rounds % LEARN_EVERY:
             return
-        self.expected.clear()
+        self.known.clear()
         num_rows = len(self.gains)
         counts = {name: len(index) for name, index in result.plan.items()}
         self.costs.observe(counts, num_rows, mean(rows.prefix_lens.tolist()), ms)

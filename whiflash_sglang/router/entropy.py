@@ -22,7 +22,7 @@ class EntropyScore:
 
     def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
         self.values = self.values.to(logits.device)
-        self.values.index_copy_(0, slots, entropy(logits.index_select(0, at)))
+        self.values.index_copy_(0, slots, entropy(logits.flatten(0, -2).index_select(0, at)))
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:
         return self.values.index_select(0, slots)
