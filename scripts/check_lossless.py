@@ -28,7 +28,7 @@ from workloads.provenance import provenance
 from workloads.tokens import TOKENIZER, heldout_histories
 
 LAUNCHER = "whiflash_sglang.launch_server"
-POLICIES = ("fixed:e3", "fixed:df", "alternate", "random:1", "entropy")
+POLICIES = ("fixed:e3", "fixed:df", "alternate", "random:1", "entropy", "neural")
 
 
 def check(args: argparse.Namespace, launcher_flags: list[str], log: Path) -> dict[str, dict[str, Comparison]]:
