@@ -49,8 +49,8 @@ SHOWN = (
 
 
 def start_servers(logs: Path, stack: contextlib.ExitStack) -> dict[str, str]:
-    """Base URL by policy. They are started at once, as most of a start is waiting for imports; but one that measures what
-    rounds cost when it starts comes last, when the others have become quiet."""
+    """Base URL by policy. They are started at once, as most of a start is waiting for imports; but one that measures
+    what rounds cost when it starts comes last, when the others have become quiet."""
     servers: dict[str, server.Server] = {}
     for group in (tuple(policy for policy in POLICIES if policy not in WEIGH_COSTS), WEIGH_COSTS):
         for policy in group:
