@@ -45,13 +45,14 @@ def install() -> None:
 
     def observe_and_keep(score: NeuralScore, slots: Any, logits: Any, hidden: Any, at: Any) -> None:
         observe(score, slots, logits, hidden, at)
-        for slot, state in zip(slots.tolist(), hidden[at].float().numpy(), strict=True):
+        for slot, state in zip(slots.tolist(), hidden.flatten(0, -2)[at].float().numpy(), strict=True):
             seen.setdefault(slot, []).append(state.copy())
 
     def dump_and_cache(tree: RadixCache, request: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         if is_insert:  # not where a request is retracted
-            states = seen.pop(int(request.req_pool_idx), [])
-            write(request.rid, shared(workers[0], request, kv_len_to_handle) | {"hidden": np.array(states)})
+            states = seen.pop(int(request.req_pool_idx), None)
+            read = {} if states is None else {"hidden": np.array(states)}
+            write(request.rid, shared(workers[0], request, kv_len_to_handle) | read)
         cache_finished(tree, request, is_insert, kv_len_to_handle=kv_len_to_handle)
 
     WhiFlashWorker.assemble = assemble_and_keep
