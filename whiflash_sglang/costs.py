@@ -20,22 +20,21 @@ from collections.abc import Callable, Mapping, Sequence
 NONE = "none"
 
 BATCH_SIZES = (1, 4, 16, 64)
-CONTEXTS = (256, 4096)  # attention takes time in proportion to the context: two places make the line
+CONTEXTS = (256, 1024, 4096)  # attention takes time in proportion to the context, once it leaves the caches
 MAX_REPEATS, ENOUGH_SECONDS = 5, 0.15  # of one place of the table
 
-_SPEED = 0.05  # of a round's deviation goes into the machine's speed
-_CORRECTION = 0.005  # and this much into what its drafters cost
+_SPEED = 0.1  # of a round's deviation goes into the machine's speed
+_CORRECTION = 0.03  # and this much into what its drafters cost
 _OUTLIER = 2.0  # a round that deviates by more than this factor counts as one that deviates by it: a pause, not a cost
 
 
 class RoundCosts:
     """`widths`: verify width by drafter; tables are empty until `set_round` has filled every place."""
 
-    def __init__(self, widths: Mapping[str, int], batch_sizes: Sequence[int], contexts: Sequence[int], max_rows: int):
+    def __init__(self, widths: Mapping[str, int], batch_sizes: Sequence[int], contexts: Sequence[int]):
         self.widths = {**widths, NONE: 1}
         self.batch_sizes = tuple(batch_sizes)
         self.contexts = tuple(contexts)
-        self.max_rows = max_rows
         # [context][batch size], by drafter
         self.draft = {name: self._blank() for name in widths}
         self.rest = {name: self._blank() for name in self.widths}

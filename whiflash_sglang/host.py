@@ -408,7 +408,8 @@ def capture_final_hidden_states(target_model: Any) -> None:
 def standing_batch(target_worker: Any, kv_table: torch.Tensor, num_rows: int, context: int, width: int) -> Any:
     """A decode batch of requests that nobody made, with `context` committed tokens each, to time rounds on.
 
-    Only while no request holds a KV slot. All rows share the slots of their context, each has a window of its own.
+    Only while no request holds a KV slot. Each row has slots of its own, as requests do (rows that share theirs find
+    them in the processor's cache, and take less time); only where the pool is too small for that are some shared.
     """
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -417,10 +418,12 @@ def standing_batch(target_worker: Any, kv_table: torch.Tensor, num_rows: int, co
 
     runner = target_worker.model_runner
     device = kv_table.device
-    shared = torch.arange(1, context + 1, dtype=kv_table.dtype, device=device)
-    own = torch.arange(context + 1, context + 1 + num_rows * width, dtype=kv_table.dtype, device=device)
-    kv_table[:num_rows, :context] = shared
-    kv_table[:num_rows, context : context + width] = own.view(num_rows, width)
+    windows = num_rows * width
+    places = torch.arange(num_rows * context, dtype=kv_table.dtype, device=device)
+    behind = places % (runner.max_total_num_tokens - windows - 1) + windows + 1  # slot 0 is nobody's
+    window = torch.arange(1, windows + 1, dtype=kv_table.dtype, device=device)
+    kv_table[:num_rows, :context] = behind.view(num_rows, context)
+    kv_table[:num_rows, context : context + width] = window.view(num_rows, width)
     requests = [Req(f"standing-{row}", "", [0], SamplingParams(temperature=0)) for row in range(num_rows)]
     batch = ScheduleBatch(reqs=requests, model_config=runner.model_config, device=device)
     batch.spec_algorithm = runner.spec_algorithm

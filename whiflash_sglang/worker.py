@@ -8,7 +8,6 @@ and routing statistics belong to drafters and router, keyed by request slot.
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from typing import Any
 
@@ -116,12 +115,13 @@ class WhiFlashWorker(BaseSpecWorker):
             host.print_start_block(self.config, self.specs, self._target_worker, self.runners, self.max_width, router)
 
     def cost_table(self, widths: dict[str, int]) -> RoundCosts:
-        """A table for as many rows and as long contexts as this server has room for."""
-        max_rows = min(self.req_to_token_pool.size, self.server_args.max_running_requests or sys.maxsize)
+        """A table for as many rows and as long contexts as this server has room for, within reason."""
         pool = self._target_worker.model_runner.max_total_num_tokens
-        longest = min(self.req_to_token_pool.req_to_token.shape[1], pool - max_rows * self.max_width) - self.max_width
+        max_rows = self.server_args.max_running_requests or self.req_to_token_pool.size
+        rows = max(1, min(max_rows, BATCH_SIZES[-1], pool // (2 * self.max_width)))
+        longest = min(self.req_to_token_pool.req_to_token.shape[1], pool - rows * self.max_width) - self.max_width
         contexts = tuple(context for context in CONTEXTS if context < longest) or (longest,)
-        return RoundCosts(widths, places(max_rows, BATCH_SIZES), contexts, max_rows)
+        return RoundCosts(widths, places(rows, BATCH_SIZES), contexts)
 
     def measure_costs(self, costs: RoundCosts) -> float:
         """Fill the cost table, on KV slots that no request holds yet; the seconds that it took."""
@@ -132,11 +132,12 @@ class WhiFlashWorker(BaseSpecWorker):
             self.target.bind(batch)
             return decode_rows(batch, kv_table, self.max_width)
 
-        untouched = kv_table[: costs.max_rows].clone()
+        touched = kv_table[: costs.batch_sizes[-1]]
+        untouched = touched.clone()
         synchronize = torch.cuda.synchronize if kv_table.is_cuda else lambda: None
         with torch.inference_mode(), RoundProbe(self.round, make_rows, synchronize).attached() as probe:
             seconds = measure(costs, probe.run)
-        kv_table[: costs.max_rows] = untouched
+        touched.copy_(untouched)
         return seconds
 
     @property

@@ -78,6 +78,14 @@ def test_drafts_are_tried_again_now_and_then() -> None:
     assert [i + 1 for i, plan in enumerate(plans) if plan] == [EXPLORE_EVERY, 2 * EXPLORE_EVERY]
 
 
+def test_what_a_trial_yields_is_learned_at_once() -> None:
+    """Trials are seldom: were only every eighth round learned from, whatever it is, most would be for nothing."""
+    decided = router([0.0], cost_table(df=100.0, e3=100.0, none=1.0), base=2.0)
+    plans = [decided.route(rows(1)) for _ in range(EXPLORE_EVERY)]
+    decided.learn(rows(1), result(plans[-1], [8]), 100.0)
+    assert plans[-1] and decided.base > 2.0
+
+
 def test_rows_that_may_not_be_drafted_for_stand_in_no_plan() -> None:
     decided = router([9.0, 9.0, 9.0])
     assert chosen(decided.route(rows(3, [True, False, True]))) == {"e3": [0, 2]}

@@ -21,7 +21,7 @@ def test_a_round_is_its_drafts_and_the_rest_of_the_widest() -> None:
 
 
 def test_lines_between_and_beyond_the_measured_places() -> None:
-    costs = RoundCosts({"df": 8}, (1, 4), (100, 1100), max_rows=8)
+    costs = RoundCosts({"df": 8}, (1, 4), (100, 1100))
     for rows, context in itertools.product((1, 4), (100, 1100)):
         costs.set_round("df", rows, context, 1.0, rows * context / 100)
         costs.set_round(NONE, rows, context, 0.0, 1.0)
@@ -32,7 +32,7 @@ def test_lines_between_and_beyond_the_measured_places() -> None:
 
 
 def test_a_falling_line_never_says_that_a_round_is_free() -> None:
-    costs = RoundCosts({"df": 8}, (1, 2), (100,), max_rows=64)
+    costs = RoundCosts({"df": 8}, (1, 2), (100,))
     costs.set_round("df", 1, 100, 1.0, 9.0)
     costs.set_round("df", 2, 100, 1.0, 6.0)  # noise
     assert costs.round_ms({"df": 64}, 64, 100) >= 3.0
@@ -47,7 +47,7 @@ def test_the_table_follows_the_machine_but_not_a_pause() -> None:
     assert costs.round_ms({"df": 16}, 16, 256) == pytest.approx(10.0), "of that many rows"
     before = costs.round_ms({"df": 1}, 1, 256)
     costs.observe({"df": 1}, 1, 256, ms=5000.0)
-    assert costs.round_ms({"df": 1}, 1, 256) < 1.06 * before
+    assert costs.round_ms({"df": 1}, 1, 256) < 1.15 * before, "and not five hundred times as much"
 
 
 def test_a_drafter_that_is_dearer_than_measured_is_found_out() -> None:
@@ -61,7 +61,7 @@ def test_a_drafter_that_is_dearer_than_measured_is_found_out() -> None:
 
 
 def test_measuring_fills_every_place_and_takes_the_quickest_run() -> None:
-    costs = RoundCosts({"df": 8, "e3": 6}, (1, 4), (256,), max_rows=4)
+    costs = RoundCosts({"df": 8, "e3": 6}, (1, 4), (256,))
     noise = itertools.cycle([3.0, 1.0, 2.0])
     seen = []
 

@@ -12,6 +12,8 @@ and one round without any drafts: with many rows a round's time goes with its wi
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from whiflash_sglang.costs import NONE, RoundCosts
@@ -27,8 +29,7 @@ _CONTEXT_STEP = 64  # tokens; contexts that differ by less cost the same
 
 
 class CostAwareRouter(Router):
-    """`gain`: what `e3` is expected to accept more than `df`, in tokens. `base`: what `df` accepts on average, at
-    first."""
+    """`gain`: what `e3` is expected to accept more than `df`. `base`: what `df` accepts on average, at first."""
 
     def __init__(self, gain: Score, costs: RoundCosts, base: float):
         self.gain = gain
@@ -36,7 +37,8 @@ class CostAwareRouter(Router):
         self.base = base  # acceptance length of df; kept current by what rounds of either drafter yield
         # Running means of a round's tokens and time, by number of rows: their quotient is the rate.
         self.yields: dict[int, tuple[float, float]] = {}
-        self.without_drafts = [0] * (costs.max_rows + 1)  # rounds since the last one with drafts
+        self.without_drafts: Counter[int] = Counter()  # by number of rows: rounds since the last one with drafts
+        self.is_trying = False  # whether the round in flight drafts only to see whether that pays again
         self.gains: list[float] = []  # of the rows of the round in flight
         self.rounds = 0
         self.indices: dict[tuple[int, ...], torch.Tensor] = {}
@@ -80,13 +82,14 @@ class CostAwareRouter(Router):
             gained += gain
             if gained + worths[num_e3] > best_worth:
                 best, best_worth = num_e3, gained + worths[num_e3]
+        self.is_trying = False
         if without <= best_worth:
             self.without_drafts[num_rows] = 0
             return best
         self.without_drafts[num_rows] += 1
-        if self.without_drafts[num_rows] % EXPLORE_EVERY == 0:  # what drafts yield is known from drafting only
-            return best
-        return None
+        # What drafts yield is known from drafting only.
+        self.is_trying = self.without_drafts[num_rows] % EXPLORE_EVERY == 0
+        return best if self.is_trying else None
 
     def worths(self, drafted: int, num_rows: int, context: float) -> tuple[list[float], float]:
         """Worth of rounds with 0, 1, .. `drafted` rows at `e3`, before its gains; and of one without drafts."""
@@ -120,7 +123,7 @@ class CostAwareRouter(Router):
 
     def learn(self, rows: Rows, result: RoundResult, ms: float) -> None:
         self.rounds += 1
-        if self.rounds % LEARN_EVERY:
+        if self.rounds % LEARN_EVERY and not self.is_trying:
             return
         self.known.clear()
         num_rows = len(self.gains)
