@@ -9,11 +9,12 @@ from whiflash_sglang.config import ENVIRONMENT_VARIABLE
 
 
 def register() -> None:
-    """Register the algorithm, the hooks and, where our CPU platform is the active one, its torch twins."""
+    """Register the algorithm, the hooks and, where our CPU platform is the active one, what it needs."""
     if cpu.activate() is not None:
-        from whiflash_sglang.cpu import twins
+        from whiflash_sglang.cpu import memory, twins
 
         twins.install()
+        memory.keep_freed_memory()
     if ENVIRONMENT_VARIABLE in os.environ:
         from whiflash_sglang import host
 

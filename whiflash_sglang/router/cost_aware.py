@@ -16,14 +16,14 @@ from collections import Counter
 
 import torch
 
-from whiflash_sglang.costs import NONE, RoundCosts
+from whiflash_sglang.costs import RoundCosts
 from whiflash_sglang.round import Router
 from whiflash_sglang.router.score import Score, priors
 from whiflash_sglang.types import Plan, RoundResult, Rows
 
 EXPLORE_EVERY = 128  # rounds of one batch size without drafts, until one with drafts is tried again
 LEARN_EVERY = 8  # rounds: learning from each would cost as much as routing does
-_MEMORY = 0.1  # weight of the newest round in the running means
+_MEMORY = 0.05  # weight of the newest round in the running means
 _INDICES = 256  # tensors of row numbers that are kept
 _CONTEXT_STEP = 64  # tokens; contexts that differ by less cost the same
 
@@ -35,8 +35,8 @@ class CostAwareRouter(Router):
         self.gain = gain
         self.costs = costs
         self.base = base  # acceptance length of df; kept current by what rounds of either drafter yield
-        # Running means of a round's tokens and time, by number of rows: their quotient is the rate.
-        self.yields: dict[int, tuple[float, float]] = {}
+        # Running means over rounds, a row: tokens, and what the best single choice would have made of the same time.
+        self.tokens, self.par = base, base
         self.without_drafts: Counter[int] = Counter()  # by number of rows: rounds since the last one with drafts
         self.is_trying = False  # whether the round in flight drafts only to see whether that pays again
         self.gains: list[float] = []  # of the rows of the round in flight
@@ -105,15 +105,15 @@ class CostAwareRouter(Router):
         return self.known[key]
 
     def rate(self, num_rows: int, context: float) -> float:
-        """Tokens that a millisecond yields; before any round of this many rows, what the best single choice would."""
-        if num_rows not in self.yields:
-            singles = {"df": {"df": num_rows}, "e3": {"e3": num_rows}, NONE: {}}
-            times = {name: self.costs.round_ms(counts, num_rows, context) for name, counts in singles.items()}
-            tokens = {name: num_rows * (1.0 if name == NONE else self.base) for name in singles}
-            best = max(singles, key=lambda name: tokens[name] / times[name])
-            self.yields[num_rows] = tokens[best], times[best]
-        yielded, ms = self.yields[num_rows]
-        return yielded / ms
+        """Tokens that a millisecond yields: what the best single choice would make of it, and how much more than that
+        this router has made. The first follows rows and context at once, the second is learned from rounds of any."""
+        return self.tokens / self.par * self.best_single(num_rows, context)
+
+    def best_single(self, num_rows: int, context: float) -> float:
+        """Tokens per millisecond of the best of three: all rows to `df`, all to `e3`, no drafts."""
+        drafted = self.base * num_rows / self.costs.round_ms({"df": num_rows}, num_rows, context)
+        chained = self.base * num_rows / self.costs.round_ms({"e3": num_rows}, num_rows, context)
+        return max(drafted, chained, num_rows / self.costs.round_ms({}, num_rows, context))
 
     def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
         self.gain.observe(slots, logits, hidden, at)
@@ -128,14 +128,18 @@ class CostAwareRouter(Router):
         self.known.clear()
         num_rows = len(self.gains)
         counts = {name: len(index) for name, index in result.plan.items()}
-        self.costs.observe(counts, num_rows, mean(rows.prefix_lens.tolist()), ms)
+        context = mean(rows.prefix_lens.tolist())
+        self.costs.observe(counts, num_rows, context, ms)
         committed = result.accepted.num_committed.tolist()
-        tokens_so_far, ms_so_far = self.yields.get(num_rows, (float(sum(committed)), ms))
-        self.yields[num_rows] = running(tokens_so_far, sum(committed)), running(ms_so_far, ms)
-        for name, index in result.plan.items():
-            for row in index.tolist():
-                as_df = committed[row] - (self.gains[row] if name == "e3" else 0.0)
-                self.base += _MEMORY * (as_df - self.base)
+        self.tokens = running(self.tokens, sum(committed) / num_rows)
+        self.par = running(self.par, self.best_single(num_rows, context) * ms / num_rows)
+        as_df = [
+            committed[row] - (self.gains[row] if name == "e3" else 0.0)
+            for name, index in result.plan.items()
+            for row in index.tolist()
+        ]
+        if as_df:
+            self.base = running(self.base, sum(as_df) / len(as_df))
 
 
 def running(mean_so_far: float, value: float) -> float:
