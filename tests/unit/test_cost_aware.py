@@ -79,7 +79,7 @@ def test_drafts_are_tried_again_now_and_then() -> None:
 
 
 def test_what_a_trial_yields_is_learned_at_once() -> None:
-    """Trials are seldom: were only every eighth round learned from, whatever it is, most would be for nothing."""
+    """Trials are seldom: were only every sixteenth round learned from, whatever it is, most would be for nothing."""
     decided = router([0.0], cost_table(df=100.0, e3=100.0, none=1.0), base=2.0)
     plans = [decided.route(rows(1)) for _ in range(EXPLORE_EVERY)]
     decided.learn(rows(1), result(plans[-1], [8]), 100.0)
@@ -102,7 +102,7 @@ def test_the_base_is_learned_from_rounds_of_either_drafter() -> None:
     """A round of e3 tells what df would have made of it, by the gain that was expected: 7 - 3."""
     for gain, committed in ((3.0, 7), (-3.0, 4)):
         decided = router([gain], cost_table(none=100.0), base=1.0)
-        for _ in range(400):
+        for _ in range(1600):
             plan = decided.route(rows(1))
             decided.learn(rows(1), result(plan, [committed]), 10.0)
         assert decided.base == pytest.approx(4.0, abs=0.05)
@@ -110,7 +110,7 @@ def test_the_base_is_learned_from_rounds_of_either_drafter() -> None:
 
 def test_the_rate_is_that_of_the_rounds() -> None:
     decided = router([0.0])
-    for _ in range(400):
+    for _ in range(1600):
         decided.learn(rows(1), result(decided.route(rows(1)), [6]), 8.0)
     assert decided.rate(1, 256) == pytest.approx(6 / 8, rel=0.01)
 

@@ -22,8 +22,8 @@ from whiflash_sglang.router.score import Score, priors
 from whiflash_sglang.types import Plan, RoundResult, Rows
 
 EXPLORE_EVERY = 128  # rounds of one batch size without drafts, until one with drafts is tried again
-LEARN_EVERY = 8  # rounds: learning from each would cost as much as routing does
-_MEMORY = 0.05  # weight of the newest round in the running means
+LEARN_EVERY = 16  # rounds: learning from each would cost as much as routing does
+_MEMORY = 0.1  # weight of the newest round in the running means
 _INDICES = 256  # tensors of row numbers that are kept
 _CONTEXT_STEP = 64  # tokens; contexts that differ by less cost the same
 
