@@ -89,7 +89,7 @@ def warm_up(url: str, task: Task) -> ChatWhiFlash:
     """A model of the server at `url` that has done `task`, which is not counted; what was cached is dropped again."""
     model = connect(url)
     do(task, model)
-    httpx.post(f"{url}/flush_cache", timeout=30).raise_for_status()
+    httpx.post(f"{url}/flush_cache", params={"timeout": 20}, timeout=30).raise_for_status()
     return model
 
 

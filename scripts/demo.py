@@ -79,7 +79,7 @@ def warm_up(urls: dict[str, str], session: Session) -> None:
     """One session that is not counted, to every server; its cached prefixes are dropped again."""
     for url in urls.values():
         replay([session], url)
-        httpx.post(f"{url}/flush_cache", timeout=30).raise_for_status()
+        httpx.post(f"{url}/flush_cache", params={"timeout": 20}, timeout=30).raise_for_status()
 
 
 def summary(reports: dict[str, Report]) -> dict[str, dict[str, Any]]:

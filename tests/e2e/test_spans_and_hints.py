@@ -209,7 +209,7 @@ def test_hints_are_shown_with_the_figures(client, prompts):
 
 
 def test_a_prompt_of_several_chunks_has_one_trace(client, tokenizer, prompts):
-    client.post("/flush_cache").raise_for_status()
+    client.post("/flush_cache", params={"timeout": 30}).raise_for_status()
     prompt = max(prompts, key=len)
     assert len(prompt) > 256, "chunks are 128 tokens here"
     shown = generate(client, prompt, trace=True)["meta_info"]["whiflash"][0]
@@ -220,7 +220,7 @@ def test_a_prompt_of_several_chunks_has_one_trace(client, tokenizer, prompts):
 
 def test_a_retracted_request_keeps_its_span_and_its_trace(client, tokenizer, prompts):
     """Its rounds are counted anew, but the trace goes on; a span read from the prompt alone would be wrong."""
-    client.post("/flush_cache").raise_for_status()
+    client.post("/flush_cache", params={"timeout": 30}).raise_for_status()
     hints = {"whiflash": {"trace": True}}
     params = {"temperature": 0, "max_new_tokens": 480, "ignore_eos": True, "custom_params": hints}
     body = {"input_ids": prompts[:8], "sampling_params": [params] * 8}

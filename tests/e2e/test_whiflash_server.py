@@ -170,7 +170,7 @@ def test_a_cached_prefix_changes_no_acceptance(alternate, prompts):
         after = totals(alternate)
         return (after["accepted_drafts"] - before["accepted_drafts"]) / (after["rounds"] - before["rounds"])
 
-    httpx.post(f"{alternate}/flush_cache", timeout=30).raise_for_status()
+    httpx.post(f"{alternate}/flush_cache", params={"timeout": 20}, timeout=30).raise_for_status()
     cold = acceptance()
     assert acceptance() == pytest.approx(cold, rel=0.05)
 
