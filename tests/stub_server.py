@@ -6,7 +6,8 @@
 
 A token is a word of a message's text. Each answer is "word-1 word-2 ..." in chunks of three, and each chunk counts as a
 round with two accepted drafts in the totals of `/server_info`, if there are any. `/whiflash/requests/ID` tells of each
-answer that its first word came from the prefill and the others in rounds of up to three words, df and e3 in turn.
+answer that its first word came from the prefill and the others in rounds of up to three words, df and e3 in turn. With
+`ignore_eos` an answer has `max_tokens` words.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class StubServer:
         delay: float = 0.0,
         says: str | None = None,
         forgets: bool = False,
+        tokens_per_word: int = 1,
     ):
         self.context = context
         self.deltas = deltas or _deltas(answer_words)
@@ -62,6 +64,7 @@ class StubServer:
         self.delay = delay  # seconds before each chunk
         self.says = says  # instead of the figures of a request
         self.forgets = forgets  # the figures of every request
+        self.tokens_per_word = tokens_per_word  # of prompts
         self.traced: dict[str, bool] = {}  # completion id -> whether its rounds are to be traced
         self.asked_figures: list[str] = []
         self.refuse: set[int] = set()  # connections, by number, that are closed unanswered; of completions only
@@ -172,6 +175,8 @@ def figures_of(rounds: list[Json], first: str | None) -> Json:
 
 
 def num_tokens(body: Json) -> int:
+    if "prompt" in body:
+        return len(body["prompt"].split())
     return sum(len((message.get("content") or "").split()) for message in body["messages"])
 
 
@@ -208,7 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.path in ("/tokenize", "/v1/tokenize"):
             stub.tokenized.append(body)
-            self.reply({"count": num_tokens(body), "max_model_len": -1} if stub.counts_tokens else {})
+            count = stub.tokens_per_word * num_tokens(body)
+            self.reply({"count": count, "max_model_len": -1} if stub.counts_tokens else {})
             return
         if stub.refuses():
             self.close_connection = True
@@ -224,7 +230,11 @@ class _Handler(BaseHTTPRequestHandler):
                 stub.gone.set()
 
     def complete(self, body: Json, failure: Failure | None, name: str) -> None:
-        stub, prompt_tokens = self.server_state, num_tokens(body)
+        stub = self.server_state
+        prompt_tokens = stub.tokens_per_word * num_tokens(body)
+        words, deltas = stub.answer_words, stub.deltas
+        if body.get("ignore_eos"):
+            words, deltas = body["max_tokens"], _deltas(body["max_tokens"])
         if failure in ("400", "500"):
             self.reply({"message": "scripted failure", "code": int(failure)}, int(failure))
             return
@@ -239,7 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.event(_chunk(name, [_choice({"role": "assistant", "content": ""})]))
         if failure == "stall":
             stub.stopping.wait(STALL_SECONDS)
-        for i, delta in enumerate(stub.deltas):
+        for i, delta in enumerate(deltas):
             if i and failure == "drop":
                 self.connection.close()
                 self.close_connection = True
@@ -256,13 +266,12 @@ class _Handler(BaseHTTPRequestHandler):
             if failure != "cut":
                 stub.count_rounds()
                 self.event(_chunk(name, [_choice({}, "stop")]))
-                self.event(_chunk(name, [], self.usage(prompt_tokens)))
+                self.event(_chunk(name, [], self.usage(prompt_tokens, words)))
         self.write(b"data: [DONE]\n\n")
         self.wfile.write(b"0\r\n\r\n")
 
-    def usage(self, prompt_tokens: int) -> Json:
+    def usage(self, prompt_tokens: int, completion: int) -> Json:
         details = {"cached_tokens": prompt_tokens // 2} if self.server_state.cache_report else None
-        completion = self.server_state.answer_words
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion,

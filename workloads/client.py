@@ -22,6 +22,7 @@ from workloads.streaming import Incoming
 RETRY_SECONDS = 0.25  # before the first retry; twice as long before each further one
 PROBE_SECONDS = 10.0  # for a question that a living server answers at once
 TRACE = {"custom_params": {"whiflash": {"trace": True}}}
+IGNORE_EOS = {"ignore_eos": True}  # SGLang's: the reply ends at max_tokens, and nowhere else
 
 Tools = list[dict[str, Any]]
 
@@ -127,18 +128,40 @@ class Server:
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:  # also PromptTooLong
             return error
 
-    async def ask(self, messages: list[Message], tools: Tools, trace: bool = False) -> Answer:
-        """One request, with retries; only WhiFlash is asked to trace its rounds."""
+    async def num_tokens(self, text: str) -> int:
+        """How many tokens the server makes of a text; raises ValueError where it does not say."""
+        try:
+            body = {"model": self.model, "prompt": text, "add_special_tokens": False}
+            reply = await self.http.post("/v1/tokenize", json=body)
+            reply.raise_for_status()
+            return int(reply.json()["count"])
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"--base-url {self.base_url}: prompts for traces of lengths need the server's tokens, and /v1/tokenize "
+                f"does not count them ({type(error).__name__}: {error}); replay an SGLang server, or traces with texts"
+            ) from error
+
+    async def ask(
+        self, messages: list[Message], tools: Tools, trace: bool = False, length: int | None = None
+    ) -> Answer:
+        """One request, with retries; only WhiFlash is asked to trace its rounds.
+
+        The reply ends by itself, or with a `length` where it has so many tokens, but at most those of the sampling.
+        """
+        extra = (TRACE if trace and self.is_whiflash else {}) | ({} if length is None else IGNORE_EOS)
+        max_tokens = self.sampling.max_tokens if length is None else min(length, self.sampling.max_tokens)
         for attempt in itertools.count():
             incoming = Incoming()
-            error = await self._stream(incoming, messages, tools, trace and self.is_whiflash)
+            error = await self._stream(incoming, messages, tools, max_tokens, extra)
             nothing_came = not incoming.pieces
             if attempt == self.retries or not (nothing_came and is_connection_failure(error)):
                 break
             await asyncio.sleep(RETRY_SECONDS * 2**attempt)
         return Answer(incoming, attempt, error)
 
-    async def _stream(self, incoming: Incoming, messages: list[Message], tools: Tools, trace: bool) -> Exception | None:
+    async def _stream(
+        self, incoming: Incoming, messages: list[Message], tools: Tools, max_tokens: int, extra: dict[str, Any]
+    ) -> Exception | None:
         try:
             async with asyncio.timeout(self.http.timeout.read):  # of the whole answer
                 stream = await self.client.chat.completions.create(  # type: ignore[call-overload]
@@ -147,8 +170,8 @@ class Server:
                     tools=tools or None,
                     stream=True,
                     stream_options={"include_usage": True},
-                    extra_body=TRACE if trace else None,
-                    max_tokens=self.sampling.max_tokens,
+                    extra_body=extra or None,
+                    max_tokens=max_tokens,
                     temperature=self.sampling.temperature,
                 )
                 async for chunk in stream:

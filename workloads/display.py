@@ -71,9 +71,20 @@ def notes(figures: Mapping[str, Any], turns: Sequence[Turn]) -> list[str]:
     missing = [turn.missing for turn in turns if turn.missing is not None]
     if missing:
         said.append(f"no speculation figures of {len(missing)} turns (the first: {missing[0]})")
+    if figures["length_only"]:
+        said.append(length_only(figures))
     if figures["divergences"]:
         said.append(f"live history: {figures['divergences']} replies make another number of calls than recorded")
     return said
+
+
+def length_only(figures: Mapping[str, Any]) -> str:
+    """What the acceptance length is of, where prompts were made up."""
+    made_up, others = figures["length_only"], figures["turns"] - figures["length_only"]
+    said = f"the prompts of {made_up} turns were made up from lengths and say nothing of acceptance: AL is "
+    if figures["acceptance_length"] is None:
+        return said + "n/a" + (f", as the other {others} turns have no speculation figures" if others else "")
+    return said + f"that of the other {others} turns, and other totals are those of all"
 
 
 def details(figures: Mapping[str, Any]) -> list[Table]:

@@ -71,6 +71,14 @@ def depth_label(depth: int) -> str:
     return depth_labels()[sum(depth > last for last in DEPTHS)]
 
 
+def acceptance_length(turns: Sequence[Turn]) -> float | None:
+    """Of the turns that have figures; None where none has."""
+    known = [turn.speculation for turn in turns if turn.speculation is not None]
+    rounds = sum(each.rounds for each in known)
+    accepted = sum(sum(each.accepted_by_drafter.values()) for each in known)
+    return round(1 + accepted / rounds, 3) if rounds else None
+
+
 def speculation(turns: Sequence[Turn], totals: Totals | None) -> dict[str, Any]:
     """AL by drafter, span, context kind and tool, of the turns that have figures; by drafter else of the totals."""
     known = [turn.speculation for turn in turns if turn.speculation is not None]

@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from workloads.charts import Bar, Panel, bars, number, panel
+from workloads.display import length_only
 from workloads.figures import depth_labels
 from workloads.results import Arguments, Result, ResultError, View, read
 
@@ -93,6 +94,8 @@ def warnings(results: Mapping[str, Result]) -> list[str]:
         figures = result.figures
         if figures["ending"] != "complete":
             said.append(f"{label}: {figures['ending']}; {figures['not_asked']} turns were not asked")
+        if figures["length_only"]:
+            said.append(f"{label}: {length_only(figures)}")
         if figures["failed"]:
             said.append(f"{label}: {figures['failed']} turns failed")
         baseline = figures["acceptance_length"] == 1 and len(results) > 1  # decoding token by token, to compare with

@@ -32,6 +32,7 @@ from workloads.provenance import provenance
 from workloads.report import TABLE_WIDTH, Report, Turn, merge, table
 from workloads.runner import Settings, replay_async
 from workloads.schema import Session, TraceError
+from workloads.synthetic import reply_tokens
 
 __all__ = ["TABLE_WIDTH", "Report", "merge", "replay", "table"]
 
@@ -107,6 +108,13 @@ def check(sessions: Sequence[Session], settings: Settings) -> None:
     untimed, outputs = pacing.untimed_outputs(sessions)
     if settings.tool_scale and outputs and untimed == outputs:
         raise ValueError("--tool-time: no tool output of the traces has a tool_duration_s; give zero")
+    lengths = [reply_tokens(session, index) or 0 for session in sessions for index in session.turns]
+    if cut := sum(length > settings.max_tokens for length in lengths):
+        print(
+            f"note: --max-tokens {settings.max_tokens}: {cut} replies of traces of lengths were longer, and end there; "
+            f"the longest has {max(lengths)} tokens",
+            file=sys.stderr,
+        )
     if settings.tool_scale and untimed:
         print(f"note: {untimed} of {outputs} tool outputs have no tool_duration_s; they take no time", file=sys.stderr)
 

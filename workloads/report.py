@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from workloads.figures import by_depth, latencies, percentiles, speculation
+from workloads.figures import acceptance_length, by_depth, latencies, percentiles, speculation
 from workloads.slo import Limits, goodput
 from workloads.speculation import RequestFigures
 
@@ -39,6 +39,7 @@ class Turn:
     retries: int = 0  # after connections that failed before anything had come
     speculation: RequestFigures | None = None
     missing: str | None = None  # why a WhiFlash server gave no speculation figures
+    length_only: bool = False  # its prompt was made up, so that it says nothing of acceptance
 
 
 Ending = Literal["complete", "interrupted", "server gone"]
@@ -82,12 +83,22 @@ class Report:
             "cut_prompts": sum(turn.cut_turns > 0 for turn in self.turns),
             "shortened_prompts": sum(turn.shortened for turn in self.turns),
             "divergences": self.divergences,
+            "length_only": sum(turn.length_only for turn in self.turns),
             **{name: value for part in times for name, value in part.items()},
             "goodput": goodput(self.turns, self.wall_s, self.limits) if self.limits else None,
             **self._speculation(),
             "by_depth": by_depth(done),
-            "speculation": speculation(done, self.totals),
+            **self._acceptance(done),
         }
+
+    def _acceptance(self, done: Sequence[Turn]) -> dict[str, Any]:
+        """Acceptance lengths of turns with texts: the server's counters do not tell these from length-only turns."""
+        if not any(turn.length_only for turn in self.turns):
+            return {"speculation": speculation(done, self.totals)}
+        found = {"speculation": speculation(done, None)}
+        if self.totals is None and not self.speculates and not all(turn.length_only for turn in self.turns):
+            return found  # each token a round of its own, in whatever turn
+        return found | {"acceptance_length": acceptance_length(done)}
 
     def _speculation(self) -> dict[str, Any]:
         """Figures of the server's counters. `host_share` is the time outside steps that run a model."""

@@ -23,6 +23,7 @@ from workloads.schema import Session
 from workloads.slo import Limits
 from workloads.speculation import RequestFigures
 from workloads.streaming import Times
+from workloads.synthetic import SAMPLE_WORDS, reply_tokens, sample, with_prompts
 
 MAX_TOKENS = 256
 TIMEOUT_SECONDS = 600.0
@@ -105,6 +106,7 @@ async def replay_async(
 
     Raises ServerUnreachable if nobody answers at the start, ValueError for what server or traces cannot meet.
     """
+    check_history(sessions, settings.live)
     counted = sessions[settings.warm_up :]
     ledger = Ledger(label, settings, {number: len(session.turns) for number, session in enumerate(counted)})
     work = asyncio.create_task(_replay(sessions, base_url, ledger, progress))
@@ -123,12 +125,14 @@ async def replay_async(
 
 async def _replay(sessions: Sequence[Session], base_url: str, ledger: Ledger, progress: Progress | None) -> None:
     settings = ledger.settings
-    warm_up, counted = sessions[: settings.warm_up], sessions[settings.warm_up :]
-    starts = settings.arrivals.starts(counted, settings.seed) if settings.arrivals else None
+    timed = sessions[settings.warm_up :]
+    starts = settings.arrivals.starts(timed, settings.seed) if settings.arrivals else None
     async with httpx.AsyncClient(base_url=base_url, timeout=settings.timeout_s) as http:
         sampling = Sampling(settings.max_tokens, settings.temperature)
         server = await Server.connect(http, base_url, settings.retries, sampling)
         async with server.client:
+            sessions = await with_texts(server, sessions)
+            warm_up, counted = sessions[: settings.warm_up], sessions[settings.warm_up :]
             try:
                 await closed_loop(warm_up, settings.concurrency, Player(server, settings, {}, set()).play)
                 # Asks the server for the tokens of long prompts: before the clock.
@@ -175,6 +179,24 @@ async def open_loop(sessions: Sequence[Session], starts: Sequence[float], play: 
             group.create_task(play(number, sessions[number]))
 
 
+def check_history(sessions: Sequence[Session], live: bool) -> None:
+    """Raises ValueError where replies are not recorded that a forced history would hold."""
+    needs = next((session for session in sessions if session.needs_live_history), None)
+    if needs is not None and not live:
+        raise ValueError(
+            f"--history forced: session `{needs.session_id}` has replies in its history that were not recorded; "
+            "give --history live"
+        )
+
+
+async def with_texts(server: Server, sessions: Sequence[Session]) -> Sequence[Session]:
+    """The sessions, with prompts for those of which only lengths are known. Before the clock: long ones take time."""
+    if not any(session.length_only for session in sessions):
+        return sessions
+    tokens_per_word = await server.num_tokens(sample()) / SAMPLE_WORDS
+    return [with_prompts(session, tokens_per_word) if session.length_only else session for session in sessions]
+
+
 async def plan(server: Server, session: Session, settings: Settings) -> Plan:
     """The prompts, by message index, that have to be cut to the server's context, or why they cannot."""
     history, plan = History(session, settings.marker), Plan()
@@ -186,8 +208,9 @@ async def plan(server: Server, session: Session, settings: Settings) -> Plan:
 
 
 def first_turns(sessions: Sequence[Session], count: int) -> set[tuple[int, int]]:
-    """The first `count` turns as (number of the session, message index)."""
-    found = ((number, index) for number, session in enumerate(sessions) for index in session.turns)
+    """The first `count` turns that have a text of their own, as (number of the session, message index)."""
+    texts = ((number, session) for number, session in enumerate(sessions) if not session.length_only)
+    found = ((number, index) for number, session in texts for index in session.turns)
     return {place for place, _ in zip(found, range(count), strict=False)}
 
 
@@ -212,8 +235,9 @@ class Player:
             if isinstance(prompt, Exception):
                 self.note(_turn(number, session, index, depth, Prompt([], 0, False), None, prompt))
                 continue
-            answer = await self.server.ask(prompt.messages, session.tools, trace=(number, index) in self.traced)
-            figures = await self.figures(answer)
+            traced, length = (number, index) in self.traced, reply_tokens(session, index)
+            answer = await self.server.ask(prompt.messages, session.tools, traced, length)
+            figures = None if session.length_only else await self.figures(answer)
             self.note(_turn(number, session, index, depth, prompt, answer, answer.error, figures))
             if answer.error is None:
                 history.answer(index, answer.incoming.reply())
@@ -274,4 +298,5 @@ def _turn(
         retries=answer.retries if answer else 0,
         speculation=figures if isinstance(figures, RequestFigures) else None,
         missing=figures if isinstance(figures, str) else None,
+        length_only=session.length_only,
     )

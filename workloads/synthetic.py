@@ -7,16 +7,16 @@ A prompt is a row of short common words. The words of a block depend on its hash
 begin with the same ids begin with the same text, and a server finds that prefix in its cache. What lies behind the
 hashed blocks depends on `name`, which no two prompts should share.
 
-How many tokens a word has depends on the tokenizer under test, most often one. To meet the recorded lengths, have the
-server count the tokens of `sample()` and divide by its words. What a chat template adds comes on top. Replayed texts of
-this kind measure cache and latency only: they say nothing of acceptance (`Session.length_only`).
+How many tokens a word has depends on the tokenizer under test, most often one. To meet the recorded lengths, the replay
+has the server count the tokens of `sample()` and divides by its words. What a chat template adds comes on top. Replayed
+texts of this kind measure cache and latency only: they say nothing of acceptance (`Session.length_only`).
 """
 
 from __future__ import annotations
 
 import random
 
-from workloads.schema import Lengths, Message, Session, UserMessage
+from workloads.schema import AssistantMessage, Lengths, Message, Session, UserMessage
 
 WORDS = (
     "the of and to in a is that for it was on are as with his they at be this from have or by one had not but what "
@@ -54,6 +54,13 @@ def with_prompts(session: Session, tokens_per_word: float = 1.0) -> Session:
 def sample() -> str:
     """A text of `SAMPLE_WORDS` words like those of the prompts, for counting tokens."""
     return " ".join(_words("sample", SAMPLE_WORDS))
+
+
+def reply_tokens(session: Session, index: int) -> int | None:
+    """How many tokens the reply at message `index` has to have; None where it ends by itself."""
+    message = session.messages[index]
+    recorded = message.output_tokens if isinstance(message, AssistantMessage) and session.length_only else None
+    return None if recorded is None else max(1, recorded)  # no server replies in none
 
 
 def words_of(tokens: int, tokens_per_word: float) -> int:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.chat_upstream import ChatUpstream
+from tests.stub_server import StubServer
 from workloads.loaders import load_traces
 from workloads.replay import replay
 from workloads.schema import Lengths
-from workloads.synthetic import SAMPLE_WORDS, sample, synthetic_prompt, with_prompts
+from workloads.synthetic import SAMPLE_WORDS, sample, synthetic_prompt
 
 
 def words(tokens: int, *hash_ids: int, name: str = "a", tokens_per_word: float = 1.0) -> list[str]:
@@ -74,11 +74,11 @@ def test_a_trace_of_lengths_can_be_replayed(tmp_path: Path) -> None:
         {"timestamp": 5, "input_length": 700, "hash_ids": [1, 3]},
     ]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    loaded = [with_prompts(session) for session in load_traces([tmp_path / "m.jsonl"]).sessions]
+    loaded = load_traces([tmp_path / "m.jsonl"]).sessions
     assert all(session.length_only for session in loaded)
-    with ChatUpstream() as server:
-        assert [turn.error for turn in replay(loaded, server.url).turns] == [None, None]
-    prompts = [body["messages"][0]["content"].split() for body in server.bodies]
-    assert [list(body["messages"][0]) for body in server.bodies] == [["role", "content"]] * 2
+    with StubServer() as server:
+        assert [turn.error for turn in replay(loaded, server.base_url).turns] == [None, None]
+    prompts = [body["messages"][0]["content"].split() for body in server.requests]
+    assert [list(body["messages"][0]) for body in server.requests] == [["role", "content"]] * 2
     assert [len(prompt) for prompt in prompts] == [600, 700]
     assert 512 <= shared(*prompts) <= 515
