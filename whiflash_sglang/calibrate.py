@@ -1,7 +1,7 @@
 """Find what the routers should decide by, for these models on this machine.
 
-    python -m whiflash_sglang.calibrate --demo --data DIR --out calibration.json [--neural-router PATH] [-- SERVER
-    FLAGS] python -m whiflash_sglang.calibrate --demo --traces TRACE... --out calibration.json
+    python -m whiflash_sglang.calibrate --demo --data DIR --out FILE [--neural-router PATH] [-- SERVER FLAGS]
+    python -m whiflash_sglang.calibrate --demo --traces TRACE... --out FILE
 
 From 32 to 64 sessions (`--traces`, or `--data` that `training.collect_router_data` collected): what EAGLE-3 accepts
 more than DFlash at which entropy; and with the costs of a round, which a server measures when it starts, the entropy
@@ -96,6 +96,9 @@ def measured_costs(
 
 def load_data(args: argparse.Namespace, paths: ModelPaths) -> RouterData:
     """The given data, or what the given traces yield."""
+    if args.sessions < MIN_SESSIONS:
+        problem = f"at least {MIN_SESSIONS} are needed to calibrate"
+        raise ConfigError("--sessions", args.sessions, problem, "give e.g. 64")
     if (args.data is None) == (args.traces is None):
         raise ConfigError("--data", args.data, "give either --data or --traces", "drop or add one of them")
     folder = args.data
@@ -106,10 +109,10 @@ def load_data(args: argparse.Namespace, paths: ModelPaths) -> RouterData:
         collect_router_data.main([*models, *traces, "--out", str(folder), "--device", str(args.device)])
     data = load_router_data(folder)
     paths.identity().check("--data", folder, data.manifest["models"])
-    if len(data.sessions) < MIN_SESSIONS:
-        problem = f"{len(data.sessions)} sessions, and at least {MIN_SESSIONS} are needed to calibrate"
-        raise ConfigError("--traces" if args.data is None else "--data", None, problem, "give more sessions")
     kept = set(data.sessions[-args.sessions :])  # the last ones: a router may have been trained on the first
+    if len(kept) < MIN_SESSIONS:
+        problem = f"{len(kept)} sessions, and at least {MIN_SESSIONS} are needed to calibrate"
+        raise ConfigError("--traces" if args.data is None else "--data", None, problem, "give more sessions")
     return RouterData(data.manifest, [record for record in data.records if record.session in kept])
 
 

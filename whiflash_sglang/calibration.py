@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -54,6 +55,9 @@ def load_calibration(path: str, identity: Identity) -> Calibration:
     except (KeyError, TypeError, ValueError) as error:
         problem = f"has a missing or ill-typed field ({type(error).__name__}: {error})"
         raise CheckpointError(FLAG_CALIBRATION, file, problem, "make it anew") from error
+    numbers = (*calibration.acceptance_length.values(), calibration.entropy_threshold, *calibration.edges)
+    if not all(map(math.isfinite, (*numbers, *calibration.gains, calibration.neural_threshold or 0.0))):
+        raise CheckpointError(FLAG_CALIBRATION, file, "holds NaN or infinite values", "make it anew")
     if len(calibration.gains) != len(calibration.edges) + 1 or any(a >= b for a, b in pairwise(calibration.edges)):
         problem = "`entropy` needs ascending edges and one more gain than edges"
         raise CheckpointError(FLAG_CALIBRATION, file, problem, "make it anew")

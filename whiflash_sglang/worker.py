@@ -200,6 +200,7 @@ class WhiFlashWorker(BaseSpecWorker):
                 rows = self.totals.ledger.stand(rows)
                 signals = self.totals.ledger.signals(rows, self.round.router)
             result = self.round.run(rows)
+            result.accepted.num_committed.tolist()  # the round has ended when the device has
         with self.totals.timed("route"):
             self.round.router.learn(rows, result, 1000 * (time.perf_counter() - began))
         self.totals.count(rows, result, signals)

@@ -38,6 +38,7 @@ def test_what_is_saved_is_loaded(file: Path) -> None:
         ({"entropy": {"threshold": 0.1, "edges": [0.5, 0.1], "gains": [1.0, 2.0, 3.0]}}, "ascending edges"),
         ({"entropy": {"threshold": "low", "edges": [], "gains": [1.0]}}, "ill-typed"),
         ({"entropy": None}, "ill-typed"),
+        ({"entropy": {"threshold": 0.1, "edges": [0.1], "gains": [1.0, float("nan")]}}, "holds NaN"),
         ({"acceptance_length": {"df": 1.0}}, "missing or ill-typed field"),
         ({"models": {**identity().to_json(), "target": "other"}}, "made for another target"),
         ({"models": None}, "`models` must have exactly"),

@@ -98,6 +98,15 @@ def test_a_prior_is_added_to_the_gain(gain: float, prior: float, drafter: str) -
     assert chosen(router([gain]).route(asking)) == {drafter: [0]}
 
 
+def test_a_prior_is_no_evidence() -> None:
+    """What one client wishes for must not change what the server believes of everybody's drafts."""
+    decided = router([0.0], cost_table(none=100.0), base=5.0)
+    asking = rows(1)._replace(standings=(Standing("answer", "user", None, 16.0, "auto"),))
+    for _ in range(800):
+        decided.learn(asking, result(decided.route(asking), [5]), 12.0)
+    assert decided.base == pytest.approx(5.0)
+
+
 def test_the_base_is_learned_from_rounds_of_either_drafter() -> None:
     """A round of e3 tells what df would have made of it, by the gain that was expected: 7 - 3."""
     for gain, committed in ((3.0, 7), (-3.0, 4)):

@@ -34,9 +34,9 @@ class CostAwareRouter(Router):
     def __init__(self, gain: Score, costs: RoundCosts, base: float):
         self.gain = gain
         self.costs = costs
-        self.base = base  # acceptance length of df; kept current by what rounds of either drafter yield
+        self.base = max(1.0, base)  # acceptance length of df; kept current by what rounds of either drafter yield
         # Running means over rounds, a row: tokens, and what the best single choice would have made of the same time.
-        self.tokens, self.par = base, base
+        self.tokens, self.par = self.base, self.base
         self.without_drafts: Counter[int] = Counter()  # by number of rows: rounds since the last one with drafts
         self.is_trying = False  # whether the round in flight drafts only to see whether that pays again
         self.gains: list[float] = []  # of the rows of the round in flight
@@ -45,14 +45,14 @@ class CostAwareRouter(Router):
         self.known: dict[tuple[int, int, int], tuple[list[float], float]] = {}  # see `worths`; until it learns again
 
     def route(self, rows: Rows) -> Plan:
-        self.gains = self.gain.read(rows.slots).tolist()
-        if (prior := priors(rows)) is not None:
-            self.gains = [gain + more for gain, more in zip(self.gains, prior, strict=True)]
-        drafted = list(range(len(self.gains)))
+        self.gains = gains = self.gain.read(rows.slots).tolist()
+        if (prior := priors(rows)) is not None:  # a wish, and no evidence: nothing is learned from it
+            gains = [gain + more for gain, more in zip(gains, prior, strict=True)]
+        drafted = list(range(len(gains)))
         if rows.draftable is not None:
             drafted = [row for row, may in enumerate(rows.draftable.tolist()) if may]
-        ranked = sorted(drafted, key=self.gains.__getitem__, reverse=True)
-        num_e3 = self.best_split([self.gains[row] for row in ranked], len(self.gains), mean(rows.prefix_lens.tolist()))
+        ranked = sorted(drafted, key=gains.__getitem__, reverse=True)
+        num_e3 = self.best_split([gains[row] for row in ranked], len(gains), mean(rows.prefix_lens.tolist()))
         if num_e3 is None:
             return {}
         if num_e3 in (0, len(ranked)):
@@ -74,6 +74,7 @@ class CostAwareRouter(Router):
 
         Of `num_rows` rows, those beyond `gains` may not be drafted for.
         """
+        self.is_trying = False
         if not gains:
             return None
         worths, without = self.worths(len(gains), num_rows, context)
@@ -82,7 +83,6 @@ class CostAwareRouter(Router):
             gained += gain
             if gained + worths[num_e3] > best_worth:
                 best, best_worth = num_e3, gained + worths[num_e3]
-        self.is_trying = False
         if without <= best_worth:
             self.without_drafts[num_rows] = 0
             return best
@@ -131,15 +131,16 @@ class CostAwareRouter(Router):
         context = mean(rows.prefix_lens.tolist())
         self.costs.observe(counts, num_rows, context, ms)
         committed = result.accepted.num_committed.tolist()
-        self.tokens = running(self.tokens, sum(committed) / num_rows)
-        self.par = running(self.par, self.best_single(num_rows, context) * ms / num_rows)
+        if not self.is_trying:
+            self.tokens = running(self.tokens, sum(committed) / num_rows)
+            self.par = running(self.par, self.best_single(num_rows, context) * ms / num_rows)
         as_df = [
             committed[row] - (self.gains[row] if name == "e3" else 0.0)
             for name, index in result.plan.items()
             for row in index.tolist()
         ]
         if as_df:
-            self.base = running(self.base, sum(as_df) / len(as_df))
+            self.base = max(1.0, running(self.base, sum(as_df) / len(as_df)))
 
 
 def running(mean_so_far: float, value: float) -> float:

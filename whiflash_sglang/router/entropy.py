@@ -49,7 +49,7 @@ class EntropyGain(EntropyScore):
         self.edges, self.gains = self.edges.to(logits.device), self.gains.to(logits.device)
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:
-        return self.gains.index_select(0, torch.bucketize(super().read(slots), self.edges))
+        return self.gains.index_select(0, torch.bucketize(super().read(slots), self.edges, right=True))
 
     def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
         return {**super().signals(slots), "score": self.read(slots)}

@@ -72,9 +72,8 @@ def paths_of(args: argparse.Namespace) -> ModelPaths:
 
 
 def load_models(paths: ModelPaths, device: torch.device) -> Models:
-    """All three, frozen. On a CPU in float32, elsewhere the target as its checkpoint is stored."""
-    dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
-    target = AutoModelForCausalLM.from_pretrained(paths.target, dtype=dtype).to(device).eval()
+    """All three, frozen, in float32 as the drafters are."""
+    target = AutoModelForCausalLM.from_pretrained(paths.target, dtype=torch.float32).to(device).eval()
     return Models(
         target.requires_grad_(False),
         AutoTokenizer.from_pretrained(paths.target),

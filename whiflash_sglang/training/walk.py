@@ -76,7 +76,8 @@ def oracle(records: Sequence[Record], ms: Mapping[str, float]) -> np.ndarray:
 
 
 def ceiling(records: Sequence[Record], ms: Mapping[str, float]) -> np.ndarray:
-    """The choice [all positions] with which a reply takes the least time of all: what no router can do better than.
+    """The choice [all positions] with which a reply takes the least time of all: what no choice between two drafters
+    beats.
 
     The oracle looks one round ahead; this knows, from the end backwards, where a round leaves the next one to begin.
     """
