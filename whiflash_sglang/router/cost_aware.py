@@ -1,7 +1,7 @@
 """Objective `tokens_per_ms`: the plan of the whole batch that is expected to yield most, at what it costs.
 
 A round of expected yield A (tokens, over its rows) and time T is worth A - rate * T tokens, where `rate` is what this
-server makes of a millisecond at this batch size: time that a round takes is time in which other rounds would have
+server makes of a millisecond with such batches: time that a round takes is time in which other rounds would have
 yielded. Choosing the round of the highest worth each time maximises tokens per millisecond in the long run (the
 renewal-reward argument; the rate is that of the rounds that were chosen, so it settles at the best one). With one row
 it says: `e3` drafts if it is expected to gain more than rate * (its round's time - the other's).

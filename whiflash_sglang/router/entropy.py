@@ -28,7 +28,7 @@ class EntropyScore:
         return self.values.index_select(0, slots)
 
     def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"entropy": self.values.index_select(0, slots)}
+        return {"entropy": EntropyScore.read(self, slots)}
 
 
 class EntropyGain(EntropyScore):

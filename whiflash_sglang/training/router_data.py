@@ -2,9 +2,9 @@
 
 A folder with `manifest.json` and shards, each of the replies to some of the sessions in order:
 
-    shard-00000.safetensors     hidden [n, hidden] float16, entropy [n] float32, span, df, e3 [n] uint8, over all
-    replies;
-                                in its metadata, for each reply: session, message, start, length, context_kind, tool
+    shard-00000.safetensors    hidden [n, hidden] float16, entropy [n] float32, span, df, e3 [n] uint8, over all replies
+                               one after the other; in its metadata, for each reply: session, message, start, length,
+                               context_kind, tool
 
 `replies.Positions` says what each is. A shard is written whole or not at all, so that a run that was interrupted goes
 on with the shards that are missing.
