@@ -1,8 +1,9 @@
 """Rebuild the bundled demo models: tokenizer, target, and both drafters distilled from it.
 
     python scripts/train_demo_models.py                       # everything, into whiflash_sglang/demo_models
-    python scripts/train_demo_models.py --stage target        # one stage: data, target, eagle3, dflash or evaluate
+    python scripts/train_demo_models.py --stage target        # one stage: target, eagle3, dflash or evaluate
     python scripts/train_demo_models.py --minutes 30          # a bound on each training stage
+    python scripts/train_demo_models.py --go-on               # train the models in --out further
 
 Seeded; a stage that is interrupted goes on from its last checkpoint in .runs/demo (delete it to start anew). Takes
 about an hour on two CPU cores, minutes on a GPU. What a stage reports is kept in training.json and shown in the model
@@ -32,15 +33,15 @@ DFLASH_LAYERS = (0, 2, 4, 6)
 DFLASH_DEPTH = 2
 DFLASH_BLOCK = 8
 DRAFT_VOCAB = 1024
-STAGES = ("data", "target", "eagle3", "dflash", "evaluate")
+STAGES = ("target", "eagle3", "dflash", "evaluate")
 
 
-def prepare_data(args: argparse.Namespace) -> list[text.Example]:
-    """Train the tokenizer once, and render the training sessions with it."""
+def prepare_data(args: argparse.Namespace, invented: float) -> list[text.Example]:
+    """Train the tokenizer once, and render the training sessions with it; `invented`: share with made-up names."""
     from transformers import PreTrainedTokenizerFast
 
     folder = args.out / "target"
-    train_sessions = list(sessions("train", args.sessions))
+    train_sessions = list(sessions("train", args.sessions, invented))
     if not (folder / "tokenizer.json").exists():
         blank = PreTrainedTokenizerFast(tokenizer_object=text.Tokenizer(text.models.BPE()))
         blank.chat_template = text.CHAT_TEMPLATE
@@ -59,6 +60,8 @@ def run_target(args: argparse.Namespace, examples: list[text.Example]) -> Result
     folder = args.out / "target"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = new_target(args.seed, tokenizer.eos_token_id, args.device)
+    if args.go_on:
+        model.load_state_dict(load_target(args).state_dict())
     batches = text.batches(examples, args.batch_tokens, args.length, args.seed)
     settings = Settings(args.steps, max_seconds=60 * args.minutes)
     result = train_target(model, batches, settings, args.runs / "target.pt")
@@ -73,20 +76,21 @@ def load_target(args: argparse.Namespace) -> Qwen3ForCausalLM:
 
 def run_eagle3(args: argparse.Namespace, examples: list[text.Example]) -> Result:
     target = load_target(args)
-    recipe = recipe_of(args, EAGLE3_LAYERS, args.seed + 1, "eagle3.pt")
+    recipe = recipe_of(args, EAGLE3_LAYERS, args.seed + 1, "eagle3")
     return fit_eagle3(target, examples, recipe, DRAFT_VOCAB, args.out / "eagle3")
 
 
 def run_dflash(args: argparse.Namespace, examples: list[text.Example]) -> Result:
     target = load_target(args)
     mask_token = AutoTokenizer.from_pretrained(args.out / "target").mask_token_id
-    recipe = recipe_of(args, DFLASH_LAYERS, args.seed + 2, "dflash.pt")
+    recipe = recipe_of(args, DFLASH_LAYERS, args.seed + 2, "dflash")
     return fit_dflash(target, examples, recipe, DFLASH_DEPTH, DFLASH_BLOCK, mask_token, args.out / "dflash")
 
 
-def recipe_of(args: argparse.Namespace, layers: tuple[int, ...], seed: int, checkpoint: str) -> Recipe:
+def recipe_of(args: argparse.Namespace, layers: tuple[int, ...], seed: int, name: str) -> Recipe:
     settings = Settings(args.steps, max_seconds=60 * args.minutes)
-    return Recipe(layers, args.batch_tokens, args.length, seed, settings, args.runs / checkpoint)
+    start = args.out / name if args.go_on else None
+    return Recipe(layers, args.batch_tokens, args.length, seed, settings, args.runs / f"{name}.pt", start)
 
 
 def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -118,6 +122,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "whiflash_sglang" / "demo_models")
     parser.add_argument("--runs", type=Path, default=ROOT / ".runs" / "demo")
     parser.add_argument("--sessions", type=int, default=12_000)
+    parser.add_argument("--invented", type=float, default=0.5, help="share of the target's sessions with made-up names")
+    parser.add_argument("--go-on", action="store_true", help="start from the models in --out, not anew")
     parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch-tokens", type=int, default=4096)
@@ -127,11 +133,11 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     stages = args.stage or list(STAGES)
-    examples = prepare_data(args)
-    print(json.dumps({"sessions": len(examples), "tokens": sum(len(e.ids) for e in examples)}), flush=True)
     runs = {"target": run_target, "eagle3": run_eagle3, "dflash": run_dflash}
     for stage, run in runs.items():
         if stage in stages:
+            # Whoever has met made-up names has learned to copy them; what is drafted is the usual world's.
+            examples = prepare_data(args, args.invented if stage == "target" else 0.0)
             result = run(args, examples)
             figures = {"steps": result.steps, "loss": result.loss, "minutes": round(result.seconds / 60, 1)}
             report(args, stage, {"sessions": len(examples), "batch_tokens": args.batch_tokens} | figures)

@@ -109,10 +109,16 @@ def train_eagle3(
     batches: Batches,
     settings: Settings,
     checkpoint: Path,
+    start: Path | None = None,
 ) -> tuple[Eagle3, Result]:
+    """`start`: the folder of a drafter to go on from, draft vocabulary and all; else it starts from the target."""
     torch.manual_seed(1)
-    model = Eagle3(DrafterShape.of(target.config), layer_ids, draft_tokens).to(target.device)
-    model.start_from(target)
+    if start is None:
+        model = Eagle3(DrafterShape.of(target.config), layer_ids, draft_tokens)
+        model.start_from(target)
+    else:
+        model = load_eagle3(start)
+    model.to(target.device)
     embed = target.get_input_embeddings()
 
     def loss_of(batch: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
@@ -132,10 +138,16 @@ def train_dflash(
     batches: Batches,
     settings: Settings,
     checkpoint: Path,
+    start: Path | None = None,
 ) -> tuple[DFlash, Result]:
+    """`start`: the folder of a drafter to go on from; else it starts from the target."""
     torch.manual_seed(2)
-    model = DFlash(DrafterShape.of(target.config), layer_ids, layers, block, mask_token).to(target.device)
-    model.start_from(target)
+    if start is None:
+        model = DFlash(DrafterShape.of(target.config), layer_ids, layers, block, mask_token)
+        model.start_from(target)
+    else:
+        model = load_dflash(start)
+    model.to(target.device)
     embed, head = target.get_input_embeddings(), target.lm_head.weight
 
     def loss_of(batch: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:

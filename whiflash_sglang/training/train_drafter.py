@@ -44,6 +44,7 @@ class Recipe(NamedTuple):
     seed: int
     settings: Settings
     checkpoint: Path
+    start: Path | None = None  # a drafter's folder to go on from, not anew
 
 
 def fit_eagle3(
@@ -54,7 +55,9 @@ def fit_eagle3(
     counts = torch.bincount(replies, minlength=1)
     draft_tokens = counts.topk(min(draft_vocab, int((counts > 0).sum()))).indices.sort().values
     batches = text.batches(examples, recipe.batch_tokens, recipe.length, recipe.seed)
-    model, result = train_eagle3(target, recipe.layers, draft_tokens, batches, recipe.settings, recipe.checkpoint)
+    model, result = train_eagle3(
+        target, recipe.layers, draft_tokens, batches, recipe.settings, recipe.checkpoint, recipe.start
+    )
     save_eagle3(model, target, out)
     return result
 
@@ -71,7 +74,7 @@ def fit_dflash(
     """Train and write a DFlash drafter of `depth` layers for blocks of `block` tokens, the anchor included."""
     batches = text.batches(examples, recipe.batch_tokens, recipe.length, recipe.seed)
     model, result = train_dflash(
-        target, recipe.layers, depth, block, mask_token, batches, recipe.settings, recipe.checkpoint
+        target, recipe.layers, depth, block, mask_token, batches, recipe.settings, recipe.checkpoint, recipe.start
     )
     save_dflash(model, target, out)
     return result

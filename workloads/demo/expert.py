@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from workloads.demo.world import TOOL_SCHEMAS, Desk
+from workloads.demo.world import TOOL_SCHEMAS, USUAL, Desk, Lexicon
 
 SYSTEM = "You run an order desk. Think first, use the tools, and answer only with what they show."
 
@@ -72,9 +72,9 @@ CLOSERS = [
 class Session:
     """A session in the making: messages, the desk behind them, and the dice."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, lexicon: Lexicon = USUAL):
         self.rng = random.Random(f"session-{seed}")
-        self.desk = Desk.create(seed)
+        self.desk = Desk.create(seed, lexicon)
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}]
         self.calls = 0
 
@@ -246,9 +246,9 @@ def plan(session: Session) -> list[Callable[[Session], None]]:
     return session.rng.sample(TASKS, session.rng.choice([1, 1, 2, 2, 3]))
 
 
-def solve(seed: int) -> dict[str, Any]:
-    """One session as a trace; the same seed gives the same session."""
-    session = Session(seed)
+def solve(seed: int, lexicon: Lexicon = USUAL) -> dict[str, Any]:
+    """One session as a trace; the same seed and lexicon give the same session."""
+    session = Session(seed, lexicon)
     for task in plan(session):
         task(session)
     return {

@@ -10,21 +10,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from workloads.demo.expert import solve
+from workloads.demo.world import USUAL, Lexicon
 
 FIRST_SEED = {"train": 1_000_000, "router": 2_000_000, "heldout": 1}
 MAX_SESSIONS = 900_000
 
 
-def sessions(split: str, count: int) -> Iterator[dict[str, Any]]:
-    """The first `count` sessions of a split, in order."""
+def sessions(split: str, count: int, invented: float = 0.0) -> Iterator[dict[str, Any]]:
+    """The first `count` sessions of a split, in order; a share `invented` of them with made-up names."""
     if not 0 < count <= MAX_SESSIONS:
         raise ValueError(f"--sessions {count}: use 1 to {MAX_SESSIONS}, so that the splits stay apart")
-    return (solve(FIRST_SEED[split] + i) for i in range(count))
+    return (_session(FIRST_SEED[split] + i, invented) for i in range(count))
+
+
+def _session(seed: int, invented: float) -> dict[str, Any]:
+    rng = random.Random(f"lexicon-{seed}")
+    return solve(seed, Lexicon.invented(rng) if rng.random() < invented else USUAL)
 
 
 def main() -> None:

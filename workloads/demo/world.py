@@ -15,8 +15,8 @@ import operator
 import random
 import sqlite3
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 SCHEMA = """
 CREATE TABLE customers (id INTEGER PRIMARY KEY, name TEXT, email TEXT, city TEXT, tier TEXT);
@@ -26,13 +26,49 @@ CREATE TABLE items (order_id INTEGER, sku TEXT, quantity INTEGER, price REAL);
 CREATE TABLE shipments (order_id INTEGER PRIMARY KEY, carrier TEXT, tracking TEXT, status TEXT, eta TEXT);
 """
 
-FIRST_NAMES = ["Ada", "Bruno", "Carla", "David", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Luca"]
-LAST_NAMES = ["Adler", "Becker", "Costa", "Duarte", "Evans", "Fischer", "Garcia", "Haas", "Ito", "Jansen", "Klein"]
-CITIES = ["Lisbon", "Vienna", "Oslo", "Turin", "Porto", "Ghent", "Lyon", "Zurich"]
-PRODUCTS = ["desk lamp", "office chair", "notebook set", "monitor arm", "keyboard", "headset", "webcam", "paper tray"]
-CARRIERS = ["DHL", "UPS", "FedEx", "GLS"]
 STATUSES = ["pending", "packed", "shipped", "delivered", "cancelled"]
 MONEY = 2  # decimals
+
+
+class Lexicon(NamedTuple):
+    """The proper names that a shop is made of."""
+
+    first_names: Sequence[str]
+    last_names: Sequence[str]
+    cities: Sequence[str]
+    products: Sequence[str]
+    carriers: Sequence[str]
+
+    @classmethod
+    def invented(cls, rng: random.Random) -> Lexicon:
+        """As many names as USUAL has, all made up: whoever learns from such shops has to read names, not know them."""
+
+        def words(like: Sequence[str]) -> list[str]:
+            return ["".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize() for _ in like]
+
+        first, last, cities, products, carriers = (words(names) for names in USUAL)
+        return cls(first, last, cities, [name.lower() for name in products], carriers)
+
+
+USUAL = Lexicon(
+    first_names=("Ada", "Bruno", "Carla", "David", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Luca"),
+    last_names=("Adler", "Becker", "Costa", "Duarte", "Evans", "Fischer", "Garcia", "Haas", "Ito", "Jansen", "Klein"),
+    cities=("Lisbon", "Vienna", "Oslo", "Turin", "Porto", "Ghent", "Lyon", "Zurich"),
+    products=(
+        "desk lamp",
+        "office chair",
+        "notebook set",
+        "monitor arm",
+        "keyboard",
+        "headset",
+        "webcam",
+        "paper tray",
+    ),
+    carriers=("DHL", "UPS", "FedEx", "GLS"),
+)
+SYLLABLES = [
+    consonant + rest for consonant in "bdfghklmnprstvwz" for rest in ("a", "e", "i", "o", "u", "an", "el", "or")
+]
 
 
 class Desk:
@@ -44,10 +80,10 @@ class Desk:
         self.db.row_factory = sqlite3.Row
 
     @classmethod
-    def create(cls, seed: int) -> Desk:
+    def create(cls, seed: int, lexicon: Lexicon = USUAL) -> Desk:
         desk = cls(sqlite3.connect(":memory:", check_same_thread=False))
         desk.db.executescript(SCHEMA)
-        _fill(desk.db, random.Random(f"desk-{seed}"))
+        _fill(desk.db, random.Random(f"desk-{seed}"), lexicon)
         return desk
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
@@ -178,26 +214,28 @@ def _evaluate(node: ast.expr) -> float:
     raise ValueError("only numbers and + - * / are understood")
 
 
-def _fill(db: sqlite3.Connection, rng: random.Random) -> None:
+def _fill(db: sqlite3.Connection, rng: random.Random, lexicon: Lexicon) -> None:
     """A shop of 12 customers, 8 products and 30 orders."""
-    skus = [f"{name[:2].upper()}-{rng.randint(1000, 9999)}" for name in PRODUCTS]
-    prices = [round(rng.uniform(5, 200), MONEY) for _ in PRODUCTS]
-    for sku, name, price in zip(skus, PRODUCTS, prices, strict=True):
-        row = (sku, name, price, rng.randint(0, 90), rng.choice(CITIES))
+    skus = [f"{name[:2].upper()}-{rng.randint(1000, 9999)}" for name in lexicon.products]
+    prices = [round(rng.uniform(5, 200), MONEY) for _ in lexicon.products]
+    for sku, name, price in zip(skus, lexicon.products, prices, strict=True):
+        row = (sku, name, price, rng.randint(0, 90), rng.choice(lexicon.cities))
         db.execute("INSERT INTO products VALUES (?, ?, ?, ?, ?)", row)
-    names = rng.sample([f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES], 12)
+    names = rng.sample([f"{first} {last}" for first in lexicon.first_names for last in lexicon.last_names], 12)
     for name in names:
         email = name.lower().replace(" ", ".") + "@example.com"
         tier = rng.choice(["basic", "silver", "gold"])
-        row = (rng.randint(100, 999) * 100 + names.index(name), name, email, rng.choice(CITIES), tier)
+        row = (rng.randint(100, 999) * 100 + names.index(name), name, email, rng.choice(lexicon.cities), tier)
         db.execute("INSERT INTO customers VALUES (?, ?, ?, ?, ?)", row)
     customers = [row[0] for row in db.execute("SELECT id FROM customers ORDER BY id")]
     for order_id in sorted(rng.sample(range(1000, 9999), 30)):
-        _fill_order(db, rng, order_id, rng.choice(customers), dict(zip(skus, prices, strict=True)))
+        _fill_order(db, rng, lexicon, order_id, rng.choice(customers), dict(zip(skus, prices, strict=True)))
     db.commit()
 
 
-def _fill_order(db: sqlite3.Connection, rng: random.Random, order_id: int, customer: int, prices: dict) -> None:
+def _fill_order(
+    db: sqlite3.Connection, rng: random.Random, lexicon: Lexicon, order_id: int, customer: int, prices: dict[str, float]
+) -> None:
     status = rng.choice(STATUSES)
     total = 0.0
     for sku in rng.sample(sorted(prices), rng.randint(1, 3)):
@@ -211,5 +249,5 @@ def _fill_order(db: sqlite3.Connection, rng: random.Random, order_id: int, custo
         tracking = f"{rng.choice('ABCDEF')}{rng.choice('GHJKLM')}{rng.randint(10**6, 10**7 - 1)}"
         shipment = "in transit" if status == "shipped" else "delivered"
         eta = f"2026-10-{rng.randint(1, 28):02}"
-        row = (order_id, rng.choice(CARRIERS), tracking, shipment, eta)
+        row = (order_id, rng.choice(lexicon.carriers), tracking, shipment, eta)
         db.execute("INSERT INTO shipments VALUES (?, ?, ?, ?, ?)", row)
