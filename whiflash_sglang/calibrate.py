@@ -6,8 +6,9 @@
 From 32 to 64 sessions (`--traces`, or `--data` that `training.collect_router_data` collected): what EAGLE-3 accepts
 more than DFlash at which entropy; and with the costs of a round, which a server measures when it starts, the entropy
 threshold and the neural router's threshold with the most tokens per millisecond. The server is started with the given
-models and the flags behind `--`, asked for its costs, and stopped. `--whiflash-calibration` takes the file. The last
-line is JSON.
+models and the flags behind `--`, asked for its costs, and stopped. `--whiflash-calibration` takes the file. With
+`--priors FILE` it also learns what to add to both routers' scores by context kind, span and tool, for
+`--whiflash-priors`. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from rich.table import Table
 from whiflash_sglang.calibration import Calibration, save_calibration
 from whiflash_sglang.config import FLAG_CALIBRATION, FLAG_OBJECTIVE, FLAG_ROUTER
 from whiflash_sglang.errors import ConfigError, WhiFlashError
+from whiflash_sglang.priors import save_priors
 from whiflash_sglang.router.artefact import load_router
 from whiflash_sglang.training import collect_router_data
+from whiflash_sglang.training.fit_priors import fit_priors
 from whiflash_sglang.training.models import ModelPaths, add_arguments, paths_of
 from whiflash_sglang.training.router_data import Record, RouterData, load_router_data
 from whiflash_sglang.training.walk import best_threshold, by_worth, gather, lengths_of, oracle, round_starts, walk
@@ -154,6 +157,10 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
         **provenance(),
     }
     save_calibration(args.out, calibration, paths.identity(), **about)
+    if args.priors is not None:
+        priors = {name: fit_priors(records, gain, ms) for name, gain in gain_of.items()}
+        about_priors = {"sessions": len(data.sessions), "round_ms": ms, **provenance()}
+        save_priors(args.priors, priors, paths.identity(), **about_priors)
     return {"out": str(args.out), "entropy_threshold": entropy_threshold, "neural_threshold": neural_threshold, **about}
 
 
@@ -176,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--traces", nargs="+", type=Path, metavar="TRACE")
     parser.add_argument("--data", type=Path, metavar="DIR", help="what collect_router_data wrote")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--priors", type=Path, metavar="FILE", help="learn priors too, into this file")
     parser.add_argument("--neural-router", metavar="PATH", help="calibrate this neural router too")
     parser.add_argument("--positive-drafter", choices=("e3", "df"), help="of a bare router file")
     parser.add_argument("--sessions", type=int, default=64, help="to calibrate on, at most (default: %(default)s)")

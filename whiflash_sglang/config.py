@@ -30,6 +30,7 @@ SCORED = ("entropy", "neural")  # routers that decide by a score
 MAX_EAGLE_STEPS = 15
 DEFAULT_ENTROPY_THRESHOLD = 0.5  # nats, where no calibration says better
 CATCH_UP = ("lazy", "eager")
+LEARNED = "learned"  # priors that begin with nothing
 OBJECTIVES = ("tokens_per_ms", "acceptance")
 POSITIVE_DRAFTERS = ("e3", "df")
 
@@ -43,6 +44,7 @@ FLAG_ROUTER_THRESHOLD = "--whiflash-neural-router-threshold"
 FLAG_POSITIVE = "--whiflash-positive-drafter"
 FLAG_OBJECTIVE = "--whiflash-objective"
 FLAG_CALIBRATION = "--whiflash-calibration"
+FLAG_PRIORS = "--whiflash-priors"
 FLAG_STEPS = "--whiflash-eagle-steps"
 FLAG_CATCH_UP = "--whiflash-catchup"
 FLAG_BACKLOG = "--whiflash-max-backlog"
@@ -62,6 +64,7 @@ class WhiFlashConfig:
     positive_drafter: str | None = None  # of a router file that does not say it
     objective: str | None = None
     calibration: str | None = None
+    priors: str | None = None  # LEARNED, or a file
     eagle_steps: int = 5  # draft tokens of one EAGLE-3 chain
     catch_up: str = "lazy"  # a drafter ingests when it is needed, or in every round
     max_backlog: int = 128  # tokens of a request that a drafter may lag behind
@@ -138,6 +141,7 @@ class WhiFlashConfig:
             (FLAG_THRESHOLD, self.entropy_threshold, ("entropy",)),
             (FLAG_OBJECTIVE, self.objective, SCORED),
             (FLAG_CALIBRATION, self.calibration, SCORED),
+            (FLAG_PRIORS, self.priors, SCORED),
         ):
             if value is not None and self.router not in routers:
                 mend = f"drop it, or use {FLAG_ROUTER} {' or '.join(routers)}"
@@ -151,6 +155,10 @@ class WhiFlashConfig:
             problem = "needs to know what a drafter gains at which entropy"
             mend = f"give {FLAG_CALIBRATION}, which `python -m whiflash_sglang.calibrate` writes"
             raise ConfigError(FLAG_OBJECTIVE, self.objective, problem, mend)
+        if self.priors is not None and self.router == "entropy" and not self.weighs_costs:
+            problem = "are in tokens, but this router's score is in nats"
+            mend = f"use {FLAG_CALIBRATION} without a threshold, {FLAG_ROUTER} neural, or {FLAG_PRIORS} none"
+            raise ConfigError(FLAG_PRIORS, self.priors, problem, mend)
 
     @property
     def weighs_costs(self) -> bool:
@@ -234,6 +242,7 @@ class WhiFlashConfig:
             positive_drafter=namespace.whiflash_positive_drafter,
             objective=namespace.whiflash_objective,
             calibration=namespace.whiflash_calibration,
+            priors=None if namespace.whiflash_priors == "none" else namespace.whiflash_priors,
             eagle_steps=_number(int, FLAG_STEPS, steps, cls.eagle_steps),
             catch_up=namespace.whiflash_catchup,
             max_backlog=_number(int, FLAG_BACKLOG, namespace.whiflash_max_backlog, cls.max_backlog),
@@ -320,6 +329,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         metavar="FILE",
         default=None,
         help="what `python -m whiflash_sglang.calibrate` found out about these models on this machine",
+    )
+    group.add_argument(
+        FLAG_PRIORS,
+        metavar="{FILE,learned,none}",
+        default=None,
+        help="what to add to the router's score by context kind, span and tool: what `python -m "
+        "whiflash_sglang.calibrate --priors FILE` found, or nothing at first (learned); both are kept current while "
+        "serving, and shown by GET /whiflash/priors (default: none)",
     )
     group.add_argument(
         FLAG_STEPS,

@@ -204,11 +204,11 @@ def install_http(server_args: Any) -> None:
     config = active_config()
     about = {"model": server_args.served_model_name, "router": config.router, "drafters": config.draft_paths}
 
-    async def totals() -> Any:
+    async def state() -> Any:
         states = await http_server.get_global_state().tokenizer_manager.get_internal_state()
-        return states[0]["whiflash"]
+        return states[0]
 
-    http_server.app.include_router(routes(finished, totals, about))
+    http_server.app.include_router(routes(finished, state, about))
 
 
 def _capture_union(
@@ -332,9 +332,10 @@ def _token_texts(tokenizer: Any) -> Any:
 
 
 def _add_figures(result: Any, scheduler: Any, *args: Any) -> Any:
-    totals = getattr(scheduler.draft_worker, "totals", None)
-    if totals is not None:
-        result.internal_state["whiflash"] = totals.snapshot()
+    worker = scheduler.draft_worker
+    if getattr(worker, "totals", None) is not None:
+        result.internal_state["whiflash"] = worker.totals.snapshot()
+        result.internal_state["whiflash_priors"] = worker.priors_document()
     return result
 
 

@@ -1,6 +1,8 @@
 """What SGLang's own HTTP server shows of WHIFLASH.
 
     GET /whiflash/stats            the totals of `GET /server_info` (`observe.py`), with model, router and drafters
+    GET /whiflash/priors           what this server has learned to add to its router's score, as a file for
+                                   `--whiflash-priors` (`priors.py`)
     GET /whiflash/requests/{id}    the figures of one of the last 1,024 finished requests; id: that of the completion
 
 They are guarded by `--api-key` as all of SGLang's routes are. What a request's figures hold comes from its `meta_info`
@@ -17,6 +19,8 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
+
+from whiflash_sglang.config import FLAG_PRIORS
 
 MAX_FINISHED = 1024
 MAX_TRACES = 64
@@ -110,24 +114,34 @@ def with_texts(figures: dict[str, Any], texts: TokenTexts) -> dict[str, Any]:
     return {**figures, "first": first, "trace": trace}
 
 
-def routes(finished: Finished, totals: Callable[[], Awaitable[Any]], about: Mapping[str, Any]) -> APIRouter:
-    """The two routes. `totals` asks the scheduler; `about`: model, router and drafters of this server."""
+def routes(finished: Finished, state: Callable[[], Awaitable[Any]], about: Mapping[str, Any]) -> APIRouter:
+    """The routes. `state` asks the scheduler; `about`: model, router and drafters of this server."""
     router = APIRouter(prefix="/whiflash")
 
     @router.get("/stats")
     async def stats() -> JSONResponse:
-        return JSONResponse({**about, **await totals()})
+        return JSONResponse({**about, **(await state())["whiflash"]})
+
+    @router.get("/priors")
+    async def priors() -> Response:
+        content = (await state())["whiflash_priors"]
+        if content is None:
+            return not_found(f"This server has no priors; start it with {FLAG_PRIORS} learned, or with a file of them.")
+        return JSONResponse(content)
 
     @router.get("/requests/{request_id}")
     async def request(request_id: str) -> Response:
         figures = finished.get(request_id)
         if figures is not None:
             return JSONResponse(figures)
-        message = (
+        return not_found(
             f"No figures of request {request_id}: they are kept of the last {finished.max_requests} finished requests. "
             "Use the `id` of a completion, after its end."
         )
-        error = {"object": "error", "message": message, "type": "NotFoundError", "param": None, "code": 404}
-        return JSONResponse(error, status_code=404)
 
     return router
+
+
+def not_found(message: str) -> JSONResponse:
+    error = {"object": "error", "message": message, "type": "NotFoundError", "param": None, "code": 404}
+    return JSONResponse(error, status_code=404)

@@ -231,9 +231,14 @@ def _fill_demo_router(flags: argparse.Namespace) -> None:
     router = flags.whiflash_router or WhiFlashConfig.router
     if router == "neural" and flags.whiflash_neural_router_path is None:
         flags.whiflash_neural_router_path = str(DEMO_MODELS / "router")
+    own_router = flags.whiflash_neural_router_path in (None, str(DEMO_MODELS / "router"))
     threshold = flags.whiflash_entropy_threshold or flags.whiflash_neural_router_threshold
-    if router in SCORED and threshold is None and flags.whiflash_calibration is None:
+    if router not in SCORED or threshold is not None or not own_router:
+        return  # what was found out about another score says nothing of this one
+    if flags.whiflash_calibration is None:
         flags.whiflash_calibration = str(DEMO_MODELS / "calibration.json")
+    if flags.whiflash_priors is None and flags.whiflash_objective != "acceptance":
+        flags.whiflash_priors = str(DEMO_MODELS / "priors.json")
 
 
 def _with_local_drafters(config: WhiFlashConfig, flags: argparse.Namespace) -> WhiFlashConfig:
@@ -249,8 +254,8 @@ def _with_local_drafters(config: WhiFlashConfig, flags: argparse.Namespace) -> W
 
 
 def _check_learned(config: WhiFlashConfig, target_path: str) -> None:
-    """Refuse a router or a calibration that does not fit, before SGLang is started."""
-    if config.neural_router_path is None and config.calibration is None:
+    """Refuse a router, a calibration or priors that do not fit, before SGLang is started."""
+    if config.neural_router_path is None and config.calibration is None and config.priors is None:
         return  # spares the import of torch
     from whiflash_sglang.router import Learned
 

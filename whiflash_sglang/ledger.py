@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from whiflash_sglang.hints import OFF, Hints
+from whiflash_sglang.priors import Priors
 from whiflash_sglang.spans import Context, Place, SpanReader
 from whiflash_sglang.types import RoundResult, Rows, Standing
 
@@ -69,8 +70,9 @@ class Trace:
 class Record:
     """One request since its last prefill."""
 
-    def __init__(self, hints: Hints, context: Context, place: Place, trace: Trace | None):
+    def __init__(self, hints: Hints, context: Context, place: Place, trace: Trace | None, priors: Priors | None = None):
         self.hints = hints
+        self.priors = priors
         self.context = context
         self.trace = trace
         self.counts: Counts = {}  # by span and drafter
@@ -79,8 +81,9 @@ class Record:
     def move(self, place: Place) -> None:
         """The text has grown, up to `place`."""
         self.place = place
-        hints, context = self.hints, self.context
-        self.standing = Standing(place.span, context.kind, hints.tool or context.tool, hints.prior, hints.route)
+        hints, kind, tool = self.hints, self.context.kind, self.hints.tool or self.context.tool
+        prior = 0.0 if self.priors is None else self.priors.bias(kind, place.span, tool)
+        self.standing = Standing(place.span, kind, tool, hints.prior, hints.route, prior)
 
     def figures(self) -> dict[str, Any]:
         """Plain data for the request's `meta_info`."""
@@ -97,8 +100,9 @@ class Record:
 class Ledger:
     """Records of running requests, and the sums of all requests that have been."""
 
-    def __init__(self, reader: SpanReader):
+    def __init__(self, reader: SpanReader, priors: Priors | None = None):
         self.reader = reader
+        self.priors = priors  # of the router's score
         self.records: dict[int, Record] = {}  # by request slot; stays until the slot's next request
         self.counts: Counts = {}  # by context kind, span and drafter
 
@@ -123,7 +127,8 @@ class Ledger:
             if trace is not None:
                 trace.begin(sampled, place.span)
             place = self.reader.follow(place, [sampled])
-        return Record(hints, self.reader.context(prompt) if context is None else context, place, trace)
+        known = self.reader.context(prompt) if context is None else context
+        return Record(hints, known, place, trace, self.priors)
 
     def begin(self, slot: int, record: Record) -> None:
         self.records[slot] = record

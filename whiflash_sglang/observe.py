@@ -16,6 +16,8 @@ import torch
 
 from whiflash_sglang.costs import RoundCosts
 from whiflash_sglang.ledger import NOBODY, Ledger, Record, Signals
+from whiflash_sglang.priors import Priors
+from whiflash_sglang.router.prior import PriorShare
 from whiflash_sglang.spans import Markers, SpanReader
 from whiflash_sglang.types import CatchUp, RoundResult, Rows
 
@@ -46,14 +48,21 @@ class Totals:
     Everything is kept on the host. A float64 counts exactly up to 2**53.
     """
 
-    def __init__(self, drafter_names: tuple[str, ...], num_slots: int, reader: SpanReader | None = None):
+    def __init__(
+        self,
+        drafter_names: tuple[str, ...],
+        num_slots: int,
+        reader: SpanReader | None = None,
+        priors: Priors | None = None,
+    ):
         self.names = (*drafter_names, NOBODY)
-        self.ledger = Ledger(SpanReader(Markers(), {}) if reader is None else reader)
+        self.ledger = Ledger(SpanReader(Markers(), {}) if reader is None else reader, priors)
         self.seconds = dict.fromkeys(STEPS, 0.0)
         self.steps = 0
         self.switched_off: list[str] = []
         self.pool: dict[str, int] = {}  # KV tokens; each stands in the target's pool and in that of every drafter
         self.costs: RoundCosts | None = None  # of a router that weighs them
+        self.prior_share: PriorShare | None = None  # of a router with priors
         self.running = torch.zeros(num_slots, len(self.names), FIELDS, dtype=torch.float64)
         self.ended = torch.zeros(len(self.names), FIELDS, dtype=torch.float64)
         self.longest = [0] * num_slots  # backlog that a drafter found waiting
@@ -113,6 +122,7 @@ class Totals:
             "switched_off": dict.fromkeys(self.switched_off, 1),
             "kv_pool": self.pool,
             "round_ms": {} if self.costs is None else self.costs.snapshot(),
+            "prior_share": {} if self.prior_share is None else self.prior_share.snapshot(),
             **self.ledger.snapshot(),
         }
 

@@ -44,8 +44,9 @@ class Standing(NamedTuple):
     span: str  # reasoning, tool_call, answer
     context_kind: str  # user, tool_output
     tool: str | None  # whose output the reply reacts to
-    prior: float  # added to the router's score, AL
+    asked_prior: float  # what the request wants to be added to the router's score, AL
     route: str  # auto, or the drafter that the request wants, or off
+    prior: float = 0.0  # what is known to be missing in the router's score there, AL (`priors.py`)
 
 
 class Rows(NamedTuple):

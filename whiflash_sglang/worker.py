@@ -23,9 +23,11 @@ from whiflash_sglang.costs import BATCH_SIZES, CONTEXTS, RoundCosts, measure, pl
 from whiflash_sglang.drafters import DRAFTERS
 from whiflash_sglang.ledger import Trace
 from whiflash_sglang.observe import Metrics, RequestFigures, Totals
+from whiflash_sglang.priors import document
 from whiflash_sglang.probe import RoundProbe
 from whiflash_sglang.round import DecodeRound, Router
 from whiflash_sglang.router import Learned, create_router
+from whiflash_sglang.router.prior import TrialRouter
 from whiflash_sglang.router.threshold import ThresholdRouter
 from whiflash_sglang.target import SGLangTarget, draftable
 from whiflash_sglang.types import Prefill, RoundResult, Rows
@@ -80,7 +82,7 @@ class WhiFlashWorker(BaseSpecWorker):
         kv_table = self.req_to_token_pool.req_to_token
         captured = host.captured_layers(self.specs.values())
         reader = host.span_reader(self.server_args, self._target_worker)
-        self.totals = Totals(self.config.drafter_names, kv_table.shape[0], reader)
+        self.totals = Totals(self.config.drafter_names, kv_table.shape[0], reader, self.learned.priors)
         tokens, lost = host.kv_tokens_lost(self._target_worker.model_runner, self.runners.values())
         self.totals.pool = {"tokens": tokens, "lost_to_draft_pools": lost}
         self.metrics = Metrics(self.totals, host.metric_labels(self.server_args)) if self.shows_metrics else None
@@ -107,6 +109,8 @@ class WhiFlashWorker(BaseSpecWorker):
             timed=self.totals.timed,
         )
         router = describe_router(self.config, self.round.router)
+        if isinstance(self.round.router, TrialRouter):
+            self.totals.prior_share = self.round.router.inner.share
         if costs is not None:
             seconds = self.measure_costs(costs)
             router += f", costs of rounds measured in {seconds:.1f} s"
@@ -237,6 +241,13 @@ class WhiFlashWorker(BaseSpecWorker):
         if self.metrics is not None:
             self.metrics.write(self.totals.snapshot())
 
+    def priors_document(self) -> dict[str, Any] | None:
+        """What a file of this server's priors would hold (`priors.py`); None without priors."""
+        priors, identity = self.learned.priors, self.learned.identity
+        if priors is None or identity is None:
+            return None
+        return document({self.config.router: priors}, identity)
+
     def idle(self, batch: Any) -> GenerationBatchResult:
         """A rank without requests in a data-parallel step."""
         empty = torch.empty(0, dtype=torch.int64, device=batch.device)
@@ -251,6 +262,8 @@ class WhiFlashWorker(BaseSpecWorker):
 
 def describe_router(config: WhiFlashConfig, router: Router) -> str:
     """The start block's line: the policy, and what it decides by."""
+    if isinstance(router, TrialRouter):
+        return f"{describe_router(config, router.inner)}, priors {config.priors}"
     if isinstance(router, ThresholdRouter):
         return f"{config.router}, e3 above {router.threshold:g} {'nats' if config.router == 'entropy' else 'tokens'}"
     return f"{config.router}, by tokens per millisecond" if config.weighs_costs else config.router

@@ -94,8 +94,9 @@ def test_rows_that_may_not_be_drafted_for_stand_in_no_plan() -> None:
 
 @pytest.mark.parametrize(("gain", "prior", "drafter"), [(0.9, 0.3, "e3"), (1.1, -0.3, "df"), (1.1, 0.0, "e3")])
 def test_a_prior_is_added_to_the_gain(gain: float, prior: float, drafter: str) -> None:
-    asking = rows(1)._replace(standings=(Standing("answer", "user", None, prior, "auto"),))
-    assert chosen(router([gain]).route(asking)) == {drafter: [0]}
+    for asked, learned in ((prior, 0.0), (0.0, prior), (2 * prior, -prior)):
+        standing = Standing("answer", "user", None, asked, "auto", learned)
+        assert chosen(router([gain]).route(rows(1)._replace(standings=(standing,)))) == {drafter: [0]}
 
 
 def test_a_prior_is_no_evidence() -> None:

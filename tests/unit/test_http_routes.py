@@ -82,17 +82,23 @@ def client() -> TestClient:
     finished = Finished()
     finished.keep("abc", figures(2))
 
-    async def totals() -> dict[str, Any]:
-        return {"rounds": 7}
+    async def state() -> dict[str, Any]:
+        return {"whiflash": {"rounds": 7}, "whiflash_priors": None}
 
     app = FastAPI()
-    app.include_router(routes(finished, totals, {"model": "m", "router": "entropy"}))
+    app.include_router(routes(finished, state, {"model": "m", "router": "entropy"}))
     return TestClient(app)
 
 
 def test_routes(client: TestClient) -> None:
     assert client.get("/whiflash/stats").json() == {"model": "m", "router": "entropy", "rounds": 7}
     assert client.get("/whiflash/requests/abc").json() == figures(2)
+
+
+def test_a_server_without_priors_says_how_to_have_some(client: TestClient) -> None:
+    reply = client.get("/whiflash/priors")
+    assert reply.status_code == 404
+    assert "--whiflash-priors learned" in reply.json()["message"]
 
 
 def test_a_request_that_is_not_known(client: TestClient) -> None:

@@ -18,6 +18,7 @@ from whiflash_sglang.config import ENVIRONMENT_VARIABLE, WhiFlashConfig
 from whiflash_sglang.errors import CheckpointError, ConfigError, WhiFlashError
 from whiflash_sglang.identity import Identity
 from whiflash_sglang.launch_server import build_argv
+from whiflash_sglang.priors import Priors, save_priors
 from whiflash_sglang.router.artefact import NeuralRouter, save_router
 from whiflash_sglang.router.neural import Network
 
@@ -174,18 +175,50 @@ def learned(demo: Path) -> Path:
     weights = (torch.zeros(4, identity.hidden_size), torch.zeros(4), torch.zeros(1, 4), torch.zeros(1))
     router = NeuralRouter(Network(*weights), "e3", 0.5, lengths)
     save_router(demo / "router", router, identity, training={}, metrics={})
+    save_priors(demo / "priors.json", {"entropy": Priors(), "neural": Priors()}, identity)
     return demo
 
 
 def test_the_demo_knows_what_was_learned_about_its_models(learned: Path) -> None:
     config, _ = build_argv(["--demo"])
     assert (config.router, config.calibration) == ("entropy", str(learned / "calibration.json"))
+    assert config.priors == str(learned / "priors.json")
     assert config.weighs_costs
     config, _ = build_argv(["--demo", "--whiflash-router", "neural"])
     assert config.neural_router_path == str(learned / "router")
     assert config.weighs_costs
     config, _ = build_argv(["--demo", "--whiflash-router", "fixed:e3"])
-    assert (config.neural_router_path, config.calibration) == (None, None)
+    assert (config.neural_router_path, config.calibration, config.priors) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--whiflash-priors", "none"],
+        ["--whiflash-objective", "acceptance"],
+        ["--whiflash-entropy-threshold", "0.3"],
+    ],
+)
+def test_no_priors_where_they_are_not_wanted_or_do_not_fit(learned: Path, flags: list[str]) -> None:
+    config, _ = build_argv(["--demo", *flags])
+    assert config.priors is None
+
+
+def test_the_bundled_calibration_is_not_used_with_another_neural_router(learned: Path, tmp_path: Path) -> None:
+    shutil.copytree(learned / "router", tmp_path / "router")
+    flags = ["--whiflash-router", "neural", "--whiflash-neural-router-path", str(tmp_path / "router")]
+    config, _ = build_argv(["--demo", *flags])
+    assert (config.calibration, config.priors) == (None, None)
+
+
+def test_priors_need_a_score_in_tokens(learned: Path) -> None:
+    flags = ["--demo", "--whiflash-entropy-threshold", "0.3", "--whiflash-priors", "learned"]
+    with pytest.raises(
+        ConfigError, match=r"--whiflash-priors learned: are in tokens, but this router's score is in nats"
+    ):
+        build_argv(flags)
+    with pytest.raises(ConfigError, match=r"--whiflash-priors learned: has no effect with --whiflash-router fixed:e3"):
+        build_argv(["--demo", "--whiflash-router", "fixed:e3", "--whiflash-priors", "learned"])
 
 
 def test_a_given_threshold_is_the_plain_policy(learned: Path) -> None:

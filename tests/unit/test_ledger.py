@@ -80,7 +80,7 @@ def test_hints_come_before_what_the_prompt_says(ledger: Ledger) -> None:
     hints = Hints("auto", "tool_call", 1.5, "mine", False)
     ledger.begin(0, ledger.record(hints, Context("tool_output", "get_order"), [THINK], [], 5, None))
     standing = ledger.stand(rows([0])).standings[0]
-    assert (standing.span, standing.tool, standing.prior) == ("tool_call", "mine", 1.5)
+    assert (standing.span, standing.tool, standing.asked_prior) == ("tool_call", "mine", 1.5)
     ledger.count(ledger.stand(rows([0])), result({}, [[9]], [0], [[END]]), {})
     assert ledger.stand(rows([0])).standings[0].span == "answer", "a marker takes over from the hint"
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from whiflash_sglang.calibration import Calibration, load_calibration
-from whiflash_sglang.config import DEFAULT_ENTROPY_THRESHOLD, WhiFlashConfig
+from whiflash_sglang.config import DEFAULT_ENTROPY_THRESHOLD, LEARNED, WhiFlashConfig
 from whiflash_sglang.costs import RoundCosts
 from whiflash_sglang.identity import Identity
+from whiflash_sglang.priors import Priors, load_priors
 from whiflash_sglang.round import Router
 from whiflash_sglang.router.artefact import DEFAULT_BASE, NeuralRouter, load_router
+from whiflash_sglang.router.prior import ScoredRouter, TrialRouter
 from whiflash_sglang.router.score import Score
 
 
@@ -24,11 +26,13 @@ class Learned:
 
     neural: NeuralRouter | None = None
     calibration: Calibration | None = None
+    priors: Priors | None = None
+    identity: Identity | None = None  # of the models that these are of
 
     @classmethod
     def load(cls, config: WhiFlashConfig, target_path: str) -> Learned:
         """Read the files that `config` names; raises CheckpointError where one does not fit the models."""
-        if config.neural_router_path is None and config.calibration is None:
+        if config.neural_router_path is None and config.calibration is None and config.priors is None:
             return cls()
         identity = Identity.of(target_path, config.draft_paths, config.eagle_steps)
         neural = calibration = None
@@ -39,7 +43,10 @@ class Learned:
             neural = load_router(config.neural_router_path, identity, positive, threshold)
         if config.calibration is not None:
             calibration = load_calibration(config.calibration, identity)
-        return cls(neural, calibration)
+        priors = None
+        if config.priors is not None:
+            priors = Priors() if config.priors == LEARNED else load_priors(config.priors, config.router, identity)
+        return cls(neural, calibration, priors, identity)
 
 
 def create_router(
@@ -51,11 +58,19 @@ def create_router(
     """
     kind, _, argument = config.router.partition(":")
     if kind in _SCORED:
-        return _scored(config, num_slots, learned or Learned(), costs)
+        learned = learned or Learned()
+        router = _scored(config, num_slots, learned, costs)
+        return router if learned.priors is None else TrialRouter(router, learned.priors, usual_length(learned))
     return _FACTORIES[kind](config, argument, num_slots)
 
 
-def _scored(config: WhiFlashConfig, num_slots: int, learned: Learned, costs: RoundCosts | None) -> Router:
+def usual_length(learned: Learned) -> float:
+    """Tokens that a round of `df` commits, as far as anything says so."""
+    known = learned.calibration or learned.neural
+    return DEFAULT_BASE if known is None else known.acceptance_length.get("df", DEFAULT_BASE)
+
+
+def _scored(config: WhiFlashConfig, num_slots: int, learned: Learned, costs: RoundCosts | None) -> ScoredRouter:
     from whiflash_sglang.router.cost_aware import CostAwareRouter
     from whiflash_sglang.router.threshold import ThresholdRouter
 
@@ -64,9 +79,7 @@ def _scored(config: WhiFlashConfig, num_slots: int, learned: Learned, costs: Rou
         return ThresholdRouter(score, threshold)
     if costs is None:
         raise ValueError("a router that weighs costs needs a table of them")
-    known = learned.calibration or learned.neural
-    lengths = {} if known is None else known.acceptance_length
-    return CostAwareRouter(score, costs, lengths.get("df", DEFAULT_BASE))
+    return CostAwareRouter(score, costs, usual_length(learned))
 
 
 def _entropy(config: WhiFlashConfig, num_slots: int, learned: Learned) -> tuple[Score, float]:

@@ -18,7 +18,8 @@ import torch
 
 from whiflash_sglang.costs import RoundCosts
 from whiflash_sglang.round import Router
-from whiflash_sglang.router.score import Score, priors
+from whiflash_sglang.router.prior import PriorShare, added, asked_priors, learned_priors
+from whiflash_sglang.router.score import Score
 from whiflash_sglang.types import Plan, RoundResult, Rows
 
 EXPLORE_EVERY = 128  # rounds of one batch size without drafts, until one with drafts is tried again
@@ -29,36 +30,49 @@ _CONTEXT_STEP = 64  # tokens; contexts that differ by less cost the same
 
 
 class CostAwareRouter(Router):
-    """`gain`: what `e3` is expected to accept more than `df`. `base`: what `df` accepts on average, at first."""
+    """`score`: what `e3` is expected to accept more than `df`. `base`: what `df` accepts on average, at first."""
 
-    def __init__(self, gain: Score, costs: RoundCosts, base: float):
-        self.gain = gain
+    def __init__(self, score: Score, costs: RoundCosts, base: float):
+        self.score = score
+        self.share = PriorShare()
         self.costs = costs
         self.base = max(1.0, base)  # acceptance length of df; kept current by what rounds of either drafter yield
         # Running means over rounds, a row: tokens, and what the best single choice would have made of the same time.
         self.tokens, self.par = self.base, self.base
         self.without_drafts: Counter[int] = Counter()  # by number of rows: rounds since the last one with drafts
         self.is_trying = False  # whether the round in flight drafts only to see whether that pays again
-        self.gains: list[float] = []  # of the rows of the round in flight
+        self.gains: list[float] = []  # of the rows of the round in flight: scores and what is known to be missing
         self.rounds = 0
         self.indices: dict[tuple[int, ...], torch.Tensor] = {}
         self.known: dict[tuple[int, int, int], tuple[list[float], float]] = {}  # see `worths`; until it learns again
 
     def route(self, rows: Rows) -> Plan:
-        self.gains = gains = self.gain.read(rows.slots).tolist()
-        if (prior := priors(rows)) is not None:  # a wish, and no evidence: nothing is learned from it
-            gains = [gain + more for gain, more in zip(gains, prior, strict=True)]
+        scores, learned = self.score.read(rows.slots).tolist(), learned_priors(rows)
+        self.gains = added(scores, learned)
+        asked = asked_priors(rows)  # a wish, and no evidence: nothing is learned from it
+        plan, pays = self.best_plan(rows, added(self.gains, asked))
+        if learned is not None:
+            self.share.look(rows, plan, lambda: self.best_plan(rows, added(scores, asked))[0])
+        num_rows = len(scores)
+        self.without_drafts[num_rows] = 0 if pays else self.without_drafts[num_rows] + 1
+        # What drafts yield is known from drafting only.
+        self.is_trying = not pays and self.without_drafts[num_rows] % EXPLORE_EVERY == 0
+        return plan if pays or self.is_trying else {}
+
+    def best_plan(self, rows: Rows, gains: list[float]) -> tuple[Plan, bool]:
+        """Who drafts, given what `e3` gains for each row; and whether that is worth more than no drafts at all."""
         drafted = list(range(len(gains)))
         if rows.draftable is not None:
             drafted = [row for row, may in enumerate(rows.draftable.tolist()) if may]
         ranked = sorted(drafted, key=gains.__getitem__, reverse=True)
-        num_e3 = self.best_split([gains[row] for row in ranked], len(gains), mean(rows.prefix_lens.tolist()))
-        if num_e3 is None:
-            return {}
+        if not ranked:
+            return {}, True
+        context = mean(rows.prefix_lens.tolist())
+        num_e3, pays = self.best_split([gains[row] for row in ranked], len(gains), context)
         if num_e3 in (0, len(ranked)):
-            return {"e3" if num_e3 else "df": self.index_of(drafted, rows.slots.device)}
+            return {"e3" if num_e3 else "df": self.index_of(drafted, rows.slots.device)}, pays
         parts = {"df": sorted(ranked[num_e3:]), "e3": sorted(ranked[:num_e3])}
-        return {name: self.index_of(index, rows.slots.device) for name, index in parts.items()}
+        return {name: self.index_of(index, rows.slots.device) for name, index in parts.items()}, pays
 
     def index_of(self, rows: list[int], device: torch.device) -> torch.Tensor:
         """Row numbers as a tensor; remembered, as small batches are split in few ways."""
@@ -69,27 +83,22 @@ class CostAwareRouter(Router):
             self.indices[key] = torch.tensor(rows, device=device)
         return self.indices[key]
 
-    def best_split(self, gains: list[float], num_rows: int, context: float) -> int | None:
-        """How many of the rows with the descending `gains` go to `e3`, the others to `df`; None: no drafts at all.
-
-        Of `num_rows` rows, those beyond `gains` may not be drafted for.
+    def best_split(self, gains: list[float], num_rows: int, context: float) -> tuple[int, bool]:
+        """How many of the rows with the descending `gains` go to `e3`, the others to `df`; and whether that is worth
+        more than a round without drafts. Of `num_rows` rows, those beyond `gains` may not be drafted for.
         """
-        self.is_trying = False
-        if not gains:
-            return None
         worths, without = self.worths(len(gains), num_rows, context)
         best, best_worth, gained = 0, worths[0], 0.0
         for num_e3, gain in enumerate(gains, start=1):
             gained += gain
             if gained + worths[num_e3] > best_worth:
                 best, best_worth = num_e3, gained + worths[num_e3]
-        if without <= best_worth:
-            self.without_drafts[num_rows] = 0
-            return best
-        self.without_drafts[num_rows] += 1
-        # What drafts yield is known from drafting only.
-        self.is_trying = self.without_drafts[num_rows] % EXPLORE_EVERY == 0
-        return best if self.is_trying else None
+        return best, without <= best_worth
+
+    def margin(self, rows: Rows) -> float:
+        n, context = len(rows.slots), mean(rows.prefix_lens.tolist())
+        chained, drafted = (self.costs.round_ms({name: n}, n, context) for name in ("e3", "df"))
+        return self.rate(n, context) * (chained - drafted) / n
 
     def worths(self, drafted: int, num_rows: int, context: float) -> tuple[list[float], float]:
         """Worth of rounds with 0, 1, .. `drafted` rows at `e3`, before its gains; and of one without drafts."""
@@ -116,10 +125,10 @@ class CostAwareRouter(Router):
         return max(drafted, chained, num_rows / self.costs.round_ms({}, num_rows, context))
 
     def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
-        self.gain.observe(slots, logits, hidden, at)
+        self.score.observe(slots, logits, hidden, at)
 
     def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.gain.signals(slots)
+        return self.score.signals(slots)
 
     def learn(self, rows: Rows, result: RoundResult, ms: float) -> None:
         self.rounds += 1

@@ -6,14 +6,6 @@ from typing import Protocol
 
 import torch
 
-from whiflash_sglang.types import Rows
-
-
-def priors(rows: Rows) -> list[float] | None:
-    """What requests ask to be added to their scores, in tokens [rows]; None where none does."""
-    values = [standing.prior for standing in rows.standings or ()]
-    return values if any(values) else None
-
 
 class Score(Protocol):
     """Keeps a number for every request slot, computed where the target's logits are, without a host synchronisation."""

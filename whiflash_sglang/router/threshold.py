@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from whiflash_sglang.round import Router
-from whiflash_sglang.router.score import Score, priors
+from whiflash_sglang.router.prior import PriorShare, asked_priors, learned_priors
+from whiflash_sglang.router.score import Score
 from whiflash_sglang.router.split import split
 from whiflash_sglang.types import Plan, Rows
 
@@ -16,12 +17,26 @@ class ThresholdRouter(Router):
     def __init__(self, score: Score, threshold: float):
         self.score = score
         self.threshold = threshold
+        self.share = PriorShare()
 
     def route(self, rows: Rows) -> Plan:
-        score = self.score.read(rows.slots)
-        if self.score.in_tokens and (prior := priors(rows)) is not None:
-            score = score + torch.tensor(prior, device=score.device)
-        return split(rows, self.names, score > self.threshold)
+        scores = self.score.read(rows.slots)
+        if not self.score.in_tokens:
+            return split(rows, self.names, scores > self.threshold)
+        asked, learned = asked_priors(rows), learned_priors(rows)
+        plan = self.plan(rows, scores, asked, learned)
+        if learned is not None:
+            self.share.look(rows, plan, lambda: self.plan(rows, scores, asked))
+        return plan
+
+    def plan(self, rows: Rows, scores: torch.Tensor, *priors: list[float] | None) -> Plan:
+        """Who drafts, with `priors` [rows] added to the scores [rows]."""
+        for prior in priors:
+            scores = scores if prior is None else scores + torch.tensor(prior, device=scores.device)
+        return split(rows, self.names, scores > self.threshold)
+
+    def margin(self, rows: Rows) -> float:
+        return self.threshold
 
     def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
         self.score.observe(slots, logits, hidden, at)

@@ -1,0 +1,144 @@
+"""Priors in the routers' hands: what to add to scores, how often that decides, and the trials that teach it.
+
+The biases themselves are in `whiflash_sglang/priors.py`; each request carries its own in its `Standing`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from whiflash_sglang.hints import AUTO
+from whiflash_sglang.priors import Place, Priors
+from whiflash_sglang.round import Router
+from whiflash_sglang.router.score import Score
+from whiflash_sglang.types import Plan, RoundResult, Rows, Standing
+
+LOOK_EVERY = 16  # rounds: planning each of them twice, to see what priors change, would cost as much as routing does
+TRY_EVERY = 64  # requests' rounds, of which one is a trial
+
+
+def learned_priors(rows: Rows) -> list[float] | None:
+    """What is known to be missing in the requests' scores, in tokens [rows]; None where nothing is."""
+    values = [standing.prior for standing in rows.standings or ()]
+    return values if any(values) else None
+
+
+def asked_priors(rows: Rows) -> list[float] | None:
+    """What requests ask to be added to their scores, in tokens [rows]; None where none does."""
+    values = [standing.asked_prior for standing in rows.standings or ()]
+    return values if any(values) else None
+
+
+def added(scores: list[float], more: list[float] | None) -> list[float]:
+    return scores if more is None else [score + some for score, some in zip(scores, more, strict=True)]
+
+
+def place_of(standing: Standing) -> Place:
+    return Place(standing.context_kind, standing.span, standing.tool)
+
+
+def drafter_by_row(plan: Plan) -> dict[int, str]:
+    return {row: name for name, index in plan.items() for row in index.tolist()}
+
+
+class PriorShare:
+    """Of the requests' rounds that were looked at, those in which the prior decided who drafts."""
+
+    def __init__(self) -> None:
+        self.rounds = 0
+        self.seen: Counter[tuple[str, str]] = Counter()  # by context kind and span
+        self.decided: Counter[tuple[str, str]] = Counter()
+
+    def look(self, rows: Rows, plan: Plan, without: Callable[[], Plan]) -> None:
+        """Compare a round's plan, now and then, with what it would have been `without` priors."""
+        self.rounds += 1
+        if self.rounds % LOOK_EVERY or not rows.standings:
+            return
+        chosen, other = drafter_by_row(plan), drafter_by_row(without())
+        for row, standing in enumerate(rows.standings):
+            key = (standing.context_kind, standing.span)
+            self.seen[key] += 1
+            self.decided[key] += chosen.get(row) != other.get(row)
+
+    def snapshot(self) -> dict[str, Any]:
+        """By context kind and span: rounds that were looked at, and decided by the prior."""
+        result: dict[str, Any] = {}
+        for (kind, span), seen in self.seen.items():
+            result.setdefault(kind, {})[span] = {"rounds": seen, "decided": self.decided[kind, span]}
+        return result
+
+
+class ScoredRouter(Router, Protocol):
+    """A router that decides by a score in tokens."""
+
+    score: Score
+    share: PriorShare
+
+    def margin(self, rows: Rows) -> float:
+        """What `e3` must be expected to gain over `df`, in tokens, to be chosen for rows like these."""
+        ...
+
+    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `score.Score.signals`."""
+        ...
+
+
+class TrialRouter(Router):
+    """Leaves the choice to `inner`, but now and then to a coin, for one request: what a drafter yields where it is
+    never chosen is seen in no other way. `usual_tokens`: what rounds yield, before anything is known.
+
+    With one row in `TRY_EVERY` tried, every second of which goes where it would have gone anyway, a wrong drafter that
+    costs a third of a round costs a quarter of a percent.
+    """
+
+    def __init__(self, inner: ScoredRouter, priors: Priors, usual_tokens: float):
+        self.inner = inner
+        self.priors = priors
+        self.usual_tokens = usual_tokens
+        self.coin = random.Random(0)  # a server's ranks throw the same
+        self.due = 0  # requests' rounds since the last trial
+        self.trial: tuple[int, float, str] | None = None  # of the round in flight: row, score, drafter
+
+    def route(self, rows: Rows) -> Plan:
+        plan = self.inner.route(rows)
+        self.trial = None
+        self.due += len(rows.slots)
+        if self.due < TRY_EVERY or not plan or not rows.standings:
+            return plan
+        choice = drafter_by_row(plan)
+        free = [row for row in choice if rows.standings[row].route == AUTO]
+        if not free:
+            return plan
+        self.due = 0
+        row, drafter = self.coin.choice(free), self.coin.choice(("df", "e3"))
+        self.trial = (row, float(self.inner.score.read(rows.slots[row : row + 1])), drafter)
+        if choice[row] == drafter:
+            return plan
+        choice[row] = drafter
+        return {
+            name: torch.tensor(sorted(r for r, chosen in choice.items() if chosen == name), device=rows.slots.device)
+            for name in sorted(set(choice.values()))
+        }
+
+    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
+        self.inner.observe(slots, logits, hidden, at)
+
+    def learn(self, rows: Rows, result: RoundResult, ms: float) -> None:
+        self.inner.learn(rows, result, ms)
+        if self.trial is None or rows.standings is None:
+            return
+        row, gain, drafter = self.trial
+        if drafter_by_row(result.plan).get(row) != drafter:  # it has been switched off
+            return
+        place = place_of(rows.standings[row])
+        tokens = int(result.accepted.num_committed[row])
+        self.priors.add_trial(place, gain, drafter, tokens, self.usual_tokens)
+        self.priors.settle(self.inner.margin(rows), place)
+
+    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.inner.signals(slots)

@@ -1,0 +1,38 @@
+"""Priors from replayed replies: at every position it is known what both drafters would have yielded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from whiflash_sglang.priors import Place, Priors
+from whiflash_sglang.training.router_data import Record
+from whiflash_sglang.training.text import SPANS
+from whiflash_sglang.training.walk import by_worth, gather, round_starts, walk
+
+
+def places(records: Sequence[Record]) -> list[Place]:
+    """Where each position [all positions] stands."""
+    return [Place(r.context_kind, SPANS[span], r.tool) for r in records for span in r.positions.span]
+
+
+def margin_of(records: Sequence[Record], gain: np.ndarray, ms: Mapping[str, float]) -> float:
+    """What `e3` must gain to be worth its time, in tokens, where rounds are chosen by `gain` [all positions]."""
+    return walk(records, by_worth(records, gain, ms), ms).tokens_per_ms * (ms["e3"] - ms["df"])
+
+
+def fit_priors(records: Sequence[Record], gain: np.ndarray, ms: Mapping[str, float]) -> Priors:
+    """The priors of a score that expects `gain` [all positions], from the positions where rounds begin."""
+    difference = gather(records, "e3").astype(np.float64) - gather(records, "df")
+    at = places(records)
+    priors = Priors()
+    for i in round_starts(records).tolist():
+        priors.add(at[i], float(gain[i]), float(difference[i]))
+    priors.settle(margin_of(records, gain, ms))
+    return priors
+
+
+def biases(records: Sequence[Record], priors: Priors) -> np.ndarray:
+    """What `priors` add at every position [all positions]."""
+    return np.array([priors.bias(*place) for place in places(records)])
