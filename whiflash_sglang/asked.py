@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from whiflash_sglang.hints import AUTO, OFF
+from whiflash_sglang.plans import drafter_by_row, plan_of
 from whiflash_sglang.types import Plan, Rows
 
 
@@ -19,8 +18,4 @@ def grant(rows: Rows, plan: Plan) -> Plan:
         wanted = {row: name for row, name in wanted.items() if bool(rows.draftable[row])}
     if not wanted:
         return plan
-    choice = {row: name for name, index in plan.items() for row in index.tolist()} | wanted
-    groups: dict[str, list[int]] = {}
-    for row in sorted(choice):
-        groups.setdefault(choice[row], []).append(row)
-    return {name: torch.tensor(index, device=rows.slots.device) for name, index in groups.items()}
+    return plan_of(drafter_by_row(plan) | wanted, rows.slots.device)

@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from whiflash_sglang.hints import OFF, Hints
+from whiflash_sglang.plans import drafter_by_row
 from whiflash_sglang.priors import Priors
 from whiflash_sglang.spans import Context, Place, SpanReader
 from whiflash_sglang.types import RoundResult, Rows, Standing
@@ -151,20 +152,17 @@ class Ledger:
 
     def count(self, rows: Rows, result: RoundResult, signals: Signals) -> None:
         """A round has been: texts grow, and their rounds are counted where they began."""
-        names = [NOBODY] * len(rows.slots)
-        for name, index in result.plan.items():
-            for row in index.tolist():
-                names[row] = name
+        names = drafter_by_row(result.plan)
         tokens, lens = result.accepted.tokens.tolist(), result.accepted.num_committed.tolist()
         for row, slot in enumerate(rows.slots.tolist()):
-            record, committed = self.records[slot], tokens[row][: lens[row]]
+            record, committed, drafter = self.records[slot], tokens[row][: lens[row]], names.get(row, NOBODY)
             standing = record.standing
-            _add(record.counts, (standing.span, names[row]), lens[row])
-            _add(self.counts, (standing.context_kind, standing.span, names[row]), lens[row])
+            _add(record.counts, (standing.span, drafter), lens[row])
+            _add(self.counts, (standing.context_kind, standing.span, drafter), lens[row])
             if record.trace is not None:
                 num_drafts = int(result.num_drafts[row])
                 entry = {
-                    "drafter": names[row],
+                    "drafter": drafter,
                     "drafts": result.window[row, 1 : 1 + num_drafts].tolist(),
                     "accepted": lens[row] - 1,
                     "tokens": committed,

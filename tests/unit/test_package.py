@@ -72,7 +72,20 @@ def test_clients_import_neither_sglang_nor_torch(package: str) -> None:
 def test_the_core_imports_without_sglang() -> None:
     core = [
         *("accept", "asked", "backlog", "calibration", "checkpoints", "config", "costs", "errors", "hints"),
-        *("http_routes", "hub", "identity", "launch_server", "ledger", "probe", "round", "router", "spans", "types"),
+        *(
+            "http_routes",
+            "hub",
+            "identity",
+            "launch_server",
+            "ledger",
+            "plans",
+            "priors",
+            "probe",
+            "round",
+            "router",
+            "spans",
+            "types",
+        ),
     ]
     modules = [name for part in core for name in modules_of(f"whiflash_sglang/{part}") or [f"whiflash_sglang.{part}"]]
     assert imports_of("import " + ", ".join(modules), {"sglang"}) == []

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from whiflash_sglang.hints import AUTO
+from whiflash_sglang.plans import drafter_by_row, plan_of
 from whiflash_sglang.priors import Place, Priors
 from whiflash_sglang.round import Router
 from whiflash_sglang.router.score import Score
@@ -40,10 +41,6 @@ def added(scores: list[float], more: list[float] | None) -> list[float]:
 
 def place_of(standing: Standing) -> Place:
     return Place(standing.context_kind, standing.span, standing.tool)
-
-
-def drafter_by_row(plan: Plan) -> dict[int, str]:
-    return {row: name for name, index in plan.items() for row in index.tolist()}
 
 
 class PriorShare:
@@ -119,11 +116,7 @@ class TrialRouter(Router):
         self.trial = (row, float(self.inner.score.read(rows.slots[row : row + 1])), drafter)
         if choice[row] == drafter:
             return plan
-        choice[row] = drafter
-        return {
-            name: torch.tensor(sorted(r for r, chosen in choice.items() if chosen == name), device=rows.slots.device)
-            for name in sorted(set(choice.values()))
-        }
+        return plan_of({**choice, row: drafter}, rows.slots.device)
 
     def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
         self.inner.observe(slots, logits, hidden, at)
