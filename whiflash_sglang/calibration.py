@@ -21,8 +21,7 @@ from typing import Any
 
 from whiflash_sglang.config import FLAG_CALIBRATION
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.identity import Identity
-from whiflash_sglang.safetensors_header import read_json
+from whiflash_sglang.identity import Identity, parsing
 
 FORMAT, FORMAT_VERSION = "whiflash-calibration", 1
 
@@ -40,27 +39,16 @@ class Calibration:
 
 def load_calibration(path: str, identity: Identity) -> Calibration:
     """Read a calibration and check that it is one of these models."""
-    file = Path(path)
-    if not file.is_file():
-        mend = "make one with `python -m whiflash_sglang.calibrate`"
-        raise CheckpointError(FLAG_CALIBRATION, path, "no such file", mend)
-    content = read_json(FLAG_CALIBRATION, file)
-    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        found = f"{content.get('format')!r} version {content.get('format_version')!r}"
-        problem = f"is {found}, not {FORMAT!r} version {FORMAT_VERSION}"
-        raise CheckpointError(FLAG_CALIBRATION, file, problem, "make it anew with this version")
-    identity.check(FLAG_CALIBRATION, file, content.get("models"))
-    try:
+    mend = "make one with `python -m whiflash_sglang.calibrate`"
+    content = identity.read(FLAG_CALIBRATION, path, FORMAT, FORMAT_VERSION, mend)
+    with parsing(FLAG_CALIBRATION, path):
         calibration = _parse(content)
-    except (KeyError, TypeError, ValueError) as error:
-        problem = f"has a missing or ill-typed field ({type(error).__name__}: {error})"
-        raise CheckpointError(FLAG_CALIBRATION, file, problem, "make it anew") from error
     numbers = (*calibration.acceptance_length.values(), calibration.entropy_threshold, *calibration.edges)
     if not all(map(math.isfinite, (*numbers, *calibration.gains, calibration.neural_threshold or 0.0))):
-        raise CheckpointError(FLAG_CALIBRATION, file, "holds NaN or infinite values", "make it anew")
+        raise CheckpointError(FLAG_CALIBRATION, path, "holds NaN or infinite values", "make it anew")
     if len(calibration.gains) != len(calibration.edges) + 1 or any(a >= b for a, b in pairwise(calibration.edges)):
         problem = "`entropy` needs ascending edges and one more gain than edges"
-        raise CheckpointError(FLAG_CALIBRATION, file, problem, "make it anew")
+        raise CheckpointError(FLAG_CALIBRATION, path, problem, "make it anew")
     return calibration
 
 

@@ -7,7 +7,8 @@ differ there; a copy, another name or other files for the same tensors do not.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from whiflash_sglang.checkpoints import DRAFTER_FLAGS, FLAG_TARGET, load_target_spec
 from whiflash_sglang.config import FLAG_STEPS
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.safetensors_header import read_headers
+from whiflash_sglang.safetensors_header import read_headers, read_json
 
 _BYTES = 1024  # of a tensor
 
@@ -41,6 +42,20 @@ class Identity:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def read(self, flag: str, path: str, file_format: str, version: int, mend: str) -> dict[str, Any]:
+        """The JSON object of a learned file, checked to be of this format and of these models; `mend`: if there is
+        none."""
+        file = Path(path)
+        if not file.is_file():
+            raise CheckpointError(flag, path, "no such file", mend)
+        content = read_json(flag, file)
+        if content.get("format") != file_format or content.get("format_version") != version:
+            found = f"{content.get('format')!r} version {content.get('format_version')!r}"
+            problem = f"is {found}, not {file_format!r} version {version}"
+            raise CheckpointError(flag, file, problem, "make it anew with this version")
+        self.check(flag, file, content.get("models"))
+        return content
+
     def check(self, flag: str, path: Path, recorded: object) -> None:
         """Refuse a file whose `models` entry is `recorded` if it was made for other models than these."""
         again = "make it anew for these models, or serve those that it was made for"
@@ -61,6 +76,16 @@ class Identity:
         if recorded["eagle_steps"] != self.eagle_steps:
             problem = f"made with {FLAG_STEPS} {recorded['eagle_steps']}, but {self.eagle_steps} are served"
             raise CheckpointError(flag, path, problem, f"use {FLAG_STEPS} {recorded['eagle_steps']}, or make it anew")
+
+
+@contextmanager
+def parsing(flag: str, file: str) -> Iterator[None]:
+    """Refuse the file where what is done with its content finds a field missing or ill-typed."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"has a missing or ill-typed field ({type(error).__name__}: {error})"
+        raise CheckpointError(flag, file, problem, "make it anew") from error
 
 
 def fingerprint(flag: str, path: str) -> str:

@@ -32,8 +32,7 @@ from typing import Any, NamedTuple
 
 from whiflash_sglang.config import FLAG_PRIORS, FLAG_ROUTER
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.identity import Identity
-from whiflash_sglang.safetensors_header import read_json
+from whiflash_sglang.identity import Identity, parsing
 from whiflash_sglang.spans import CONTEXT_KINDS, MAX_TOOL_NAME, SPANS
 
 FORMAT, FORMAT_VERSION = "whiflash-priors", 1
@@ -125,8 +124,9 @@ class Evidence:
                     decided += rounds
                     worth += gained if after else -gained
                     squares += square
-            if decided >= MIN_ROUNDS and worth - SURE * math.sqrt(max(0.0, squares)) > best_worth:
-                best, best_worth = bias, worth - SURE * math.sqrt(max(0.0, squares))
+            surely = worth - SURE * math.sqrt(max(0.0, squares))
+            if decided >= MIN_ROUNDS and surely > best_worth:
+                best, best_worth = bias, surely
         return best
 
 
@@ -249,23 +249,12 @@ def save_priors(file: Path, scores: Mapping[str, Priors], identity: Identity, **
 
 def load_priors(path: str, score: str, identity: Identity) -> Priors:
     """Read those of one score, and check that the file is one of these models."""
-    file = Path(path)
-    if not file.is_file():
-        mend = "learn them with `python -m whiflash_sglang.calibrate --priors FILE`, or use learned or none"
-        raise CheckpointError(FLAG_PRIORS, path, "no such file", mend)
-    content = read_json(FLAG_PRIORS, file)
-    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        found = f"{content.get('format')!r} version {content.get('format_version')!r}"
-        problem = f"is {found}, not {FORMAT!r} version {FORMAT_VERSION}"
-        raise CheckpointError(FLAG_PRIORS, file, problem, "learn them anew with this version")
-    identity.check(FLAG_PRIORS, file, content.get("models"))
+    mend = "learn them with `python -m whiflash_sglang.calibrate --priors FILE`, or use learned or none"
+    content = identity.read(FLAG_PRIORS, path, FORMAT, FORMAT_VERSION, mend)
     scores = content.get("scores")
     if not isinstance(scores, dict) or score not in scores:
         known = ", ".join(scores) if isinstance(scores, dict) and scores else "no score"
         mend = f"learn them with it too, or use {FLAG_ROUTER} with a score that the file has"
-        raise CheckpointError(FLAG_PRIORS, file, f"has priors for {known}, not for {score}", mend)
-    try:
+        raise CheckpointError(FLAG_PRIORS, path, f"has priors for {known}, not for {score}", mend)
+    with parsing(FLAG_PRIORS, path):
         return Priors.from_json(scores[score])
-    except (KeyError, TypeError, ValueError) as error:
-        problem = f"has a missing or ill-typed field ({type(error).__name__}: {error})"
-        raise CheckpointError(FLAG_PRIORS, file, problem, "learn them anew") from error

@@ -105,7 +105,7 @@ def test_what_was_long_ago_fades() -> None:
     assert priors.bias(*ANSWER) == 0.0
 
 
-def test_trials_teach_what_replays_would_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_teach_what_replays_would_have() -> None:
     """e3 yields 6 tokens and df 4, each with some scatter; of a trial only one of both is known."""
     dice, priors = random.Random(2), Priors()
     for _ in range(400):
