@@ -59,9 +59,10 @@ def prepare_data(args: argparse.Namespace, invented: float) -> list[text.Example
 def run_target(args: argparse.Namespace, examples: list[text.Example]) -> Result:
     folder = args.out / "target"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = new_target(args.seed, tokenizer.eos_token_id, args.device)
     if args.go_on:
-        model.load_state_dict(load_target(args).state_dict())
+        model = load_target(args).train().requires_grad_()
+    else:
+        model = new_target(args.seed, tokenizer.eos_token_id, args.device)
     batches = text.batches(examples, args.batch_tokens, args.length, args.seed)
     settings = Settings(args.steps, max_seconds=60 * args.minutes)
     result = train_target(model, batches, settings, args.runs / "target.pt")
@@ -134,10 +135,13 @@ def main() -> None:
     args = parser.parse_args()
     stages = args.stage or list(STAGES)
     runs = {"target": run_target, "eagle3": run_eagle3, "dflash": run_dflash}
+    rendered: float | None = None  # share of made-up names in `examples`
     for stage, run in runs.items():
         if stage in stages:
             # Whoever has met made-up names has learned to copy them; what is drafted is the usual world's.
-            examples = prepare_data(args, args.invented if stage == "target" else 0.0)
+            invented = args.invented if stage == "target" else 0.0
+            if rendered != invented:  # both drafters learn from the same
+                examples, rendered = prepare_data(args, invented), invented
             result = run(args, examples)
             figures = {"steps": result.steps, "loss": result.loss, "minutes": round(result.seconds / 60, 1)}
             report(args, stage, {"sessions": len(examples), "batch_tokens": args.batch_tokens} | figures)

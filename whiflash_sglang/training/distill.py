@@ -102,23 +102,16 @@ def pick_anchors(weights: torch.Tensor, count: int, block: int) -> torch.Tensor:
     return usable.multinomial(count, replacement=True)
 
 
-def train_eagle3(
-    target: Qwen3ForCausalLM,
-    layer_ids: tuple[int, ...],
-    draft_tokens: torch.Tensor,
-    batches: Batches,
-    settings: Settings,
-    checkpoint: Path,
-    start: Path | None = None,
-) -> tuple[Eagle3, Result]:
-    """`start`: the folder of a drafter to go on from, draft vocabulary and all; else it starts from the target."""
+def new_eagle3(target: Qwen3ForCausalLM, layer_ids: tuple[int, ...], draft_tokens: torch.Tensor) -> Eagle3:
     torch.manual_seed(1)
-    if start is None:
-        model = Eagle3(DrafterShape.of(target.config), layer_ids, draft_tokens)
-        model.start_from(target)
-    else:
-        model = load_eagle3(start)
-    model.to(target.device)
+    model = Eagle3(DrafterShape.of(target.config), layer_ids, draft_tokens).to(target.device)
+    model.start_from(target)
+    return model
+
+
+def train_eagle3(
+    model: Eagle3, target: Qwen3ForCausalLM, batches: Batches, settings: Settings, checkpoint: Path
+) -> Result:
     embed = target.get_input_embeddings()
 
     def loss_of(batch: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
@@ -126,28 +119,21 @@ def train_eagle3(
         with torch.autocast(target.device.type, torch.bfloat16):
             return eagle3_loss(model, embed, verdict, num_chains=192)
 
-    return model, train(model, batches, loss_of, settings, checkpoint)
+    return train(model, batches, loss_of, settings, checkpoint)
+
+
+def new_dflash(
+    target: Qwen3ForCausalLM, layer_ids: tuple[int, ...], layers: int, block: int, mask_token: int
+) -> DFlash:
+    torch.manual_seed(2)
+    model = DFlash(DrafterShape.of(target.config), layer_ids, layers, block, mask_token).to(target.device)
+    model.start_from(target)
+    return model
 
 
 def train_dflash(
-    target: Qwen3ForCausalLM,
-    layer_ids: tuple[int, ...],
-    layers: int,
-    block: int,
-    mask_token: int,
-    batches: Batches,
-    settings: Settings,
-    checkpoint: Path,
-    start: Path | None = None,
-) -> tuple[DFlash, Result]:
-    """`start`: the folder of a drafter to go on from; else it starts from the target."""
-    torch.manual_seed(2)
-    if start is None:
-        model = DFlash(DrafterShape.of(target.config), layer_ids, layers, block, mask_token)
-        model.start_from(target)
-    else:
-        model = load_dflash(start)
-    model.to(target.device)
+    model: DFlash, target: Qwen3ForCausalLM, batches: Batches, settings: Settings, checkpoint: Path
+) -> Result:
     embed, head = target.get_input_embeddings(), target.lm_head.weight
 
     def loss_of(batch: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
@@ -155,7 +141,7 @@ def train_dflash(
         with torch.autocast(target.device.type, torch.bfloat16):
             return dflash_loss(model, embed, head, verdict, num_anchors=48)
 
-    return model, train(model, batches, loss_of, settings, checkpoint)
+    return train(model, batches, loss_of, settings, checkpoint)
 
 
 def save_eagle3(model: Eagle3, target: Qwen3ForCausalLM, folder: Path) -> None:

@@ -29,7 +29,16 @@ from whiflash_sglang.checkpoints import FLAG_TARGET, load_target_spec
 from whiflash_sglang.errors import ConfigError, WhiFlashError
 from whiflash_sglang.training import text
 from whiflash_sglang.training.collect_router_data import plain
-from whiflash_sglang.training.distill import save_dflash, save_eagle3, train_dflash, train_eagle3
+from whiflash_sglang.training.distill import (
+    load_dflash,
+    load_eagle3,
+    new_dflash,
+    new_eagle3,
+    save_dflash,
+    save_eagle3,
+    train_dflash,
+    train_eagle3,
+)
 from whiflash_sglang.training.loop import Result, Settings
 from workloads.loaders import load_traces
 from workloads.schema import TraceError
@@ -50,14 +59,17 @@ class Recipe(NamedTuple):
 def fit_eagle3(
     target: PreTrainedModel, examples: list[text.Example], recipe: Recipe, draft_vocab: int, out: Path
 ) -> Result:
-    """Train and write an EAGLE-3 drafter whose own vocabulary is the `draft_vocab` most frequent tokens of replies."""
-    replies = torch.from_numpy(np.concatenate([e.ids[e.spans > text.CONTEXT] for e in examples]))
-    counts = torch.bincount(replies, minlength=1)
-    draft_tokens = counts.topk(min(draft_vocab, int((counts > 0).sum()))).indices.sort().values
+    """Train and write an EAGLE-3 drafter whose own vocabulary is the `draft_vocab` most frequent tokens of replies, or
+    that of the drafter that it goes on from."""
+    if recipe.start is not None:
+        model = load_eagle3(recipe.start).to(target.device)
+    else:
+        replies = torch.from_numpy(np.concatenate([e.ids[e.spans > text.CONTEXT] for e in examples]))
+        counts = torch.bincount(replies, minlength=1)
+        draft_tokens = counts.topk(min(draft_vocab, int((counts > 0).sum()))).indices.sort().values
+        model = new_eagle3(target, recipe.layers, draft_tokens)
     batches = text.batches(examples, recipe.batch_tokens, recipe.length, recipe.seed)
-    model, result = train_eagle3(
-        target, recipe.layers, draft_tokens, batches, recipe.settings, recipe.checkpoint, recipe.start
-    )
+    result = train_eagle3(model, target, batches, recipe.settings, recipe.checkpoint)
     save_eagle3(model, target, out)
     return result
 
@@ -72,10 +84,12 @@ def fit_dflash(
     out: Path,
 ) -> Result:
     """Train and write a DFlash drafter of `depth` layers for blocks of `block` tokens, the anchor included."""
+    if recipe.start is not None:
+        model = load_dflash(recipe.start).to(target.device)
+    else:
+        model = new_dflash(target, recipe.layers, depth, block, mask_token)
     batches = text.batches(examples, recipe.batch_tokens, recipe.length, recipe.seed)
-    model, result = train_dflash(
-        target, recipe.layers, depth, block, mask_token, batches, recipe.settings, recipe.checkpoint, recipe.start
-    )
+    result = train_dflash(model, target, batches, recipe.settings, recipe.checkpoint)
     save_dflash(model, target, out)
     return result
 
