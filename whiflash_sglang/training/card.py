@@ -22,6 +22,7 @@ cores, trained for that world only. They show the serving system; they are no as
 | `dflash/` | DFlash (z-lab's format): two Qwen3 layers on features of layers 0, 2, 4, 6, blocks of 8 |
 | `router/` | neural router: two linear layers on the target's final hidden state; trained by `training.train_router` |
 | `calibration.json` | what `whiflash_sglang.calibrate` found out about these models on a two-core CPU |
+| `priors.json` | priors of both routers' scores, which `calibrate --priors` learned from 64 sessions |
 
 Data: sessions that a scripted expert plays in generated worlds, split by seed into training and held-out ones; no data
 of anyone. Both drafters are distilled from the target's own choices, each for the round starts that an entropy router
