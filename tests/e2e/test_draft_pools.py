@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import httpx
@@ -37,6 +38,7 @@ TOLERANCE = 1e-3  # absolute, float32: prefill and decode add up in another orde
 CONVERSATIONS = 4
 MAX_TURNS = 4
 EOS = 2
+READING = Lock()  # numpy parses headers with `ast`, which in Python 3.11 fails at times in several threads at once
 # How answers end, in turn: by themselves, or within what a round has accepted.
 ENDINGS: tuple[dict[str, Any], ...] = (
     {"max_new_tokens": 96},
@@ -101,7 +103,7 @@ class DumpingServer:
         return self.answer(rid, prompt, reply.json())
 
     def answer(self, rid: str, prompt: list[int], reply: dict[str, Any]) -> Answer:
-        with np.load(self.folder / f"{rid}.npz") as file:
+        with READING, np.load(self.folder / f"{rid}.npz") as file:
             arrays = dict(file)
         tokens = arrays.pop("tokens").tolist()
         return Answer(rid, prompt, reply["output_ids"], reply["meta_info"], arrays, tokens)
