@@ -102,10 +102,6 @@ class WhiFlashDraftInput(DFlashDraftInputV2):
         from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
         from sglang.srt.runtime_context import get_spec
 
-        # SGLang counts tokens for penalties only where it decodes one at a time. Rows with penalties are not drafted
-        # for (target.py), so that exactly one token, the last, is new.
-        if batch.sampling_info.penalizer_orchestrator.is_required:
-            batch.cumulate_penalty_output_tokens()
         committed = torch.tensor([request.kv_committed_len for request in batch.reqs], dtype=torch.int64)
         allocated = torch.tensor([request.kv.kv_allocated_len for request in batch.reqs], dtype=torch.int32)
         reserved = allocated.maximum((committed + get_spec().speculative_num_draft_tokens).to(torch.int32))
@@ -174,10 +170,10 @@ def install_hooks() -> None:
     HookRegistry.register(
         "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info", _leave_room_for_a_window, HookType.AFTER
     )
-    # Refusals: SGLang names the algorithm of which ours counts as one of the family, and no mend; hidden states, which
-    # our rounds do not return, it refuses only where steps overlap.
+    # Refusals: SGLang names the algorithm of which ours counts as one of the family, and no mend; log probabilities,
+    # which our rounds return, it refuses; hidden states, which they do not, it refuses only where steps overlap.
     HookRegistry.register(
-        "sglang.srt.speculative.dflash_utils.validate_dflash_request", _name_ourselves, HookType.AFTER
+        "sglang.srt.speculative.dflash_utils.validate_dflash_request", _name_ourselves, HookType.AROUND
     )
     # Hints: judged where SGLang judges sampling parameters, in the HTTP process, which answers a ValueError with 400.
     judge = functools.partial(_judge_custom_params, active_config().drafter_names)
@@ -252,7 +248,10 @@ def _leave_room_for_a_window(info: tuple[Any, ...], worker: Any) -> tuple[Any, .
     return (*info[:4], max_request_len - excess, max_prompt_len - excess, *info[6:])
 
 
-def _name_ourselves(refusal: str | None, request: Any, *args: Any) -> str | None:
+def _name_ourselves(original: Any, request: Any, *args: Any, **kwargs: Any) -> str | None:
+    refusal = original(request, *args, **kwargs)
+    if refusal is not None and "return_logprob" in refusal:
+        refusal = None  # ours returns them
     if refusal is None and request.return_hidden_states:
         refusal = f"{ALGORITHM} speculative decoding does not support return_hidden_states yet."
     if refusal is None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.logprob_processor import compute_spec_v2_logprobs
 from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 
+from whiflash_sglang.adjust import adjust
 from whiflash_sglang.types import Proposal, Rows, Verified
 
 
@@ -27,9 +29,11 @@ class SGLangTarget:
         self.worker = worker
         self.feature_size = feature_size
         self.batch: Any = None
+        self.logprobs: LogitsProcessorOutput | None = None  # of the last verify, where the batch wants them
 
     def bind(self, batch: Any) -> None:
         self.batch = batch
+        self.logprobs = None
 
     def verify(self, rows: Rows, proposal: Proposal) -> Verified:
         num_rows, width = proposal.tokens.shape
@@ -37,7 +41,7 @@ class SGLangTarget:
         logits = logits_output.next_token_logits.view(num_rows, width, -1)
         positions = rows.prefix_lens[:, None] + torch.arange(width, device=rows.slots.device)
         features, hidden = self.split(logits_output.hidden_states.view(num_rows, width, -1))
-        return Verified(self.predict(logits, positions), logits, features, hidden)
+        return Verified(self.predict(logits, positions, proposal.tokens), logits, features, hidden)
 
     def split(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Captured features and final hidden states of what a forward returned, [..., captures * hidden + hidden]."""
@@ -60,66 +64,58 @@ class SGLangTarget:
         batch.seq_lens_cpu, batch.seq_lens_sum = committed, int(committed.sum())
         return self.worker.forward_batch_generation(None, forward_batch=forward_batch, is_verify=True).logits_output
 
-    def predict(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def predict(self, logits: torch.Tensor, positions: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
         """The target's choice at every position of the window, as SGLang would make it there; [rows, width] int64.
 
-        `logits` [rows, width, vocab], `positions` [rows, width] of the tokens that the logits follow. Adjustments that
-        depend on the text so far (penalties, grammar, custom processors) hold for the first column only: rows that have
-        any are not drafted for (see `draftable`), so that nothing else of them is used.
+        `logits` [rows, width, vocab], `positions` and `window` [rows, width] of the tokens that the logits follow.
         """
-        sampling = self.batch.sampling_info
-        logits = self.adjust(logits, sampling)
-        if sampling.is_all_greedy:
-            return logits.argmax(dim=-1)
-        num_rows, width = positions.shape
-        sampler = self.worker.model_runner.sampler
-        flat = LogitsProcessorOutput(next_token_logits=logits.reshape(num_rows * width, -1).clone())
-        tokens = sampler(flat, repeat_sampling(sampling, width), False, [], [], positions.reshape(-1))
-        return tokens.view(num_rows, width).to(torch.int64)
-
-    def adjust(self, logits: torch.Tensor, sampling: Any) -> torch.Tensor:
-        """Logits with the request's own adjustments; the target's are left as they are, for the router's entropy."""
-        if sampling.logit_bias is None and not changes_with_text(self.batch):
-            return logits
-        logits = logits.clone()
-        if self.batch.has_grammar:
-            sampling.grammars = [request.grammar for request in self.batch.reqs]
-            sampling.update_regex_vocab_mask()
-        first = logits[:, 0].clone()
-        sampling.apply_logits_bias(first)
+        batch, sampling = self.batch, self.batch.sampling_info
+        logits = adjust(logits, window, batch)
         if sampling.has_custom_logit_processor:
-            apply_custom_logit_processor(first, sampling)
-        if sampling.logit_bias is not None:
-            logits += sampling.logit_bias[:, None]
-        logits[:, 0] = first
-        return logits
+            logits = process_first(logits, sampling)
+        num_rows, width = positions.shape
+        if sampling.is_all_greedy:
+            tokens = logits.argmax(dim=-1)
+        else:
+            sampler = self.worker.model_runner.sampler
+            flat = LogitsProcessorOutput(next_token_logits=logits.reshape(num_rows * width, -1).clone())
+            tokens = sampler(flat, repeat_sampling(sampling, width), False, [], [], positions.reshape(-1))
+            tokens = tokens.view(num_rows, width).to(torch.int64)
+        if batch.return_logprob:
+            self.logprobs = log_probabilities(batch, logits, tokens)
+        return tokens
+
+
+def process_first(logits: torch.Tensor, sampling: Any) -> torch.Tensor:
+    """A copy of `logits` [rows, width, vocab] whose first column has been through the requests' own processors.
+
+    They are code of the operator's that may look at anything, so rows with one are not drafted for (see `draftable`)
+    and their other columns are not used.
+    """
+    logits = logits.clone()
+    first = logits[:, 0].clone()
+    apply_custom_logit_processor(first, sampling)
+    logits[:, 0] = first
+    return logits
+
+
+def log_probabilities(batch: Any, logits: torch.Tensor, tokens: torch.Tensor) -> LogitsProcessorOutput:
+    """What SGLang is to return of log probabilities: for every column of the window, as for a chain all of which was
+    accepted. It takes as many of a row as were."""
+    num_rows, width = tokens.shape
+    output = LogitsProcessorOutput(next_token_logits=logits.reshape(num_rows * width, -1))
+    every_column = torch.arange(num_rows * width, device=tokens.device).view(num_rows, width)
+    compute_spec_v2_logprobs(batch, output, tokens.reshape(-1), every_column, width - 1)
+    output.next_token_logits = None  # large, and of no use to the host
+    return output
 
 
 def draftable(batch: Any) -> torch.Tensor | None:
-    """Rows [rows] bool whose logits need no adjustment that changes within a verify window; None: all of them."""
-    if not changes_with_text(batch):
+    """Rows [rows] bool whose logits can be adjusted at every column; None: all of them."""
+    if not batch.sampling_info.has_custom_logit_processor:
         return None
-    flags = [not _request_changes_with_text(request) for request in batch.reqs]
+    flags = [request.custom_logit_processor is None for request in batch.reqs]
     return torch.tensor(flags, device=batch.seq_lens.device)
-
-
-def changes_with_text(batch: Any) -> bool:
-    """Whether any request has logit adjustments that depend on its text so far."""
-    sampling = batch.sampling_info
-    has_penalties = sampling.acc_additive_penalties is not None or sampling.acc_scaling_penalties is not None
-    return has_penalties or batch.has_grammar or sampling.has_custom_logit_processor
-
-
-def _request_changes_with_text(request: Any) -> bool:
-    params = request.sampling_params
-    return (
-        request.grammar is not None
-        or request.custom_logit_processor is not None
-        or params.frequency_penalty != 0
-        or params.presence_penalty != 0
-        or params.repetition_penalty != 1
-        or params.min_new_tokens > 0
-    )
 
 
 def repeat_sampling(sampling: Any, width: int) -> Any:

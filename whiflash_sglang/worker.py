@@ -17,6 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
 from whiflash_sglang import host
+from whiflash_sglang.adjust import penalize_next
 from whiflash_sglang.backlog import Backlog
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.costs import BATCH_SIZES, CONTEXTS, RoundCosts, measure, places
@@ -161,6 +162,7 @@ class WhiFlashWorker(BaseSpecWorker):
 
     def prefill(self, batch: Any) -> GenerationBatchResult:
         """Run the target over the prompts and bring every drafter up to date, so that the slots may be shared."""
+        penalize_next(batch)
         with self.totals.timed("prefill"):
             result = self._target_worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.FULL)
         logits_output = result.logits_output
@@ -213,7 +215,7 @@ class WhiFlashWorker(BaseSpecWorker):
                 self.switch_off(name)
         if self.metrics is not None:
             self.metrics.update()
-        return batch_result(result)
+        return batch_result(result, self.target.logprobs)
 
     def switch_off(self, name: str) -> None:
         """A drafter whose arithmetic has failed: its drafts would be noise, and its KV may spread to other requests."""
@@ -310,10 +312,11 @@ def prefill_positions(
     )
 
 
-def batch_result(result: RoundResult) -> GenerationBatchResult:
+def batch_result(result: RoundResult, logprobs: Any) -> GenerationBatchResult:
     """A round as SGLang wants it: one stride for all rows, `accept_lens` with the bonus token."""
     tokens = result.accepted.tokens
     return GenerationBatchResult(
+        logits_output=logprobs,
         next_token_ids=tokens.reshape(-1),
         accept_lens=result.accepted.num_committed.to(torch.int32),
         next_draft_input=host.draft_input(bonus_tokens=result.accepted.bonus, new_seq_lens=result.new_prefix_lens),

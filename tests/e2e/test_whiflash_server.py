@@ -228,7 +228,7 @@ def test_a_prompt_beyond_the_context_is_refused_and_the_server_goes_on(alternate
     assert asyncio.run(generate(alternate, prompts[:1], NUM_TOKENS, in_flight=1)) == reference[:1]
 
 
-@pytest.mark.parametrize("asked", ["return_logprob", "return_hidden_states"])
+@pytest.mark.parametrize("asked", ["return_hidden_states"])
 def test_what_rounds_do_not_return_is_refused_clearly(alternate, prompts, reference, asked):
     params = {"temperature": 0, "max_new_tokens": 4}
     reply = ask(alternate, input_ids=prompts[0], sampling_params=params, **{asked: True})
@@ -238,7 +238,7 @@ def test_what_rounds_do_not_return_is_refused_clearly(alternate, prompts, refere
 
 
 def test_a_json_schema_is_kept_to(off, alternate):
-    """A request whose logits depend on its text so far (grammar) is served, without drafts."""
+    """A chat with a schema; `test_equality.py` has the other grammars."""
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     format_ = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     body = {

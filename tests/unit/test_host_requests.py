@@ -38,12 +38,26 @@ def test_sampling_parameters_are_judged_by_the_loaded_drafters() -> None:
 def test_a_request_that_came_another_way_is_refused_by_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     """And passes through it without hints: a refused request is still prefilled, one token long."""
     monkeypatch.setenv("WHIFLASH_CONFIG", CONFIG.to_json())
-    assert _name_ourselves(None, request({"whiflash": {"prior": 2}})) is None
+    allowed = lambda request: None  # noqa: E731
+    assert _name_ourselves(allowed, request({"whiflash": {"prior": 2}})) is None
     bad = request({"whiflash": {"prior": "2"}})
-    refusal = _name_ourselves(None, bad)
+    refusal = _name_ourselves(allowed, bad)
     assert refusal is not None
     assert refusal.startswith("custom_params.whiflash.prior '2': not a number")
     assert asked(bad, CONFIG) == Asked()
+
+
+def test_log_probabilities_are_not_refused_as_those_of_the_family_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHIFLASH_CONFIG", CONFIG.to_json())
+
+    def refuses(request: SimpleNamespace) -> str:
+        return f"DFLASH speculative decoding does not support {request.asked} yet."
+
+    def judged(asked: str) -> str | None:
+        return _name_ourselves(refuses, SimpleNamespace(**vars(request(None)), asked=asked))
+
+    assert judged("return_logprob") is None
+    assert judged("other") is not None and "WHIFLASH" in judged("other") and "--whiflash-router off" in judged("other")
 
 
 def test_a_chat_tells_its_context_beside_the_hints() -> None:

@@ -1,0 +1,211 @@
+"""Greedy requests of every kind that the API knows, 8 in flight, against the same server without speculation.
+
+Each example is a batch of requests that hypothesis has put together: penalties, logit bias, minimum lengths, stops,
+grammars, log probabilities, several samples, streams, and hints of who drafts. Text, reason and usage have to be the
+same, and log probabilities the same to 1e-4 (float32).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections import Counter
+from itertools import islice
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("sglang")
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from whiflash_sglang.launch_server import DEMO_MODELS
+from whiflash_sglang.training.text import histories
+from workloads.demo.generate import sessions
+from workloads.server import running_server
+
+pytestmark = pytest.mark.e2e
+
+IN_FLIGHT, EXAMPLES = 8, 25
+TOLERANCE = 1e-4  # of log probabilities
+TIE = 1e-4  # two first tokens that are as near as this may change places: the sums of a verify have another order
+
+TOKENIZER = AutoTokenizer.from_pretrained(DEMO_MODELS / "target")
+PROMPTS = list(islice((p for s in sessions("heldout", 12) for _, p in histories(s, TOKENIZER)), 16))
+
+GRAMMARS: list[dict[str, Any]] = [
+    {"regex": r"(order|status) [0-9]{2,5}: (shipped|open|lost)( [a-z]{1,8}){0,6}"},
+    {"ebnf": 'root ::= item ("," item)*\nitem ::= [a-z]+ "=" [0-9]+'},
+    {
+        "json_schema": json.dumps(
+            {
+                "type": "object",
+                "properties": {
+                    "order": {"type": "integer"},
+                    "items": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 3},
+                    "state": {"enum": ["open", "shipped", "cancelled"]},
+                },
+                "required": ["order", "items", "state"],
+                "additionalProperties": False,
+            }
+        )
+    },
+]
+
+
+def some(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Most requests leave most things out."""
+    return st.one_of(st.none(), st.none(), strategy)
+
+
+tokens = st.sampled_from(sorted({token for prompt in PROMPTS for token in prompt[-40:]}))
+
+params = st.fixed_dictionaries(
+    {
+        "max_new_tokens": st.integers(1, 48),
+        "frequency_penalty": some(st.sampled_from([0.2, 0.7, 1.5, -0.4])),
+        "presence_penalty": some(st.sampled_from([0.3, 0.9, 2.0])),
+        "repetition_penalty": some(st.sampled_from([0.8, 1.1, 1.4])),
+        "min_new_tokens": some(st.integers(1, 24)),
+        "logit_bias": some(
+            st.dictionaries(tokens.map(str), st.sampled_from([-100.0, -2.0, 3.0]), min_size=1, max_size=4)
+        ),
+        "stop": some(st.lists(st.sampled_from(["\n", " the", "order", '"', "1", "</think>"]), min_size=1, max_size=2)),
+        "stop_token_ids": some(st.lists(tokens, min_size=1, max_size=2)),
+        "ignore_eos": some(st.just(True)),
+        "no_stop_trim": some(st.just(True)),
+        "skip_special_tokens": some(st.just(False)),
+        "n": some(st.just(2)),
+        "grammar": some(st.sampled_from(GRAMMARS)),
+    }
+)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> dict[str, Any]:
+    sampling = {name: value for name, value in draw(params).items() if value is not None}
+    sampling |= sampling.pop("grammar", {})
+    sampling["min_new_tokens"] = min(sampling.get("min_new_tokens", 0), sampling["max_new_tokens"])
+    prompt = draw(st.sampled_from(PROMPTS))
+    body: dict[str, Any] = {"input_ids": prompt, "sampling_params": {"temperature": 0, **sampling}}
+    if draw(st.integers(0, 2)) == 0:
+        body["return_logprob"] = True
+        body["top_logprobs_num"] = draw(st.sampled_from([0, 0, 1, 4]))
+        body["logprob_start_len"] = draw(st.sampled_from([-1, -1, 0, len(prompt) - 3]))
+        if draw(st.integers(0, 3)) == 0:
+            body["token_ids_logprob"] = draw(st.lists(tokens, min_size=1, max_size=3))
+    body["stream"] = draw(st.integers(0, 3)) == 0
+    route = draw(st.sampled_from(["auto", "auto", "e3", "df", "off"]))
+    sampling = body["sampling_params"]
+    sampling["custom_params"] = {"whiflash": {"route": route}}
+    return body
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """Without speculation, and with a drafter by chance in every round."""
+    folder = tmp_path_factory.mktemp("equality")
+    # In SGLang's overlapped schedule, which WHIFLASH does not use, a token counts for penalties one step late.
+    off = ("--demo", "--whiflash-router", "off", "--disable-overlap-schedule")
+    with running_server("whiflash_sglang.launch_server", *off, log=folder / "off.log") as plain:
+        flags = ("--demo", "--whiflash-router", "random:0")
+        with running_server("whiflash_sglang.launch_server", *flags, log=folder / "random.log") as drafted:
+            yield plain, drafted
+
+
+async def ask(client: httpx.AsyncClient, base_url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The replies, one for each sample."""
+    if not body["stream"]:
+        reply = await client.post(f"{base_url}/generate", json=body)
+        assert reply.status_code == 200, reply.text
+        return reply.json() if isinstance(reply.json(), list) else [reply.json()]
+    last: dict[int, dict[str, Any]] = {}
+    async with client.stream("POST", f"{base_url}/generate", json=body) as stream:
+        assert stream.status_code == 200
+        async for line in stream.aiter_lines():
+            if line.startswith("data: {"):
+                chunk = json.loads(line.removeprefix("data: "))
+                assert "error" not in chunk, chunk
+                last[chunk.get("index", 0)] = chunk
+    return [last[index] for index in sorted(last)]
+
+
+async def ask_all(base_url: str, bodies: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    async with httpx.AsyncClient(timeout=120) as client:
+        return list(await asyncio.gather(*(ask(client, base_url, body) for body in bodies)))
+
+
+def close(a: Any, b: Any) -> bool:
+    """Nested lists of log probabilities and token ids: numbers to the tolerance, the rest equal."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(close(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=0, abs_tol=TOLERANCE) or (a < -1e30 and b < -1e30)
+    return a == b
+
+
+def is_tie(base_url: str, body: dict[str, Any], at: int) -> bool:
+    """Whether the server without speculation had two first choices at place `at` of its text."""
+    again = body | {"stream": False, "return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": -1}
+    again["sampling_params"] = body["sampling_params"] | {"n": 1}
+    reply = httpx.post(f"{base_url}/generate", json=again, timeout=120).json()
+    first, second = reply["meta_info"]["output_top_logprobs"][at][:2]
+    return first[0] - second[0] < TIE
+
+
+LOGPROBS = (
+    "input_token_logprobs",
+    "input_top_logprobs",
+    "input_token_ids_logprobs",
+    "output_token_logprobs",
+    "output_top_logprobs",
+    "output_token_ids_logprobs",
+)
+SAME = ("finish_reason", "prompt_tokens", "completion_tokens")
+seen: Counter[str] = Counter()
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=(Phase.generate,),
+    suppress_health_check=list(HealthCheck),
+)
+@given(bodies=st.lists(requests(), min_size=IN_FLIGHT, max_size=IN_FLIGHT))
+def test_replies_are_those_of_the_server_without_speculation(servers, bodies):
+    plain, drafted = servers
+    expected, found = (asyncio.run(ask_all(url, bodies)) for url in (plain, drafted))
+    for body, ours, theirs in zip(bodies, found, expected, strict=True):
+        assert len(ours) == len(theirs) == body["sampling_params"].get("n", 1)
+        for mine, reference in zip(ours, theirs, strict=True):
+            a, b = mine["output_ids"], reference["output_ids"]
+            if a != b:
+                at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+                assert is_tie(plain, body, at), (body, a, b)
+                seen["ties"] += 1
+                continue
+            assert mine["text"] == reference["text"]
+            for name in SAME:
+                assert mine["meta_info"][name] == reference["meta_info"][name], (name, body)
+            for name in LOGPROBS:
+                pair = mine["meta_info"].get(name), reference["meta_info"].get(name)
+                assert close(*pair), (name, body, *pair)
+        seen["requests"] += 1
+        seen.update(name for name in body["sampling_params"])
+
+
+def test_the_batches_had_everything_in_them(servers):
+    """What was compared above: at least 200 requests, of every kind, hardly any of them left out as a tie; and drafts
+    were made, of both drafters."""
+    assert seen["requests"] + seen["ties"] >= IN_FLIGHT * EXAMPLES
+    assert seen["ties"] <= 2
+    names = ("frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "stop", "n")
+    assert all(seen[name] >= 5 for name in (*names, "regex", "ebnf", "json_schema", "min_new_tokens")), seen
+    totals = httpx.get(f"{servers[1]}/whiflash/stats", timeout=30).json()
+    assert all(totals["accepted_drafts_by_drafter"][name] > 50 for name in ("df", "e3")), totals
