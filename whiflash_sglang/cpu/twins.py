@@ -92,6 +92,37 @@ def apply_vocab_mask(grammar: object, logits: torch.Tensor, vocab_mask: torch.Te
     xgrammar.apply_token_bitmask_inplace(logits, vocab_mask)
 
 
+def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3 of (seed, position, column) as 16 bytes; uint32 [rows, columns] of seeds and positions [rows].
+
+    The noise that a seeded request is sampled with. Seed and position stand before the column, so that a row shares
+    all of the hash but the last word.
+    """
+    words = (seed.to(torch.int64) & 0xFFFFFFFF, (seed.to(torch.int64) >> 32) & 0xFFFFFFFF, positions.to(torch.int64))
+    state = torch.zeros(len(positions), dtype=torch.int64)
+    for word in words:
+        state = _mixed_in(state, word)
+    state = _mixed_in(state[:, None], col_indices.to(torch.int64)[None, :]) ^ 16  # the length in bytes
+    state = (state ^ (state >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    state = (state ^ (state >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return (state ^ (state >> 16)).to(torch.uint32)
+
+
+def _mixed_in(state: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
+    """One word of MurmurHash3. Words are int64 below 2**32: of products that overflow, the lower half is still right."""
+    word = _rotated(word * 0xCC9E2D51 & 0xFFFFFFFF, 15) * 0x1B873593 & 0xFFFFFFFF
+    return (_rotated(state ^ word, 13) * 5 + 0xE6546B64) & 0xFFFFFFFF
+
+
+def _rotated(word: torch.Tensor, by: int) -> torch.Tensor:
+    return (word << by | word >> (32 - by)) & 0xFFFFFFFF
+
+
+def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
+    """Nothing: SGLang's batch-invariant products are Triton kernels. A product of this CPU may differ in its last digits
+    with the rows beside it, which changes a seeded text only where two tokens are as good as equally likely."""
+
+
 TWINS: tuple[tuple[str, Callable, HookType], ...] = (
     # Triton kernels: reserving a request's next slots, and reading them back for a verify or a draft block.
     ("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_req_to_token_pool, HookType.REPLACE),
@@ -105,6 +136,13 @@ TWINS: tuple[tuple[str, Callable, HookType], ...] = (
     # Grammars: pinned memory and Triton kernels, without which a request with a JSON schema ended the scheduler.
     (f"{XGRAMMAR}._allocate_token_bitmask", allocate_token_bitmask, HookType.REPLACE),
     (f"{XGRAMMAR}.XGrammarGrammar.apply_vocab_mask", apply_vocab_mask, HookType.REPLACE),
+    # Seeded requests (--enable-deterministic-inference): Triton kernels.
+    ("sglang.kernels.ops.sampling.murmur_hash.murmur_hash32", murmur_hash32, HookType.REPLACE),
+    (
+        "sglang.srt.batch_invariant_ops.batch_invariant_ops.enable_batch_invariant_mode",
+        enable_batch_invariant_mode,
+        HookType.REPLACE,
+    ),
     # Linear layers pack their weights in every call.
     (f"{LINEAR}.process_weights_after_loading", layers.pack_weight, HookType.AFTER),
     (f"{LINEAR}.apply", layers.linear_forward, HookType.REPLACE),
