@@ -255,13 +255,6 @@ def _leave_room_for_a_window(info: tuple[Any, ...], worker: Any) -> tuple[Any, .
 def _name_ourselves(refusal: str | None, request: Any, *args: Any) -> str | None:
     if refusal is None and request.return_hidden_states:
         refusal = f"{ALGORITHM} speculative decoding does not support return_hidden_states yet."
-    if refusal is None and request.sampling_params.min_p > 0:
-        from sglang.srt.runtime_context import get_exec
-
-        if get_exec().deterministic.enable_deterministic_inference:
-            # SGLang's sampler would end the scheduler at it.
-            mend = "Leave min_p out of the request, or the flag out of the server's."
-            return f"min_p does not go with --enable-deterministic-inference, which samples by seeds. {mend}"
     if refusal is None:
         try:  # requests that have not come through SamplingParams.verify
             parse(request.sampling_params.custom_params, active_config().drafter_names)

@@ -62,7 +62,7 @@ def target() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    return [histories[0] for histories in heldout_histories(6)]
+    return [histories[0] for histories in heldout_histories(2)]
 
 
 def ask(base_url: str, prompt: list[int], **params: object) -> httpx.Response:
@@ -75,9 +75,9 @@ def test_a_seed_gives_the_same_text_by_every_route_and_in_any_batch(servers, pro
     kinds = [
         {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "sampling_seed": 7},
         {"temperature": 1.2, "sampling_seed": 7},
-        {"temperature": 0.7, "top_p": 0.95},  # SGLang's own seed
+        {"temperature": 0.7, "top_p": 0.95, "min_p": 0.02},  # SGLang's own seed
     ]
-    cases = [(prompt, kind) for prompt in prompts[:3] for kind in kinds]
+    cases = [(prompt, kind) for prompt in prompts[:2] for kind in kinds]
     expected = [ask(off, prompt, **kind).json()["output_ids"] for prompt, kind in cases]
     routed = [
         (prompt, kind | {"custom_params": {"whiflash": {"route": route}}}) for route in ROUTES for prompt, kind in cases
@@ -115,11 +115,3 @@ def test_continuations_have_the_targets_distribution(servers, target, prompts):
     for route in ROUTES:
         found = joint_p_value((counts[route, sampling], exact[sampling]) for sampling in SAMPLINGS)
         assert found > 0.01, route
-
-
-def test_min_p_with_seeds_is_refused_and_the_server_goes_on(servers, prompts):
-    """SGLang's sampler asserts that they do not come together, which ended the scheduler and with it every request."""
-    reply = ask(servers[1], prompts[0], temperature=0.8, min_p=0.1)
-    assert reply.status_code == 400
-    assert "min_p" in reply.text and SEEDS in reply.text
-    assert ask(servers[1], prompts[0], temperature=0).status_code == 200

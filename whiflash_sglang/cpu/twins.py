@@ -118,6 +118,34 @@ def _rotated(word: torch.Tensor, by: int) -> torch.Tensor:
     return (word << by | word >> (32 - by)) & 0xFFFFFFFF
 
 
+def sample_filtered(
+    original: Callable,
+    probs: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    min_ps: torch.Tensor,
+    need_min_p_sampling: bool,
+    sampling_seed: torch.Tensor | None,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Tokens [rows] int32 of `probs` [rows, vocab] under top-k, top-p and min-p; seeded rows with each token's own noise.
+
+    SGLang gives the noise to places of the sorted distribution, but to token ids where no request of the batch filters:
+    a seeded text then hung on its neighbours. And it ended the scheduler where seeds and min-p came together.
+    """
+    from sglang.srt.layers import sampler
+
+    if sampling_seed is None:
+        return original(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions)
+    best, tokens = probs.sort(dim=-1, descending=True)
+    left_out = torch.arange(probs.shape[-1]) >= top_ks[:, None]
+    left_out |= best.cumsum(-1) - best > top_ps[:, None]
+    if need_min_p_sampling:
+        left_out |= best < best[:, :1] * min_ps[:, None]
+    kept = torch.zeros_like(probs).scatter_(-1, tokens, best.masked_fill(left_out, 0.0))
+    return sampler.multinomial_with_seed(kept.log(), sampling_seed, positions).view(-1).to(torch.int32)
+
+
 def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
     """Nothing: SGLang's batch-invariant products are Triton kernels. A product of this CPU may differ in its last digits
     with the rows beside it, which changes a seeded text only where two tokens are as good as equally likely."""
@@ -142,6 +170,11 @@ TWINS: tuple[tuple[str, Callable, HookType], ...] = (
         "sglang.srt.batch_invariant_ops.batch_invariant_ops.enable_batch_invariant_mode",
         enable_batch_invariant_mode,
         HookType.REPLACE,
+    ),
+    (
+        "sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch",
+        sample_filtered,
+        HookType.AROUND,
     ),
     # Linear layers pack their weights in every call.
     (f"{LINEAR}.process_weights_after_loading", layers.pack_weight, HookType.AFTER),
