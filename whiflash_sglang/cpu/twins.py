@@ -109,7 +109,7 @@ def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torc
 
 
 def _mixed_in(state: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
-    """One word of MurmurHash3. Words are int64 below 2**32: of products that overflow, the lower half is still right."""
+    """One word of MurmurHash3. Words are int64 below 2**32: the lower half of a product that overflows is right."""
     word = _rotated(word * 0xCC9E2D51 & 0xFFFFFFFF, 15) * 0x1B873593 & 0xFFFFFFFF
     return (_rotated(state ^ word, 13) * 5 + 0xE6546B64) & 0xFFFFFFFF
 
@@ -128,7 +128,7 @@ def sample_filtered(
     sampling_seed: torch.Tensor | None,
     positions: torch.Tensor,
 ) -> torch.Tensor:
-    """Tokens [rows] int32 of `probs` [rows, vocab] under top-k, top-p and min-p; seeded rows with each token's own noise.
+    """Tokens [rows] int32 of `probs` [rows, vocab] under top-k, top-p and min-p; with seeds, by each token's own noise.
 
     SGLang gives the noise to places of the sorted distribution, but to token ids where no request of the batch filters:
     a seeded text then hung on its neighbours. And it ended the scheduler where seeds and min-p came together.
@@ -147,8 +147,8 @@ def sample_filtered(
 
 
 def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
-    """Nothing: SGLang's batch-invariant products are Triton kernels. A product of this CPU may differ in its last digits
-    with the rows beside it, which changes a seeded text only where two tokens are as good as equally likely."""
+    """Nothing: SGLang's batch-invariant products are Triton kernels. A CPU's products may differ in their last digits
+    with the rows beside them, which changes a seeded text only where two tokens are as good as equally likely."""
 
 
 TWINS: tuple[tuple[str, Callable, HookType], ...] = (

@@ -1,4 +1,4 @@
-"""The next few tokens behind a text: how likely each continuation is, exactly, and what a round would verify on its way.
+"""The next few tokens behind a text: how likely each continuation is, exactly, and the rounds that lead there.
 
     exact = continuations(target, prompt, 3, sampling)      # {(3 token ids): probability}
     p = p_value(counts, exact)                              # are these counts of continuations samples of it?
@@ -84,9 +84,7 @@ def last_logits(target: PreTrainedModel, prompt: Sequence[int], texts: Sequence[
 
 
 @torch.no_grad()
-def windows(
-    models: Models, prompt: Sequence[int], texts: Iterable[Text], steps: int, width: int
-) -> dict[Text, Window]:
+def windows(models: Models, prompt: Sequence[int], texts: Iterable[Text], steps: int, width: int) -> dict[Text, Window]:
     """The rounds that may begin behind the prompt and each of `texts`, up to `width` columns.
 
     The last token, of the text or the prompt, is the anchor. `steps` are those of EAGLE-3's chain.
