@@ -29,6 +29,7 @@ from workloads.server import start
 
 pytestmark = pytest.mark.e2e
 
+LAUNCHER = "whiflash_sglang.launch_server"
 NUM_TOKENS = 32
 TOLERANCE = 1e-3
 PROMPTS = ([5, 6, 7, 9, 20, 40], [100, 200, 300, 23, 45], list(range(30, 70)))
@@ -55,8 +56,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER, str(folder))
         running = [
-            start("tests.e2e.dumping_server", *flags, "--whiflash-router", router, log=folder / f"{router}.log")
-            for router in ("off", "alternate")
+            start(module, *flags, "--whiflash-router", router, log=folder / f"{router}.log")
+            for router, module in (("off", LAUNCHER), ("alternate", "tests.e2e.dumping_server"))
         ]
     try:
         for server in running:
