@@ -1,6 +1,7 @@
-"""Tiny random checkpoints in the published formats: a Qwen3 target with its tokenizer, an EAGLE-3 and a DFlash drafter.
+"""Tiny random checkpoints in the published formats: a target with its tokenizer, an EAGLE-3 and a DFlash drafter.
 
     models = build(tmp_path)            # TinyModels(target, eagle3, dflash), three folders, about 2 MB
+    models = build(tmp_path, family="llama")        # or "qwen3_moe": another kind of target, the same drafters
     python tests/tiny_models.py DIR     # the same from a shell
 
 Weights are seeded and random, so the drafters are hardly ever right: good for tests of losslessness and plumbing,
@@ -25,6 +26,23 @@ HEAD_DIM = 16
 EAGLE3_LAYER_IDS = (0, 1, 2)
 DFLASH_LAYER_IDS = (0, 2)
 DFLASH_BLOCK_SIZE = 8
+NUM_EXPERTS = 4
+
+# What `config.json` says of each kind of target beside the sizes.
+FAMILIES: dict[str, dict] = {
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False},
+    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False, "pretraining_tp": 1},
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "use_sliding_window": False,
+        "num_experts": NUM_EXPERTS,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+}
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -69,14 +87,14 @@ class TinyShape:
     max_position_embeddings: int = 4096
 
 
-def build(directory: Path, seed: int = 0, shape: TinyShape | None = None) -> TinyModels:
-    """Write the three checkpoints below `directory` and return where they are."""
+def build(directory: Path, seed: int = 0, shape: TinyShape | None = None, family: str = "qwen3") -> TinyModels:
+    """Write the three checkpoints below `directory` and return where they are. `family` is the target's."""
     shape = shape or TinyShape()
     generator = torch.Generator().manual_seed(seed)
     paths = TinyModels(directory / "target", directory / "eagle3", directory / "dflash")
     tokenizer = train_tokenizer()
     write_tokenizer(paths.target, tokenizer)
-    write_checkpoint(paths.target, target_config(shape, tokenizer), target_tensors(shape, generator))
+    write_checkpoint(paths.target, target_config(shape, tokenizer, family), target_tensors(shape, generator, family))
     write_checkpoint(paths.eagle3, eagle3_config(shape, tokenizer), eagle3_tensors(shape, generator))
     write_checkpoint(paths.dflash, dflash_config(shape, tokenizer), dflash_tensors(shape, generator))
     return paths
@@ -154,15 +172,13 @@ def common_config(shape: TinyShape, tokenizer: Tokenizer) -> dict:
     }
 
 
-def target_config(shape: TinyShape, tokenizer: Tokenizer) -> dict:
-    return common_config(shape, tokenizer) | {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "num_hidden_layers": shape.num_layers,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "max_window_layers": shape.num_layers,
-    }
+def target_config(shape: TinyShape, tokenizer: Tokenizer, family: str) -> dict:
+    sizes = {"num_hidden_layers": shape.num_layers}
+    if family != "llama":
+        sizes |= {"sliding_window": None, "max_window_layers": shape.num_layers}
+    if family == "qwen3_moe":
+        sizes |= {"moe_intermediate_size": shape.intermediate_size}
+    return common_config(shape, tokenizer) | FAMILIES[family] | sizes
 
 
 def eagle3_config(shape: TinyShape, tokenizer: Tokenizer) -> dict:
@@ -195,15 +211,31 @@ def dflash_config(shape: TinyShape, tokenizer: Tokenizer) -> dict:
 # ------------------------------------------------------------------------------------------------------ tensors
 
 
-def target_tensors(shape: TinyShape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def target_tensors(shape: TinyShape, generator: torch.Generator, family: str) -> dict[str, torch.Tensor]:
     tensors = {
         "model.embed_tokens.weight": matrix(generator, VOCAB_SIZE, shape.hidden_size, scale=1.0),
         "model.norm.weight": torch.ones(shape.hidden_size),
         "lm_head.weight": matrix(generator, VOCAB_SIZE, shape.hidden_size),
     }
     for layer in range(shape.num_layers):
-        tensors |= layer_tensors(shape, generator, f"model.layers.{layer}", qk_norm=True)
+        prefix = f"model.layers.{layer}"
+        tensors |= layer_tensors(shape, generator, prefix, qk_norm=family != "llama")
+        if family == "qwen3_moe":
+            tensors |= experts(shape, generator, tensors, f"{prefix}.mlp")
     return tensors
+
+
+def experts(
+    shape: TinyShape, generator: torch.Generator, tensors: dict[str, torch.Tensor], prefix: str
+) -> dict[str, torch.Tensor]:
+    """Experts of one layer and the gate that chooses among them, in the place of the MLP that `tensors` has there."""
+    for name in [name for name in tensors if name.startswith(f"{prefix}.")]:
+        del tensors[name]
+    found = {f"{prefix}.gate.weight": matrix(generator, NUM_EXPERTS, shape.hidden_size)}
+    for expert in range(NUM_EXPERTS):
+        mlp = mlp_tensors(shape, generator)
+        found |= {f"{prefix}.experts.{expert}.{name}": tensor for name, tensor in mlp.items()}
+    return found
 
 
 def eagle3_tensors(shape: TinyShape, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -247,13 +279,19 @@ def layer_tensors(
         "self_attn.k_proj.weight": matrix(generator, kv_size, width),
         "self_attn.v_proj.weight": matrix(generator, kv_size, width),
         "self_attn.o_proj.weight": matrix(generator, hidden, query_size),
-        "mlp.gate_proj.weight": matrix(generator, shape.intermediate_size, hidden),
-        "mlp.up_proj.weight": matrix(generator, shape.intermediate_size, hidden),
-        "mlp.down_proj.weight": matrix(generator, hidden, shape.intermediate_size),
+        **{f"mlp.{name}": tensor for name, tensor in mlp_tensors(shape, generator).items()},
     }
     if qk_norm:
         tensors |= {"self_attn.q_norm.weight": torch.ones(HEAD_DIM), "self_attn.k_norm.weight": torch.ones(HEAD_DIM)}
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def mlp_tensors(shape: TinyShape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {
+        "gate_proj.weight": matrix(generator, shape.intermediate_size, shape.hidden_size),
+        "up_proj.weight": matrix(generator, shape.intermediate_size, shape.hidden_size),
+        "down_proj.weight": matrix(generator, shape.hidden_size, shape.intermediate_size),
+    }
 
 
 def matrix(generator: torch.Generator, rows: int, columns: int, scale: float | None = None) -> torch.Tensor:

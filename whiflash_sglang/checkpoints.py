@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whiflash_sglang.config import FLAG_DFLASH, FLAG_EAGLE
+from whiflash_sglang import targets
+from whiflash_sglang.config import FLAG_DFLASH, FLAG_EAGLE, FLAG_ROUTER
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.safetensors_header import TensorInfo, read_headers, read_integers, read_json
 
@@ -27,6 +28,7 @@ FLAG_TARGET = "--model-path"
 DRAFTER_FLAGS = {"df": FLAG_DFLASH, "e3": FLAG_EAGLE}
 
 _OTHER_DRAFTER = "use a drafter that was made for this target"
+_OTHER_TARGET = f"serve {', '.join(targets.TARGETS)}, or this one with {FLAG_ROUTER} off"
 _WHOLE_CHECKPOINT = "use a complete checkpoint in the published format"
 
 Shape = tuple[int, ...]
@@ -68,18 +70,12 @@ class Checkpoint:
     path: Path
     config: Mapping[str, Any]
 
-    @property
-    def text_config(self) -> Mapping[str, Any]:
-        """The language model's part of a multimodal config; else the config itself."""
-        nested = self.config.get("text_config")
-        return nested if isinstance(nested, dict) else self.config
-
     def error(self, problem: str, mend: str) -> CheckpointError:
         return CheckpointError(self.flag, self.path, problem, mend)
 
     def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
         """A required whole number of `config.json`; a default makes it optional."""
-        value = self.text_config.get(name)
+        value = self.config.get(name)
         return self.check_integer(name, default if value is None else value, minimum)
 
     def check_integer(self, name: str, value: object, minimum: int = 1) -> int:
@@ -91,8 +87,11 @@ class Checkpoint:
 
 
 def load_target_spec(path: str) -> TargetSpec:
-    """Read the target's sizes. `path` is a local folder (see `hub.resolve`)."""
+    """Read the target's sizes, if it is one that is served. `path` is a local folder (see `hub.resolve`)."""
     checkpoint = open_checkpoint(FLAG_TARGET, path)
+    problem = targets.refusal(checkpoint.config)
+    if problem is not None:
+        raise checkpoint.error(problem, _OTHER_TARGET)
     return TargetSpec(
         path=str(checkpoint.path),
         hidden_size=checkpoint.integer("hidden_size"),

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny_models
-from whiflash_sglang import hub
+from whiflash_sglang import hub, targets
 from whiflash_sglang.checkpoints import DrafterSpec, TargetSpec, load_drafter_spec, load_target_spec
 from whiflash_sglang.errors import CheckpointError
 
@@ -76,10 +76,42 @@ def test_layer_ids_keep_the_drafters_own_order(models: Path) -> None:
     assert load(models, "df").layer_ids == (2, 0)
 
 
-def test_a_multimodal_target_keeps_its_sizes_in_text_config(models: Path) -> None:
-    config = json.loads((models / "target" / "config.json").read_text())
-    (models / "target" / "config.json").write_text(json.dumps({"architectures": ["X"], "text_config": config}))
-    assert load_target_spec(str(models / "target")).hidden_size == 64
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_every_target_that_is_accepted_is_one_that_is_served_in_tests(tmp_path: Path, family: str) -> None:
+    """tests/e2e/test_targets.py serves the families of `tiny_models`; the others are refused."""
+    target = load_target_spec(str(tiny_models.build(tmp_path, family=family).target))
+    assert (target.hidden_size, target.num_layers) == (64, 4)
+    served = [name for config in tiny_models.FAMILIES.values() for name in config["architectures"]]
+    assert sorted(served) == sorted(targets.TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architectures": ["Qwen3VLForConditionalGeneration"]}, "a multimodal or vision-language model"),
+        ({"vision_config": {"depth": 2}}, "a multimodal or vision-language model"),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "multimodal"),
+        ({"architectures": ["BertModel"]}, "an encoder, classifier or embedding model"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "an encoder, classifier or embedding model"),
+        ({"architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 512}, "multi-head latent attention (MLA)"),
+        ({"architectures": ["MambaForCausalLM"], "state_size": 16}, "a hybrid or Mamba model"),
+        ({"architectures": ["NemotronHForCausalLM"], "hybrid_override_pattern": "M-M*"}, "a hybrid or Mamba model"),
+        ({"architectures": ["Qwen3NextForCausalLM"], "full_attention_interval": 4}, "a hybrid or Mamba model"),
+        ({"layer_types": ["linear_attention", "full_attention"] * 2}, "a hybrid with linear attention"),
+        ({"layer_types": ["sliding_attention", "full_attention"] * 2}, "a model with sliding-window layers"),
+        ({"use_sliding_window": True}, "a model with sliding-window layers"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "['Qwen2ForCausalLM'], which has not been tried as a target"),
+        ({"architectures": None}, "architectures is [], which has not been tried as a target"),
+    ],
+)
+def test_targets_that_are_not_served(models: Path, changes: dict, said: str) -> None:
+    edit_config(models / "target", **changes)
+    with pytest.raises(CheckpointError) as error:
+        load_target_spec(str(models / "target"))
+    message = str(error.value)
+    assert message.startswith(f"--model-path {models / 'target'}: ") and "\n" not in message
+    assert said in message
+    assert message.endswith("or this one with --whiflash-router off")
 
 
 def test_eagle3_without_a_list_of_layers_uses_an_early_a_middle_and_a_late_one(models: Path) -> None:

@@ -71,7 +71,7 @@ def test_clients_import_neither_sglang_nor_torch(package: str) -> None:
 
 def test_the_core_imports_without_sglang() -> None:
     core = [
-        *("accept", "asked", "backlog", "calibration", "checkpoints", "config", "costs", "errors", "hints"),
+        *("accept", "asked", "backlog", "calibration", "checkpoints", "config", "costs", "errors", "hints", "targets"),
         *(
             "http_routes",
             "hub",

@@ -50,7 +50,7 @@ class CpuAttentionBackend(AttentionBackend):
                 "have no CPU implementation here; serve a model with plain grouped-query attention"
             )
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
-        self.kv_pool = model_runner.token_to_kv_pool
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.metadata: AttentionMetadata | None = None
         self._checked_layers: set[int] = set()
 
@@ -73,7 +73,7 @@ class CpuAttentionBackend(AttentionBackend):
         if id(layer) not in self._checked_layers:
             check_layer(layer, kwargs)
             self._checked_layers.add(id(layer))
-        k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
+        k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         if save_kv_cache and k is not None:
             k_cache.index_copy_(0, forward_batch.out_cache_loc, k.to(k_cache.dtype))
             v_cache.index_copy_(0, forward_batch.out_cache_loc, v.to(v_cache.dtype))

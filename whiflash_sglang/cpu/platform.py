@@ -47,6 +47,8 @@ class WhiFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
         """Refuse what has no CPU implementation here, and name the attention backend."""
         refuse_unsupported_flags(server_args)
+        if server_args.enable_deterministic_inference:
+            _count_as_deterministic(ATTENTION_BACKEND)
         # On x86 SGLang has by now filled in `intel_amx`, whose kernels are a separate build.
         server_args.attention_backend = ATTENTION_BACKEND
 
@@ -82,6 +84,15 @@ def _slot_allocator(size: int, *, page_size: int, dtype: torch.dtype, device: st
     from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 
     return TokenToKVPoolAllocator(size, dtype, device, kvcache, need_sort)
+
+
+def _count_as_deterministic(backend: str) -> None:
+    """Let `--enable-deterministic-inference`, without which SGLang ignores seeds, go with this attention backend."""
+    from sglang.srt import server_args
+
+    if backend not in server_args.DETERMINISTIC_ATTENTION_BACKEND_CHOICES:
+        server_args.add_deterministic_attention_backend_choices([backend])
+        server_args.add_radix_supported_deterministic_attention_backend_choices([backend])
 
 
 def refuse_unsupported_flags(server_args: ServerArgs) -> None:

@@ -92,6 +92,65 @@ def apply_vocab_mask(grammar: object, logits: torch.Tensor, vocab_mask: torch.Te
     xgrammar.apply_token_bitmask_inplace(logits, vocab_mask)
 
 
+def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3 of (seed, position, column) as 16 bytes; uint32 [rows, columns] of seeds and positions [rows].
+
+    The noise that a seeded request is sampled with. Seed and position stand before the column, so that a row shares
+    all of the hash but the last word.
+    """
+    words = (seed.to(torch.int64) & 0xFFFFFFFF, (seed.to(torch.int64) >> 32) & 0xFFFFFFFF, positions.to(torch.int64))
+    state = torch.zeros(len(positions), dtype=torch.int64)
+    for word in words:
+        state = _mixed_in(state, word)
+    state = _mixed_in(state[:, None], col_indices.to(torch.int64)[None, :]) ^ 16  # the length in bytes
+    state = (state ^ (state >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    state = (state ^ (state >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return (state ^ (state >> 16)).to(torch.uint32)
+
+
+def _mixed_in(state: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
+    """One word of MurmurHash3. Words are int64 below 2**32: the lower half of a product that overflows is right."""
+    word = _rotated(word * 0xCC9E2D51 & 0xFFFFFFFF, 15) * 0x1B873593 & 0xFFFFFFFF
+    return (_rotated(state ^ word, 13) * 5 + 0xE6546B64) & 0xFFFFFFFF
+
+
+def _rotated(word: torch.Tensor, by: int) -> torch.Tensor:
+    return (word << by | word >> (32 - by)) & 0xFFFFFFFF
+
+
+def sample_filtered(
+    original: Callable,
+    probs: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    min_ps: torch.Tensor,
+    need_min_p_sampling: bool,
+    sampling_seed: torch.Tensor | None,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Tokens [rows] int32 of `probs` [rows, vocab] under top-k, top-p and min-p; with seeds, by each token's own noise.
+
+    SGLang gives the noise to places of the sorted distribution, but to token ids where no request of the batch filters:
+    a seeded text then hung on its neighbours. And it ended the scheduler where seeds and min-p came together.
+    """
+    from sglang.srt.layers import sampler
+
+    if sampling_seed is None:
+        return original(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions)
+    best, tokens = probs.sort(dim=-1, descending=True)
+    left_out = torch.arange(probs.shape[-1]) >= top_ks[:, None]
+    left_out |= best.cumsum(-1) - best > top_ps[:, None]
+    if need_min_p_sampling:
+        left_out |= best < best[:, :1] * min_ps[:, None]
+    kept = torch.zeros_like(probs).scatter_(-1, tokens, best.masked_fill(left_out, 0.0))
+    return sampler.multinomial_with_seed(kept.log(), sampling_seed, positions).view(-1).to(torch.int32)
+
+
+def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
+    """Nothing: SGLang's batch-invariant products are Triton kernels. A CPU's products may differ in their last digits
+    with the rows beside them, which changes a seeded text only where two tokens are as good as equally likely."""
+
+
 TWINS: tuple[tuple[str, Callable, HookType], ...] = (
     # Triton kernels: reserving a request's next slots, and reading them back for a verify or a draft block.
     ("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_req_to_token_pool, HookType.REPLACE),
@@ -105,6 +164,18 @@ TWINS: tuple[tuple[str, Callable, HookType], ...] = (
     # Grammars: pinned memory and Triton kernels, without which a request with a JSON schema ended the scheduler.
     (f"{XGRAMMAR}._allocate_token_bitmask", allocate_token_bitmask, HookType.REPLACE),
     (f"{XGRAMMAR}.XGrammarGrammar.apply_vocab_mask", apply_vocab_mask, HookType.REPLACE),
+    # Seeded requests (--enable-deterministic-inference): Triton kernels.
+    ("sglang.kernels.ops.sampling.murmur_hash.murmur_hash32", murmur_hash32, HookType.REPLACE),
+    (
+        "sglang.srt.batch_invariant_ops.batch_invariant_ops.enable_batch_invariant_mode",
+        enable_batch_invariant_mode,
+        HookType.REPLACE,
+    ),
+    (
+        "sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch",
+        sample_filtered,
+        HookType.AROUND,
+    ),
     # Linear layers pack their weights in every call.
     (f"{LINEAR}.process_weights_after_loading", layers.pack_weight, HookType.AFTER),
     (f"{LINEAR}.apply", layers.linear_forward, HookType.REPLACE),

@@ -1,0 +1,53 @@
+"""Which targets are served: those that tests have served. Others are refused by name before anything is loaded.
+
+    problem = refusal(config)       # of a parsed config.json; None, or what it is that is not served
+
+SGLang has many more models, and some of them would start: with layers that are not captured where the drafters were
+trained to read them, or caches that a rejected draft cannot be taken back from. They would give slow or wrong text.
+`docs/limits.md` has the list for people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TARGETS = ("Qwen3ForCausalLM", "LlamaForCausalLM", "Qwen3MoeForCausalLM")
+
+# Fields of config.json by which what is not served tells itself, and what it is then called; the first that fits.
+_MULTIMODAL = ("text_config", "vision_config", "audio_config", "thinker_config")
+_RECURRENT = (
+    *("hybrid_override_pattern", "layers_block_type", "attn_layer_indices", "full_attention_interval"),
+    *("linear_num_key_heads", "linear_attn_config", "mamba_d_state", "mamba_num_heads", "ssm_state_size", "state_size"),
+)
+_PLAIN = "full_attention"
+
+
+def refusal(config: Mapping[str, Any]) -> str | None:
+    """Why a target with this config.json is not served, in one line; None: it is."""
+    architectures = config.get("architectures") or []
+    kind = _kind(config, architectures)
+    if kind is None and any(name in TARGETS for name in architectures):
+        return None
+    return f"config.json: architectures is {architectures}, {kind or 'which has not been tried as a target'}"
+
+
+def _kind(config: Mapping[str, Any], architectures: list[str]) -> str | None:
+    """What stands in the way, whatever the architecture is called; None: nothing that is known."""
+    layers = set(config.get("layer_types") or [_PLAIN]) - {_PLAIN}
+    is_generation = any(name.endswith("ForConditionalGeneration") for name in architectures)
+    if is_generation or any(isinstance(config.get(name), dict) for name in _MULTIMODAL):
+        return "a multimodal or vision-language model"
+    if config.get("is_encoder_decoder"):
+        return "an encoder-decoder model"
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        return "an encoder, classifier or embedding model, which writes no text"
+    if config.get("kv_lora_rank") is not None:
+        return "a model with multi-head latent attention (MLA)"
+    if any(config.get(name) is not None for name in _RECURRENT) or any("attention" not in name for name in layers):
+        return "a hybrid or Mamba model, whose recurrent state cannot take a draft back"
+    if any("linear" in name for name in layers):
+        return "a hybrid with linear attention, whose recurrent state cannot take a draft back"
+    if layers or config.get("use_sliding_window"):
+        return "a model with sliding-window layers"
+    return None
