@@ -40,6 +40,7 @@ from agents.figures import FigureReader, Figures
 from agents.hints import Hints, hints_in
 
 SESSION_HEADER = "X-Session-Affinity"
+GATEWAY_HEADER = "X-SMG-Routing-Key"  # what SGLang's gateway goes by, with its policy `manual`
 FIGURES = "whiflash"  # in response_metadata
 REASONING = "reasoning_content"  # in additional_kwargs, and in the messages of requests and replies
 
@@ -103,7 +104,7 @@ class ChatWhiFlash(ChatOpenAI):
         for message, sent in zip(messages, payload["messages"], strict=True):
             if isinstance(message, AIMessage) and (reasoning := message.additional_kwargs.get(REASONING)):
                 sent[REASONING] = reasoning
-        session = {SESSION_HEADER: checked_session_id(session_id or self.session_id)}
+        session = dict.fromkeys((SESSION_HEADER, GATEWAY_HEADER), checked_session_id(session_id or self.session_id))
         payload["extra_headers"] = session | dict(payload.get("extra_headers") or {})
         extra_body = payload.get("extra_body")
         payload["extra_body"] = Hints.parse(hints).over(hints_in(extra_body)).over(self.hints).into(extra_body)

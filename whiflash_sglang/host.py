@@ -207,9 +207,9 @@ def install_http(server_args: Any) -> None:
     about = {"model": server_args.served_model_name, "router": config.router, "drafters": config.draft_paths}
 
     async def states() -> list[dict[str, Any]]:
-        """One of each replica (`--dp-size`), in the order in which they answered."""
+        """One of each replica (`--dp-size`)."""
         found: list[dict[str, Any]] = await http_server.get_global_state().tokenizer_manager.get_internal_state()
-        return found
+        return sorted(found, key=lambda state: int(state["whiflash_ranks"]["replica"]))
 
     http_server.app.include_router(routes(finished, states, about))
 
@@ -338,7 +338,8 @@ def _add_figures(result: Any, scheduler: Any, *args: Any) -> Any:
     worker = scheduler.draft_worker
     if getattr(worker, "totals", None) is not None:
         # The request for it comes to every rank in the same step, so that ranks can be compared here.
-        result.internal_state["whiflash"] = worker.totals.snapshot() | {"ranks": worker.ranks.snapshot()}
+        result.internal_state["whiflash"] = worker.totals.snapshot()
+        result.internal_state["whiflash_ranks"] = {"replica": scheduler.ps.dp_rank or 0, **worker.ranks.snapshot()}
         result.internal_state["whiflash_priors"] = worker.priors_document()
     return result
 

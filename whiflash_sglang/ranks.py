@@ -44,7 +44,7 @@ class Ranks:
         self.host_group = host_group
         self.size = 1 if host_group is None else dist.get_world_size(host_group)
         self.rank = 0 if host_group is None else dist.get_rank(host_group)
-        self.corrected = 0  # tokens of this rank that were not the first one's
+        self.corrected: int | torch.Tensor = 0  # tokens of this rank that were not the first one's
         self.digest = 0  # of the rounds so far
 
     @property
@@ -66,7 +66,7 @@ class Ranks:
             return tokens
         shared = tokens.contiguous().clone()
         dist.broadcast(shared, group=self.device_group, group_src=0)
-        self.corrected += int((shared != tokens).sum())
+        self.corrected = self.corrected + (shared != tokens).sum()  # read when somebody asks: no wait for a device
         return shared
 
     def first(self, run: Callable[..., tuple[float, ...]]) -> Callable[..., tuple[float, ...]]:
@@ -90,11 +90,11 @@ class Ranks:
 
     def snapshot(self) -> dict[str, Any]:
         """Plain data; every rank must ask at the same time. Numbers of each rank, the first one's first."""
-        own = torch.tensor([self.digest, self.corrected], dtype=torch.int64)
-        everyone = [own]
-        if self.size > 1:
-            everyone = [torch.empty_like(own) for _ in range(self.size)]
-            dist.all_gather(everyone, own, group=self.host_group)
+        if self.size == 1:
+            return {"size": 1}
+        own = torch.tensor([self.digest, int(self.corrected)], dtype=torch.int64)
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(everyone, own, group=self.host_group)
         digests, corrected = zip(*(numbers.tolist() for numbers in everyone), strict=True)
         return {"size": self.size, "digests": [f"{digest:08x}" for digest in digests], "corrected": list(corrected)}
 
@@ -110,12 +110,10 @@ class SharedRouter(Router):
     def route(self, rows: Rows) -> Plan:
         choice = torch.full((len(rows.slots),), -1, dtype=torch.int64)  # index into names; -1: not drafted for
         if self.ranks.is_first:
-            plan = self.inner.route(rows)
-            for row, name in drafter_by_row(plan).items():
+            for row, name in drafter_by_row(self.inner.route(rows)).items():
                 choice[row] = self.names.index(name)
         dist.broadcast(choice, group=self.ranks.host_group, group_src=0)
-        if self.ranks.is_first:
-            return plan
+        # The first rank reads it too: drafters draft, and ranks exchange what they compute, in the order of the plan.
         by_row = {row: self.names[index] for row, index in enumerate(choice.tolist()) if index >= 0}
         return plan_of(by_row, rows.slots.device)
 

@@ -15,7 +15,7 @@ from openai import APIConnectionError, APITimeoutError, AsyncOpenAI, OpenAIError
 from pydantic import ValidationError
 
 from workloads.fitting import Message, Prompt, fit, upper_bound
-from workloads.report import Totals
+from workloads.report import Totals, sum_of
 from workloads.speculation import RequestFigures
 from workloads.streaming import Incoming
 
@@ -93,9 +93,9 @@ class Server:
         info = reply.json()
         self.speculates = info.get("speculative_algorithm") is not None
         states = info.get("internal_states") or [{}]
-        totals: Totals | None = states[0].get("whiflash")
-        self.is_whiflash = totals is not None
-        return totals
+        found = [state["whiflash"] for state in states if "whiflash" in state]  # one of each replica
+        self.is_whiflash = bool(found)
+        return sum_of(found) if found else None
 
     async def is_there(self) -> bool:
         try:
