@@ -1,4 +1,4 @@
-"""Ranks of one model: two processes over gloo in which everything that may differ does differ, and the first one's word.
+"""Ranks of one model: two processes over gloo in which all that may differ does differ, and the first one's word.
 
 One pair of processes for all of this file; each leaves what it saw in a file.
 """

@@ -1,4 +1,4 @@
-"""How the server's processes are started on a CPU, forked, where that is safe, instead of spawned; and the cores of each.
+"""How the server's processes are started on a CPU: forked, where that is safe, instead of spawned. And their threads.
 
 Each of SGLang's processes imports the whole server, some ten seconds of a core; a forked one has it already. SGLang
 spawns because a CUDA context does not survive a fork. On a CPU threads are what does not: a lock that another thread
