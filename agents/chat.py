@@ -7,9 +7,9 @@
 
 Everything that ChatOpenAI can do is left as it is. Added are:
 
-- a session id, sent as the header `X-Session-Affinity`, so that a load balancer keeps an agent where its prefix is
-  cached: `ChatWhiFlash(session_id=...)`, `model.with_session(...)`, or `session_id=...` in a call; else one is made up
-  for each instance;
+- a session id, sent as the headers `X-Session-Affinity` and `X-SMG-Routing-Key` (SGLang's gateway), so that a load
+  balancer keeps an agent where its prefix is cached: `ChatWhiFlash(session_id=...)`, `model.with_session(...)`, or
+  `session_id=...` in a call; else one is made up for each instance;
 - hints for the router (agents/hints.py): `ChatWhiFlash(hints={"route": "df"})`, `model.with_hints(span="answer")`,
   `hints={...}` in a call, or `extra_body={"custom_params": {"whiflash": {...}}}`. A call's win over those in
   `extra_body`, and these over the instance's. None is needed for what the server reads in the messages itself: the
