@@ -21,7 +21,14 @@ import torch
 from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from whiflash_sglang.checkpoints import DrafterSpec, load_drafter_spec, load_target_spec
+from whiflash_sglang.checkpoints import (
+    DRAFTER_FLAGS,
+    FLAG_TARGET,
+    DrafterSpec,
+    check_ranks,
+    load_drafter_spec,
+    load_target_spec,
+)
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.drafters.runner import DraftRunner
 from whiflash_sglang.errors import HintError
@@ -85,6 +92,10 @@ class WhiFlashAlgorithm(CustomSpecAlgo):
             )
         if server_args.pp_size != 1:
             raise ValueError(f"--pp-size {server_args.pp_size} is not supported with WHIFLASH: use --tp-size instead.")
+        if server_args.tp_size > 1:
+            check_ranks(FLAG_TARGET, server_args.model_path, server_args.tp_size)
+            for name, path in active_config().draft_paths.items():
+                check_ranks(DRAFTER_FLAGS[name], path, server_args.tp_size)
         server_args.speculative_eagle_topk = 1
         server_args.speculative_num_steps = 1
         # The round reads accept counts on the host between steps; overlap would need them to stay on the device.
