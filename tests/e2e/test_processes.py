@@ -86,7 +86,7 @@ def test_drafters_in_parts_guess_as_well_as_whole_ones(servers, prompts, route):
 
 
 def test_ranks_did_the_same_rounds(servers, prompts):
-    """Sampled and greedy requests at once, in rounds of either drafter. A rank that had drafted with another drafter, or
+    """Sampled and greedy requests at once, in rounds of either drafter. A rank that had drafted with another one, or
     sampled another token, would have another digest, if the server had not stopped before."""
     before = stats(servers["tp"])["ranks"]
     sampled = {"temperature": 1.2, "top_p": 0.95, "max_new_tokens": 48, "ignore_eos": True}

@@ -274,7 +274,7 @@ def test_hub_ids_come_from_the_hubs_cache_and_fail_clearly_without_a_network(tin
     [(4, 2, 64, 2, True), (4, 2, 64, 4, True), (6, 2, 64, 3, False), (4, 4, 64, 3, False), (4, 2, 63, 2, False)],
 )
 def test_a_model_is_divided_by_whole_heads_only(models, heads, kv_heads, mlp, num_ranks, fits):
-    """SGLang says so by an assertion in one of the ranks, while the others wait for it. Four ranks: two for a KV head."""
+    """SGLang says so by an assertion deep in the ranks. With four of them two have the same KV head."""
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": mlp}
     edit_config(models / "dflash", **sizes)
     if fits:

@@ -166,7 +166,7 @@ def test_processes_are_forked_only_without_other_threads(chosen, monkeypatch):
 
 
 def test_replicas_are_spawned(chosen):
-    """Their controller is forked, and then starts each of them from a thread: a fork would copy locks that others hold."""
+    """Their controller starts each from a thread of its own: a fork would copy locks that other threads hold."""
     processes.spawn_from_threads(None)
     assert chosen == ["spawn"]
 

@@ -72,5 +72,5 @@ def test_a_rank_without_tokens_is_refused(monkeypatch):
     monkeypatch.setattr(runner, "get_tp_group", lambda: SimpleNamespace(world_size=8))
     shard = SimpleNamespace(org_vocab_start_index=64, org_vocab_end_index=64)
     model = SimpleNamespace(lm_head=SimpleNamespace(weight=torch.zeros(8, HIDDEN), shard_indices=shard))
-    with pytest.raises(ValueError, match="--tp-size 8.*smaller"):
+    with pytest.raises(ValueError, match=r"--tp-size 8.*smaller"):
         runner.TargetHead(model, 60)
