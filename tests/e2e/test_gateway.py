@@ -1,4 +1,4 @@
-"""`scripts/gateway.py`: two servers behind SGLang's gateway, sessions that stay where they are, a replay, and Ctrl-C.
+"""`scripts/gateway.py`: two servers behind SGLang's gateway, sessions that stay where they are, a replay, and the end.
 
 Needs sglang-router, here or in the environment whose interpreter WHIFLASH_GATEWAY_PYTHON names; else it is skipped.
 """
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("WHIFLASH_GATEWAY_PYTHON", sys.executable)
-if PYTHON == sys.executable and importlib.util.find_spec("sglang_router") is None:
+if sys.executable == PYTHON and importlib.util.find_spec("sglang_router") is None:
     pytest.skip("sglang-router is not installed (extra `gateway`)", allow_module_level=True)
 STOP_SECONDS = 60
 
@@ -45,7 +45,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         server.wait_until_ready(400)
         yield server
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait(STOP_SECONDS)
 
 
@@ -85,10 +85,11 @@ def test_a_replay_has_the_texts_and_figures_of_one_server(gateway: Server) -> No
     assert all(turn.speculation is not None for turn in through.turns)
 
 
-def test_ctrl_c_stops_all(gateway: Server) -> None:
+def test_all_end_together(gateway: Server) -> None:
+    """When it is told to end, which takes the way of Ctrl-C. (A shell's background jobs do not hear of Ctrl-C.)"""
     urls = [gateway.base_url, *workers(gateway)]
-    gateway.process.send_signal(signal.SIGINT)
-    assert gateway.process.wait(STOP_SECONDS) == 0
+    gateway.process.terminate()
+    assert gateway.process.wait(STOP_SECONDS) == 128 + signal.SIGTERM
     for url in urls:
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health", timeout=5)
