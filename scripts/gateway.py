@@ -22,11 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import httpx
+
 from workloads import server
 
 LAUNCHER = "whiflash_sglang.launch_server"
 GATEWAY = "sglang_router.launch_router"
 POLICIES = ("cache_aware", "manual", "round_robin", "random", "power_of_two")
+REGISTER_SECONDS = 60
 LOGS = Path(".runs") / "gateway"
 
 
@@ -89,8 +92,20 @@ def serve(args: argparse.Namespace, stack: contextlib.ExitStack) -> NoReturn:
     )
     stack.callback(gateway.stop)
     gateway.wait_until_ready()
+    wait_until_known(gateway, args.workers)
     print(f"gateway  {gateway.base_url}  ({gateway.log}), {args.policy}; Ctrl-C stops all", flush=True)
     first_end([gateway, *workers])
+
+
+def wait_until_known(gateway: server.Server, num_workers: int) -> None:
+    """The gateway answers before it has met its servers; until then some get nothing, and `GET /workers` lacks them."""
+    deadline = time.monotonic() + REGISTER_SECONDS
+    while time.monotonic() < deadline:
+        known = httpx.get(f"{gateway.base_url}/workers", timeout=REGISTER_SECONDS).json()["workers"]
+        if sum(worker["is_healthy"] for worker in known) == num_workers:
+            return
+        time.sleep(0.3)
+    raise server.ServerError(f"the gateway does not know all {num_workers} servers, see {gateway.log}")
 
 
 def first_end(servers: Sequence[server.Server]) -> NoReturn:

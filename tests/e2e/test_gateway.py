@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("WHIFLASH_GATEWAY_PYTHON", sys.executable)
 if sys.executable == PYTHON and importlib.util.find_spec("sglang_router") is None:
     pytest.skip("sglang-router is not installed (extra `gateway`)", allow_module_level=True)
-STOP_SECONDS = 60
+START_SECONDS, STOP_SECONDS = 400, 60
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,10 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
     server = Server(process, f"http://127.0.0.1:{port}", folder / "log")
     try:
-        server.wait_until_ready(400)
+        deadline = time.monotonic() + START_SECONDS
+        while "gateway  http" not in server.log.read_text():  # it says so when it knows all of its servers
+            assert process.poll() is None and time.monotonic() < deadline, server.log.read_text()
+            time.sleep(0.5)
         yield server
     finally:
         process.terminate()
