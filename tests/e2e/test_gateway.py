@@ -79,7 +79,7 @@ def test_a_session_stays_at_one_server(gateway: Server) -> None:
 
 def test_a_replay_has_the_texts_and_figures_of_one_server(gateway: Server) -> None:
     sessions = load_traces([ROOT / "workloads" / "demo" / "traces" / "heldout.jsonl"]).sessions[:3]
-    through = replay(sessions, gateway.base_url, concurrency=2)
+    through = replay(sessions, gateway.base_url, concurrency=2, turn_figures=True)
     direct = replay(sessions, workers(gateway)[0], concurrency=2)
     for report in (through, direct):
         assert all(turn.error is None for turn in report.turns)
