@@ -7,9 +7,9 @@
 
 Everything that ChatOpenAI can do is left as it is. Added are:
 
-- a session id, sent as the header `X-Session-Affinity`, so that a load balancer keeps an agent where its prefix is
-  cached: `ChatWhiFlash(session_id=...)`, `model.with_session(...)`, or `session_id=...` in a call; else one is made up
-  for each instance;
+- a session id, sent as the headers `X-Session-Affinity` and `X-SMG-Routing-Key` (SGLang's gateway), so that a load
+  balancer keeps an agent where its prefix is cached: `ChatWhiFlash(session_id=...)`, `model.with_session(...)`, or
+  `session_id=...` in a call; else one is made up for each instance;
 - hints for the router (agents/hints.py): `ChatWhiFlash(hints={"route": "df"})`, `model.with_hints(span="answer")`,
   `hints={...}` in a call, or `extra_body={"custom_params": {"whiflash": {...}}}`. A call's win over those in
   `extra_body`, and these over the instance's. None is needed for what the server reads in the messages itself: the
@@ -40,6 +40,7 @@ from agents.figures import FigureReader, Figures
 from agents.hints import Hints, hints_in
 
 SESSION_HEADER = "X-Session-Affinity"
+GATEWAY_HEADER = "X-SMG-Routing-Key"  # what SGLang's gateway goes by, with its policy `manual`
 FIGURES = "whiflash"  # in response_metadata
 REASONING = "reasoning_content"  # in additional_kwargs, and in the messages of requests and replies
 
@@ -103,7 +104,7 @@ class ChatWhiFlash(ChatOpenAI):
         for message, sent in zip(messages, payload["messages"], strict=True):
             if isinstance(message, AIMessage) and (reasoning := message.additional_kwargs.get(REASONING)):
                 sent[REASONING] = reasoning
-        session = {SESSION_HEADER: checked_session_id(session_id or self.session_id)}
+        session = dict.fromkeys((SESSION_HEADER, GATEWAY_HEADER), checked_session_id(session_id or self.session_id))
         payload["extra_headers"] = session | dict(payload.get("extra_headers") or {})
         extra_body = payload.get("extra_body")
         payload["extra_body"] = Hints.parse(hints).over(hints_in(extra_body)).over(self.hints).into(extra_body)

@@ -110,6 +110,18 @@ def load_drafter_spec(path: str, kind: str, target: TargetSpec) -> DrafterSpec:
     return spec
 
 
+def check_ranks(flag: str, path: str, num_ranks: int) -> None:
+    """Raise where a model cannot be divided among `num_ranks` processes: each gets whole heads, and an equal part of
+    the MLP. A KV head may be on several ranks."""
+    checkpoint = open_checkpoint(flag, path)
+    heads = checkpoint.integer("num_attention_heads")
+    mlp = checkpoint.integer("intermediate_size", default=num_ranks)  # experts have sizes of their own
+    kv_heads = checkpoint.integer("num_key_value_heads", default=heads)
+    if heads % num_ranks or mlp % num_ranks or (kv_heads % num_ranks and num_ranks % kv_heads):
+        sizes = f"{heads} heads, {kv_heads} KV heads and an MLP of {mlp}"
+        raise checkpoint.error(f"has {sizes}, which --tp-size {num_ranks} does not divide", "use a --tp-size that does")
+
+
 def open_checkpoint(flag: str, path: str) -> Checkpoint:
     folder = Path(path)
     if not folder.is_dir():

@@ -21,11 +21,19 @@ import torch
 from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from whiflash_sglang.checkpoints import DrafterSpec, load_drafter_spec, load_target_spec
-from whiflash_sglang.config import FLAG_OBJECTIVE, WhiFlashConfig
+from whiflash_sglang.checkpoints import (
+    DRAFTER_FLAGS,
+    FLAG_TARGET,
+    DrafterSpec,
+    check_ranks,
+    load_drafter_spec,
+    load_target_spec,
+)
+from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.drafters.runner import DraftRunner
 from whiflash_sglang.errors import HintError
 from whiflash_sglang.hints import CONTEXT_FIELD, Asked, context_params, parse
+from whiflash_sglang.ranks import Ranks
 from whiflash_sglang.spans import (
     TURN_ENDS_AFTER_OUTPUT,
     Markers,
@@ -77,12 +85,17 @@ class WhiFlashAlgorithm(CustomSpecAlgo):
         """Settle what follows from the algorithm; runs inside SGLang's own argument resolution."""
         if server_args.enable_mixed_chunk:
             raise ValueError("--enable-mixed-chunk is not supported with WHIFLASH: leave the flag out.")
-        if active_config().weighs_costs and server_args.tp_size * server_args.dp_size > 1:
-            # Ranks would measure different times, choose different drafters and wait for each other for ever.
-            asked = f"--tp-size {server_args.tp_size} --dp-size {server_args.dp_size}"
-            raise ValueError(f"{asked}: costs are weighed by one process; use {FLAG_OBJECTIVE} acceptance.")
+        if server_args.enable_dp_attention:
+            # Its ranks prefill and decode in one step, for requests that the others do not have.
+            raise ValueError(
+                "--enable-dp-attention is not supported with WHIFLASH: use --dp-size without it, for whole replicas."
+            )
         if server_args.pp_size != 1:
             raise ValueError(f"--pp-size {server_args.pp_size} is not supported with WHIFLASH: use --tp-size instead.")
+        if server_args.tp_size > 1:
+            check_ranks(FLAG_TARGET, server_args.model_path, server_args.tp_size)
+            for name, path in active_config().draft_paths.items():
+                check_ranks(DRAFTER_FLAGS[name], path, server_args.tp_size)
         server_args.speculative_eagle_topk = 1
         server_args.speculative_num_steps = 1
         # The round reads accept counts on the host between steps; overlap would need them to stay on the device.
@@ -200,11 +213,12 @@ def install_http(server_args: Any) -> None:
     config = active_config()
     about = {"model": server_args.served_model_name, "router": config.router, "drafters": config.draft_paths}
 
-    async def state() -> Any:
-        states = await http_server.get_global_state().tokenizer_manager.get_internal_state()
-        return states[0]
+    async def states() -> list[dict[str, Any]]:
+        """One of each replica (`--dp-size`)."""
+        found: list[dict[str, Any]] = await http_server.get_global_state().tokenizer_manager.get_internal_state()
+        return sorted(found, key=lambda state: int(state["whiflash_ranks"]["replica"]))
 
-    http_server.app.include_router(routes(finished, state, about))
+    http_server.app.include_router(routes(finished, states, about))
 
 
 def _capture_union(
@@ -333,7 +347,9 @@ def _token_texts(tokenizer: Any) -> Any:
 def _add_figures(result: Any, scheduler: Any, *args: Any) -> Any:
     worker = scheduler.draft_worker
     if getattr(worker, "totals", None) is not None:
+        # The request for it comes to every rank in the same step, so that ranks can be compared here.
         result.internal_state["whiflash"] = worker.totals.snapshot()
+        result.internal_state["whiflash_ranks"] = {"replica": scheduler.ps.dp_rank or 0, **worker.ranks.snapshot()}
         result.internal_state["whiflash_priors"] = worker.priors_document()
     return result
 
@@ -347,6 +363,14 @@ def drafter_specs(config: WhiFlashConfig, server_args: Any) -> dict[str, Drafter
     """The drafters' checkpoints by name, checked against the target's."""
     target = load_target_spec(server_args.model_path)
     return {name: load_drafter_spec(path, name, target) for name, path in config.draft_paths.items()}
+
+
+def tp_ranks() -> Ranks:
+    """The processes among which `--tp-size` has divided the model that this one serves a part of."""
+    from sglang.srt.distributed import get_tp_group
+
+    group = get_tp_group()
+    return Ranks(group.device_group, group.cpu_group) if group.world_size > 1 else Ranks()
 
 
 def captured_layers(specs: Iterable[DrafterSpec]) -> tuple[int, ...]:

@@ -1,8 +1,9 @@
 """What SGLang's own HTTP server shows of WHIFLASH.
 
-    GET /whiflash/stats            the totals of `GET /server_info` (`observe.py`), with model, router and drafters
+    GET /whiflash/stats            the totals of `GET /server_info` (`observe.py`), with model, router and drafters, and
+                                   `ranks` of each replica (`ranks.py`); of several replicas the sum, and each of them
     GET /whiflash/priors           what this server has learned to add to its router's score, as a file for
-                                   `--whiflash-priors` (`priors.py`)
+                                   `--whiflash-priors` (`priors.py`); `?replica=N`: each learns for itself
     GET /whiflash/requests/{id}    the figures of one of the last 1,024 finished requests; id: that of the completion
 
 They are guarded by `--api-key` as all of SGLang's routes are. What a request's figures hold comes from its `meta_info`
@@ -21,6 +22,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from whiflash_sglang.config import FLAG_PRIORS
+from whiflash_sglang.replicas import together
 
 MAX_FINISHED = 1024
 MAX_TRACES = 64
@@ -114,17 +116,26 @@ def with_texts(figures: dict[str, Any], texts: TokenTexts) -> dict[str, Any]:
     return {**figures, "first": first, "trace": trace}
 
 
-def routes(finished: Finished, state: Callable[[], Awaitable[Any]], about: Mapping[str, Any]) -> APIRouter:
-    """The routes. `state` asks the scheduler; `about`: model, router and drafters of this server."""
+def routes(
+    finished: Finished, states: Callable[[], Awaitable[Sequence[Mapping[str, Any]]]], about: Mapping[str, Any]
+) -> APIRouter:
+    """The routes. `states` asks every replica's scheduler; `about`: model, router and drafters of this server."""
     router = APIRouter(prefix="/whiflash")
 
     @router.get("/stats")
     async def stats() -> JSONResponse:
-        return JSONResponse({**about, **(await state())["whiflash"]})
+        replicas = await states()
+        each = [{**state["whiflash"], "ranks": state["whiflash_ranks"]} for state in replicas]
+        if len(each) == 1:
+            return JSONResponse({**about, **each[0]})
+        return JSONResponse({**about, **together([state["whiflash"] for state in replicas]), "replicas": each})
 
     @router.get("/priors")
-    async def priors() -> Response:
-        content = (await state())["whiflash_priors"]
+    async def priors(replica: int = 0) -> Response:
+        replicas = await states()
+        if not 0 <= replica < len(replicas):
+            return not_found(f"No replica {replica}: this server has {len(replicas)}, counted from 0.")
+        content = replicas[replica]["whiflash_priors"]
         if content is None:
             return not_found(f"This server has no priors; start it with {FLAG_PRIORS} learned, or with a file of them.")
         return JSONResponse(content)

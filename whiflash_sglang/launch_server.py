@@ -179,7 +179,8 @@ def serve(sglang_argv: Sequence[str]) -> None:
     load_plugins()
     try:
         server_args = prepare_server_args(list(sglang_argv))
-    except ValueError as error:  # flags that do not go together, by SGLang or by us (host.py, cpu/platform.py)
+    # Flags that do not go together, by SGLang or by us (host.py, cpu/platform.py).
+    except (ValueError, WhiFlashError) as error:
         raise SystemExit(f"error: {error}") from error
     if ENVIRONMENT_VARIABLE in os.environ:
         from whiflash_sglang import host

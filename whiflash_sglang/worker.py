@@ -54,6 +54,7 @@ class WhiFlashWorker(BaseSpecWorker):
         # SGLang asks for "the" draft worker when it reports memory; the first drafter's stands for both.
         self._draft_worker = next(iter(self.runners.values())).worker
         self.server_args = server_args
+        self.ranks = host.tp_ranks()
         self.show_start_block = ps.tp_rank == 0
         self.shows_metrics = server_args.enable_metrics and ps.tp_rank == 0
 
@@ -112,6 +113,7 @@ class WhiFlashWorker(BaseSpecWorker):
         router = describe_router(self.config, self.round.router)
         if isinstance(self.round.router, TrialRouter):
             self.totals.prior_share = self.round.router.inner.share
+        self.ranks.share(self.round)
         if costs is not None:
             seconds = self.measure_costs(costs)
             router += f", costs of rounds measured in {seconds:.1f} s"
@@ -141,7 +143,7 @@ class WhiFlashWorker(BaseSpecWorker):
         untouched = touched.clone()
         synchronize = torch.cuda.synchronize if kv_table.is_cuda else lambda: None
         with torch.inference_mode(), RoundProbe(self.round, make_rows, synchronize).attached() as probe:
-            seconds = measure(costs, probe.run)
+            seconds = measure(costs, self.ranks.first(probe.run))
         touched.copy_(untouched)
         return seconds
 
@@ -166,6 +168,7 @@ class WhiFlashWorker(BaseSpecWorker):
         with self.totals.timed("prefill"):
             result = self._target_worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.FULL)
         logits_output = result.logits_output
+        result.next_token_ids = self.ranks.same(result.next_token_ids)
         features, hidden = self.target.split(logits_output.hidden_states)
         prefill = prefill_positions(batch, features, hidden, result.next_token_ids)
         logits = logits_output.next_token_logits

@@ -1,5 +1,8 @@
 """The server under test: its OpenAI API, two of SGLang's own routes, and what WhiFlash tells of a request.
 
+Behind a gateway (SGLang's: `GET /workers` names them) stand several servers. Requests go to the gateway; what only
+servers know, their context, tokens and figures, is asked of them, so that they must be reachable from here.
+
 A connection that fails before anything of an answer has come is tried again, `retries` times, with growing pauses;
 whatever fails later, or for another reason, is the turn's error at once.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import httpx
@@ -15,7 +19,7 @@ from openai import APIConnectionError, APITimeoutError, AsyncOpenAI, OpenAIError
 from pydantic import ValidationError
 
 from workloads.fitting import Message, Prompt, fit, upper_bound
-from workloads.report import Totals
+from workloads.report import Totals, sum_of
 from workloads.speculation import RequestFigures
 from workloads.streaming import Incoming
 
@@ -51,10 +55,20 @@ class Answer(NamedTuple):
 
 
 class Server:
-    """`speculates` and `is_whiflash` are known once `totals` has been asked for."""
+    """`speculates` and `is_whiflash` are known once `totals` has been asked for.
+
+    `behind`: base URLs of the servers behind a gateway; "", the base URL itself, where there is none.
+    """
 
     def __init__(
-        self, http: httpx.AsyncClient, base_url: str, model: str, context: int, retries: int, sampling: Sampling
+        self,
+        http: httpx.AsyncClient,
+        base_url: str,
+        model: str,
+        context: int,
+        retries: int,
+        sampling: Sampling,
+        behind: Sequence[str] = ("",),
     ):
         self.http = http
         self.base_url = base_url
@@ -62,6 +76,7 @@ class Server:
         self.context = context
         self.retries = retries
         self.sampling = sampling
+        self.behind = tuple(behind)
         self.speculates = self.is_whiflash = False
         self.client = AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=http.timeout.read)
 
@@ -69,9 +84,10 @@ class Server:
     async def connect(cls, http: httpx.AsyncClient, base_url: str, retries: int, sampling: Sampling) -> Server:
         """Ask the server what it serves; raises ServerUnreachable, or ValueError for options that it cannot meet."""
         try:
-            reply = await http.get("/v1/models")
-            reply.raise_for_status()
-            model = reply.json()["data"][0]
+            model, behind = await served(http), [""]
+            if "max_model_len" not in model:  # a gateway does not say it
+                behind = await workers(http)
+                model = await served(http, behind[0])
             name, context = model["id"], int(model["max_model_len"])
         except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ServerUnreachable(
@@ -80,22 +96,24 @@ class Server:
             ) from error
         if sampling.max_tokens >= context:
             raise ValueError(f"--max-tokens {sampling.max_tokens}: the server's context is {context}; give less")
-        return cls(http, base_url.rstrip("/"), name, context, retries, sampling)
+        return cls(http, base_url.rstrip("/"), name, context, retries, sampling, behind)
 
     async def totals(self) -> Totals | None:
-        """The counters of WHIFLASH; None where the server has none, or is gone."""
-        try:
-            reply = await self.http.get("/server_info", timeout=PROBE_SECONDS)
-        except httpx.HTTPError:  # gone in the meantime: its turns have failed, and are the report
-            return None
-        if reply.status_code != 200:
-            return None
-        info = reply.json()
-        self.speculates = info.get("speculative_algorithm") is not None
-        states = info.get("internal_states") or [{}]
-        totals: Totals | None = states[0].get("whiflash")
-        self.is_whiflash = totals is not None
-        return totals
+        """The counters of WHIFLASH, of all servers together; None where they have none, or one is gone."""
+        found = []
+        for server in self.behind:
+            try:
+                reply = await self.http.get(f"{server}/server_info", timeout=PROBE_SECONDS)
+            except httpx.HTTPError:  # gone in the meantime: its turns have failed, and are the report
+                return None
+            if reply.status_code != 200:
+                return None
+            info = reply.json()
+            self.speculates = info.get("speculative_algorithm") is not None
+            states = info.get("internal_states") or [{}]
+            found += [state["whiflash"] for state in states if "whiflash" in state]  # one of each replica
+        self.is_whiflash = bool(found)
+        return sum_of(found) if found else None
 
     async def is_there(self) -> bool:
         try:
@@ -119,7 +137,7 @@ class Server:
 
         async def count(messages: list[Message]) -> int:
             body = {"model": self.model, "messages": messages} | ({"tools": tools} if tools else {})
-            reply = await self.http.post("/v1/tokenize", json=body)
+            reply = await self.http.post(f"{self.behind[0]}/v1/tokenize", json=body)
             reply.raise_for_status()
             return int(reply.json()["count"])
 
@@ -132,7 +150,7 @@ class Server:
         """How many tokens the server makes of a text; raises ValueError where it does not say."""
         try:
             body = {"model": self.model, "prompt": text, "add_special_tokens": False}
-            reply = await self.http.post("/v1/tokenize", json=body)
+            reply = await self.http.post(f"{self.behind[0]}/v1/tokenize", json=body)
             reply.raise_for_status()
             return int(reply.json()["count"])
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
@@ -188,15 +206,31 @@ class Server:
     async def speculation(self, request_id: str) -> RequestFigures | str:
         """What WhiFlash says of a request that has ended, or in a few words why it says nothing."""
         try:
-            reply = await self.http.get(f"/whiflash/requests/{request_id}", timeout=PROBE_SECONDS)
-            if reply.status_code != 200:
-                return f"HTTP {reply.status_code}"
-            return RequestFigures.model_validate_json(reply.content)
+            for server in self.behind:
+                reply = await self.http.get(f"{server}/whiflash/requests/{request_id}", timeout=PROBE_SECONDS)
+                if reply.status_code == 200:
+                    return RequestFigures.model_validate_json(reply.content)
+            return f"HTTP {reply.status_code}"
         except httpx.HTTPError as error:
             return type(error).__name__
         except ValidationError as error:
             first = error.errors()[0]
             return f"field {'.'.join(map(str, first['loc'])) or '(whole)'}: {first['msg']}"
+
+
+async def served(http: httpx.AsyncClient, server: str = "") -> dict[str, Any]:
+    """What a server says of its model."""
+    reply = await http.get(f"{server}/v1/models")
+    reply.raise_for_status()
+    model: dict[str, Any] = reply.json()["data"][0]
+    return model
+
+
+async def workers(http: httpx.AsyncClient) -> list[str]:
+    """Base URLs of the servers behind a gateway."""
+    reply = await http.get("/workers")
+    reply.raise_for_status()
+    return [worker["url"] for worker in reply.json()["workers"]]
 
 
 def is_connection_failure(error: Exception | None) -> bool:

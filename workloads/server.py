@@ -69,10 +69,10 @@ class Server:
         return self.log.read_text(errors="replace")[-LOG_TAIL:]
 
 
-def start(module: str, *arguments: str, log: Path, port: int | None = None) -> Server:
+def start(module: str, *arguments: str, log: Path, port: int | None = None, python: str = sys.executable) -> Server:
     """`python -m module arguments...` on a local port, a free one unless told; its output goes to `log`."""
     port = port or free_port()
-    command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *arguments]
+    command = [python, "-m", module, "--host", "127.0.0.1", "--port", str(port), *arguments]
     # Small models gain nothing from a second thread, and servers side by side lose much by it.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from workloads.demo.generate import sessions
-from workloads.report import Totals, difference
+from workloads.report import Totals, difference, sum_of
 
 TIMEOUT_SECONDS = 600.0
 TOKENIZER = Path(__file__).resolve().parents[1] / "whiflash_sglang" / "demo_models" / "target"
@@ -86,8 +86,8 @@ def totals(base_url: str) -> Totals | None:
     reply = httpx.get(f"{base_url}/server_info", timeout=TIMEOUT_SECONDS)
     reply.raise_for_status()
     states = reply.json().get("internal_states") or [{}]
-    found: Totals | None = states[0].get("whiflash")
-    return found
+    found = [state["whiflash"] for state in states if "whiflash" in state]  # one of each replica
+    return sum_of(found) if found else None
 
 
 async def post(

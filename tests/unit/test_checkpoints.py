@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny_models
 from whiflash_sglang import hub, targets
-from whiflash_sglang.checkpoints import DrafterSpec, TargetSpec, load_drafter_spec, load_target_spec
+from whiflash_sglang.checkpoints import DrafterSpec, TargetSpec, check_ranks, load_drafter_spec, load_target_spec
 from whiflash_sglang.errors import CheckpointError
 
 FLAGS = {"df": "--speculative-draft-model-path", "e3": "--whiflash-eagle-draft"}
@@ -299,3 +299,18 @@ def test_hub_ids_come_from_the_hubs_cache_and_fail_clearly_without_a_network(tin
     assert found == str(repo / "snapshots" / ("0" * 40))
     assert missing.startswith("--x someone/else: no such folder, and the hub did not give it (LocalEntryNotFoundError")
     assert missing.endswith("or give a local folder")
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "mlp", "num_ranks", "fits"),
+    [(4, 2, 64, 2, True), (4, 2, 64, 4, True), (6, 2, 64, 3, False), (4, 4, 64, 3, False), (4, 2, 63, 2, False)],
+)
+def test_a_model_is_divided_by_whole_heads_only(models, heads, kv_heads, mlp, num_ranks, fits):
+    """SGLang says so by an assertion deep in the ranks. With four of them two have the same KV head."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": mlp}
+    edit_config(models / "dflash", **sizes)
+    if fits:
+        check_ranks(FLAGS["df"], str(models / "dflash"), num_ranks)
+        return
+    with pytest.raises(CheckpointError, match=f"{FLAGS['df']} .*--tp-size {num_ranks} does not divide; use"):
+        check_ranks(FLAGS["df"], str(models / "dflash"), num_ranks)

@@ -165,6 +165,31 @@ def test_processes_are_forked_only_without_other_threads(chosen, monkeypatch):
     assert chosen == ["fork"]
 
 
+def test_replicas_are_spawned(chosen):
+    """Their controller starts each from a thread of its own: a fork would copy locks that other threads hold."""
+    processes.spawn_from_threads(None)
+    assert chosen == ["spawn"]
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, [4]), ("1", [])])
+def test_ranks_share_the_cores(monkeypatch, asked, expected):
+    """Asked again for each drafter, whose ranks are the same processes."""
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert processes.share_threads(None, tp_rank=1, tp_size=2) is None
+    assert chosen == expected
+    processes.share_threads(None, tp_rank=0, tp_size=2)
+    assert set(chosen) == set(expected)
+
+
+def test_one_rank_keeps_what_sglang_does():
+    assert processes.share_threads(lambda tp_rank, tp_size: (tp_rank, tp_size), tp_rank=0, tp_size=1) == (0, 1)
+
+
 def test_a_running_thread_is_seen():
     before, stop = len(processes.other_threads()), threading.Event()
     thread = threading.Thread(target=stop.wait)

@@ -41,15 +41,18 @@ def test_the_named_class_is_a_platform():
 
 
 def flags(**changed):
-    return SimpleNamespace(**{"page_size": None, "tp_size": 1, "pp_size": 1, "attention_backend": None, **changed})
+    plain = {"page_size": None, "tp_size": 1, "dp_size": 1, "pp_size": 1, "enable_dp_attention": False}
+    return SimpleNamespace(**{**plain, "attention_backend": None, **changed})
 
 
 def test_flags_without_a_cpu_implementation_are_refused():
     refuse_unsupported_flags(flags())
     refuse_unsupported_flags(flags(page_size=1, attention_backend="intel_amx"))
+    refuse_unsupported_flags(flags(tp_size=2, dp_size=2))
     for changed, message in [
         ({"page_size": 16}, "--page-size 16"),
-        ({"tp_size": 2}, "--tp-size 2"),
+        ({"pp_size": 2}, "--pp-size 2.*--tp-size"),
+        ({"enable_dp_attention": True}, "--enable-dp-attention.*--dp-size"),
         ({"attention_backend": "flashinfer"}, "--attention-backend flashinfer"),
     ]:
         with pytest.raises(ValueError, match=message):

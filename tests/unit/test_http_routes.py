@@ -77,21 +77,42 @@ def test_characters_may_lie_across_rounds() -> None:
     assert with_texts({"first": None, "trace": []}, TEXTS)["first"] is None
 
 
-@pytest.fixture
-def client() -> TestClient:
+def state(replica: int, rounds: int, priors: Any = None) -> dict[str, Any]:
+    ranks = {"replica": replica, "size": 1}
+    return {"whiflash": {"rounds": rounds}, "whiflash_priors": priors, "whiflash_ranks": ranks}
+
+
+def client_of(*replicas: dict[str, Any]) -> TestClient:
     finished = Finished()
     finished.keep("abc", figures(2))
 
-    async def state() -> dict[str, Any]:
-        return {"whiflash": {"rounds": 7}, "whiflash_priors": None}
+    async def states() -> list[dict[str, Any]]:
+        return list(replicas)
 
     app = FastAPI()
-    app.include_router(routes(finished, state, {"model": "m", "router": "entropy"}))
+    app.include_router(routes(finished, states, {"model": "m", "router": "entropy"}))
     return TestClient(app)
 
 
+@pytest.fixture
+def client() -> TestClient:
+    return client_of(state(0, rounds=7))
+
+
+def test_figures_of_several_replicas_add_up() -> None:
+    """They used to be those of whichever replica answered first."""
+    several = client_of(state(0, rounds=7, priors={"a": 1}), state(1, rounds=5, priors={"b": 2}))
+    stats = several.get("/whiflash/stats").json()
+    assert stats["rounds"] == 12
+    assert [(each["ranks"]["replica"], each["rounds"]) for each in stats["replicas"]] == [(0, 7), (1, 5)]
+    assert [several.get(f"/whiflash/priors?replica={n}").json() for n in (0, 1)] == [{"a": 1}, {"b": 2}]
+    missing = several.get("/whiflash/priors?replica=2")
+    assert missing.status_code == 404 and "has 2" in missing.json()["message"]
+
+
 def test_routes(client: TestClient) -> None:
-    assert client.get("/whiflash/stats").json() == {"model": "m", "router": "entropy", "rounds": 7}
+    ranks = state(0, rounds=7)["whiflash_ranks"]
+    assert client.get("/whiflash/stats").json() == {"model": "m", "router": "entropy", "rounds": 7, "ranks": ranks}
     assert client.get("/whiflash/requests/abc").json() == figures(2)
 
 

@@ -101,10 +101,13 @@ def refuse_unsupported_flags(server_args: ServerArgs) -> None:
         raise ValueError(
             f"--page-size {server_args.page_size} needs accelerator kernels; on a CPU leave it out or use --page-size 1"
         )
-    if server_args.tp_size != 1 or server_args.pp_size != 1:
+    if server_args.pp_size != 1:
         raise ValueError(
-            f"--tp-size {server_args.tp_size} --pp-size {server_args.pp_size}: "
-            "this CPU platform runs one process; leave both at 1"
+            f"--pp-size {server_args.pp_size}: this CPU platform has no pipeline; leave it out and use --tp-size"
+        )
+    if server_args.enable_dp_attention:
+        raise ValueError(
+            "--enable-dp-attention needs accelerator kernels; on a CPU use --dp-size without it, for whole replicas"
         )
     if server_args.attention_backend not in (None, ATTENTION_BACKEND, "intel_amx"):
         raise ValueError(

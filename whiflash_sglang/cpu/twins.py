@@ -20,6 +20,7 @@ from whiflash_sglang.cpu.platform import DISPATCH_KEY
 
 LINEAR = "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod"
 XGRAMMAR = "sglang.srt.constrained.xgrammar_backend"
+CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
 WEIGHT_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 
 
@@ -151,7 +152,17 @@ def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
     with the rows beside them, which changes a seeded text only where two tokens are as good as equally likely."""
 
 
+def group_over_gloo(original: Callable, *args: object, **kwargs: object) -> object:
+    """A group of ranks without the communicators that SGLang sets up beside torch's own, all of which need a device:
+    NCCL where its library is found (PyTorch's default build brings it), and kernels that read other devices' memory."""
+    return original(*args, **{**kwargs, "use_pynccl": False, "use_custom_allreduce": False})
+
+
 TWINS: tuple[tuple[str, Callable, HookType], ...] = (
+    # Asks for a NUMA node of its own for each rank, though only SGLang's CPU kernels bind threads to cores.
+    ("sglang.srt.utils.numa_utils.init_threads_binding", processes.share_threads, HookType.AROUND),
+    # Asks NCCL for a communicator on a device called "cpu".
+    ("sglang.srt.distributed.parallel_state.init_model_parallel_group", group_over_gloo, HookType.AROUND),
     # Triton kernels: reserving a request's next slots, and reading them back for a verify or a draft block.
     ("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_req_to_token_pool, HookType.REPLACE),
     (
@@ -184,4 +195,6 @@ TWINS: tuple[tuple[str, Callable, HookType], ...] = (
     (f"{WEIGHT_UPDATER}.update_weights_from_ipc", layers.pack_again, HookType.AFTER),
     # Spawned processes import the whole server once more each.
     ("sglang.srt.entrypoints.engine._set_envs_and_config", processes.choose_start_method, HookType.AFTER),
+    # The controller of replicas (--dp-size) starts each of them in a thread of its own.
+    (f"{CONTROLLER}.launch_dp_schedulers", processes.spawn_from_threads, HookType.BEFORE),
 )

@@ -14,6 +14,7 @@ from torch.nn.functional import rms_norm
 from whiflash_sglang.drafters.runner import (
     DraftBlock,
     DraftRunner,
+    TargetHead,
     columns_of,
     kv_rows,
     project,
@@ -32,6 +33,7 @@ class DFlashDrafter:
         self.columns = None if columns is None else columns.to(runner.device)
         block = torch.full((1, runner.spec.block_size), runner.spec.mask_token_id, dtype=torch.int64)
         self.block = block.to(runner.device)  # [1, block]
+        self.head = TargetHead(runner.target_model, runner.spec.vocab_size)
         self.layers = [layer.self_attn for layer in runner.model.layers]
         rows = [kv_rows(runner.spec, layer.qkv_proj, layer.q_size) for layer in self.layers]
         self.kv_weight = by_kind([weight for weight, _ in rows])  # [2 * layers * kv_size, hidden]
@@ -72,9 +74,7 @@ class DFlashDrafter:
             ),
         )
         hidden = output.hidden_states.view(num_rows, block_size, -1)[:, 1:]  # row 0 stands for the anchor itself
-        head = self.runner.target_model.lm_head.weight[: self.runner.spec.vocab_size]
-        tokens = project(hidden.to(head.dtype), head).argmax(dim=-1)  # [rows, block - 1]
-        return Drafts(tokens, hidden.isfinite().all())
+        return Drafts(self.head.best(hidden), hidden.isfinite().all())  # tokens [rows, block - 1]
 
 
 def by_kind(kv: list[torch.Tensor]) -> torch.Tensor:

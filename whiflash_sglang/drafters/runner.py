@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
@@ -67,6 +68,34 @@ class DraftRunner(NamedTuple):
         self.worker.model_runner.token_to_kv_pool.set_kv_buffer(
             attention, kv_slots, k.view(shape), v.view(shape), attention.k_scale, attention.v_scale
         )
+
+
+class TargetHead:
+    """The target's head for a drafter that has none of its own: the best token for each hidden state.
+
+    With tensor parallelism each rank holds the rows of some tokens, `first` and those behind it. Of every rank's best
+    the highest wins, and of equals the lowest token, as without ranks.
+    """
+
+    def __init__(self, target_model: torch.nn.Module, vocab_size: int):
+        head = target_model.lm_head
+        self.group = get_tp_group()
+        self.first = head.shard_indices.org_vocab_start_index
+        num_rows = min(head.shard_indices.org_vocab_end_index, vocab_size) - self.first  # the others only fill up
+        if num_rows < 1:
+            size, mend = self.group.world_size, "use a smaller --tp-size"
+            raise ValueError(f"--tp-size {size}: a rank would hold none of the {vocab_size} tokens of the head; {mend}")
+        self.weight = head.weight[:num_rows]
+
+    def best(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Token ids [...] for hidden states [..., hidden]."""
+        logits = project(hidden.to(self.weight.dtype), self.weight)
+        if self.group.world_size == 1:
+            return logits.argmax(dim=-1)
+        values, tokens = logits.max(dim=-1)
+        values = self.group.all_gather(values[None], dim=0)  # [ranks, ...]
+        tokens = self.group.all_gather((tokens + self.first)[None], dim=0)
+        return tokens.gather(0, values.argmax(dim=0, keepdim=True))[0]
 
 
 class DraftBlock(NamedTuple):
