@@ -21,6 +21,14 @@ import torch
 from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
+from whiflash_sglang.admission import (
+    judge_grammars,
+    judge_logprobs,
+    judge_names,
+    judge_prompt,
+    judge_sampling,
+    judge_types,
+)
 from whiflash_sglang.checkpoints import DrafterSpec, load_drafter_spec, load_target_spec
 from whiflash_sglang.config import FLAG_OBJECTIVE, WhiFlashConfig
 from whiflash_sglang.drafters.runner import DraftRunner
@@ -199,6 +207,9 @@ def install_http(server_args: Any) -> None:
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
     keep = functools.partial(_keep_finished, finished)
     HookRegistry.register(f"{manager}._handle_batch_output", keep, HookType.BEFORE)
+    # Admission: what the scheduler cannot decode or compute ends it; nothing between here and there judges it.
+    HookRegistry.register(f"{manager}._create_tokenized_object", _judge_names, HookType.BEFORE)
+    HookRegistry.register(f"{manager}._dispatch_to_scheduler", _judge_request, HookType.BEFORE)
     HookRegistry.apply_hooks()
 
     config = active_config()
@@ -275,6 +286,42 @@ def _judge_custom_params(drafters: tuple[str, ...], result: Any, params: Any, *a
     except msgspec.ValidationError as error:
         mend = "give numbers, text, truth values, null, or flat lists and objects of these"
         raise HintError("custom_params", None, str(error), mend) from error
+
+
+def _judge_names(manager: Any, asked: Any, *args: Any, **kwargs: Any) -> None:
+    judge_names(asked.sampling_params)
+
+
+def _judge_request(manager: Any, sent: Any) -> None:
+    """Refuse a request that would end the scheduler, just before it is sent there.
+
+    What the scheduler would refuse is refused here too: its refusals come as a reply without logprobs, and a stream that
+    asked for them answers that with status 500.
+    """
+    from sglang.srt.managers import io_struct
+    from sglang.srt.speculative import dflash_utils
+
+    if isinstance(sent, io_struct.TokenizedGenerateReqInput):
+        requests = [sent]
+    elif isinstance(sent, io_struct.BatchTokenizedGenerateReqInput):
+        requests = sent.batch
+    else:
+        return
+    vocab_size = manager.model_config.vocab_size
+    for request in requests:
+        params = request.sampling_params
+        typed = copy.copy(request)
+        # Made by SGLang itself, and of no declared type.
+        typed.mm_inputs = typed.mm_data_mooncake = typed.time_stats = None
+        judge_types(params, "sampling_params", io_struct.msgpack_encode, io_struct.dec_hook)
+        judge_types(typed, "request", io_struct.msgpack_encode, io_struct.dec_hook)
+        judge_prompt(request.input_ids, vocab_size)
+        judge_sampling(params, vocab_size)
+        judge_grammars(params)
+        refusal = dflash_utils.validate_dflash_request(request, False)
+        if refusal is not None:
+            raise ValueError(refusal)
+        judge_logprobs(request.top_logprobs_num, vocab_size)
 
 
 def _tell_context(result: tuple[Any, Any], serving: Any, request: Any, *args: Any) -> None:
