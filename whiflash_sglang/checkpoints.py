@@ -21,7 +21,7 @@ from typing import Any
 
 from whiflash_sglang.config import FLAG_DFLASH, FLAG_EAGLE
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.safetensors_header import TensorInfo, read_headers, read_integers, read_json
+from whiflash_sglang.safetensors_header import TensorInfo, read_headers, read_integers, read_json, refuse_pickled
 
 FLAG_TARGET = "--model-path"
 DRAFTER_FLAGS = {"df": FLAG_DFLASH, "e3": FLAG_EAGLE}
@@ -93,6 +93,7 @@ class Checkpoint:
 def load_target_spec(path: str) -> TargetSpec:
     """Read the target's sizes. `path` is a local folder (see `hub.resolve`)."""
     checkpoint = open_checkpoint(FLAG_TARGET, path)
+    refuse_pickled(FLAG_TARGET, checkpoint.path)
     return TargetSpec(
         path=str(checkpoint.path),
         hidden_size=checkpoint.integer("hidden_size"),

@@ -46,6 +46,7 @@ from whiflash_sglang.spans import (
 logger = logging.getLogger(__name__)
 
 ALGORITHM = "WHIFLASH"
+PRIORS_FIELD = "whiflash_priors"  # of the scheduler's state
 
 
 class WhiFlashAlgorithm(CustomSpecAlgo):
@@ -187,6 +188,10 @@ def install_hooks() -> None:
     HookRegistry.register(
         "sglang.srt.speculative.dflash_utils.validate_dflash_request", _name_ourselves, HookType.AFTER
     )
+    # Dead ends: a grammar that allows no token leaves a sampler no probabilities, which ends the scheduler.
+    HookRegistry.register(
+        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.apply_logits_bias", _open_dead_ends, HookType.AFTER
+    )
     # Hints: judged where SGLang judges sampling parameters, in the HTTP process, which answers a ValueError with 400.
     judge = functools.partial(_judge_custom_params, active_config().drafter_names)
     HookRegistry.register("sglang.srt.sampling.sampling_params.SamplingParams.verify", judge, HookType.AFTER)
@@ -196,6 +201,7 @@ def install_http(server_args: Any) -> None:
     """What the HTTP process has beside: our routes, and two hooks where requests come in and go out."""
     from sglang.srt.entrypoints import http_server
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.utils.auth import AuthLevel, auth_level
 
     from whiflash_sglang.http_routes import Finished, routes
 
@@ -210,6 +216,11 @@ def install_http(server_args: Any) -> None:
     # Admission: what the scheduler cannot decode or compute ends it; nothing between here and there judges it.
     HookRegistry.register(f"{manager}._create_tokenized_object", _judge_names, HookType.BEFORE)
     HookRegistry.register(f"{manager}._dispatch_to_scheduler", _judge_request, HookType.BEFORE)
+    # Secrets: /server_info shows all arguments to whoever may use the server, the operator's key among them, and of the
+    # scheduler's state more than the figures that are meant for it.
+    HookRegistry.register(f"{manager}.resolved_config_dict", _without_keys, HookType.AFTER)
+    priors: dict[str, Any] = {}
+    HookRegistry.register(f"{manager}.get_internal_state", functools.partial(_set_aside, priors), HookType.AROUND)
     HookRegistry.apply_hooks()
 
     config = active_config()
@@ -217,9 +228,10 @@ def install_http(server_args: Any) -> None:
 
     async def state() -> Any:
         states = await http_server.get_global_state().tokenizer_manager.get_internal_state()
-        return states[0]
+        return states[0] | priors
 
-    http_server.app.include_router(routes(finished, state, about))
+    for_operators = auth_level(AuthLevel.ADMIN_OPTIONAL)
+    http_server.app.include_router(routes(finished, state, about, for_operators))
 
 
 def _capture_union(
@@ -274,6 +286,14 @@ def _name_ourselves(refusal: str | None, request: Any, *args: Any) -> str | None
         return None
     mend = "Leave it out of the request, or start the server with --whiflash-router off."
     return f"{refusal.replace('DFLASH', ALGORITHM)} {mend}"
+
+
+def _open_dead_ends(result: None, sampling: Any, logits: torch.Tensor) -> None:
+    """Allow every token where the grammar allows none: whichever is chosen, the grammar refuses it, and SGLang then ends
+    that request with an error."""
+    if sampling.grammar_mask is not None:
+        dead = logits.amax(dim=-1, keepdim=True) == -math.inf
+        logits.masked_fill_(dead, 0.0)
 
 
 def _judge_custom_params(drafters: tuple[str, ...], result: Any, params: Any, *args: Any) -> None:
@@ -331,6 +351,20 @@ def _tell_context(result: tuple[Any, Any], serving: Any, request: Any, *args: An
     params["custom_params"] = {**(params.get("custom_params") or {}), CONTEXT_FIELD: context}
 
 
+def _without_keys(arguments: dict[str, Any], *args: Any) -> dict[str, Any]:
+    return arguments | {"api_key": None, "admin_api_key": None}
+
+
+async def _set_aside(priors: dict[str, Any], original: Any, manager: Any) -> list[dict[str, Any]]:
+    """The scheduler's state without its priors, which are kept for the route that is theirs."""
+    states: list[dict[str, Any]] = await original(manager)
+    for number, state in enumerate(states):
+        found = {PRIORS_FIELD: state.pop(PRIORS_FIELD, None)}
+        if number == 0:
+            priors.update(found)
+    return states
+
+
 def _keep_finished(finished: Any, manager: Any, batch: Any) -> None:
     from sglang.srt.managers.io_struct import (
         BatchStrOutput,
@@ -382,7 +416,7 @@ def _add_figures(result: Any, scheduler: Any, *args: Any) -> Any:
     worker = scheduler.draft_worker
     if getattr(worker, "totals", None) is not None:
         result.internal_state["whiflash"] = worker.totals.snapshot()
-        result.internal_state["whiflash_priors"] = worker.priors_document()
+        result.internal_state[PRIORS_FIELD] = worker.priors_document()
     return result
 
 

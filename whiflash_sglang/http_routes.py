@@ -5,14 +5,19 @@
                                    `--whiflash-priors` (`priors.py`)
     GET /whiflash/requests/{id}    the figures of one of the last 1,024 finished requests; id: that of the completion
 
-They are guarded by `--api-key` as all of SGLang's routes are. What a request's figures hold comes from its `meta_info`
-as that arrives in the HTTP process, so that streamed chats have them too. No text is kept but what a request with the
-hint `trace` asked for, and of these the last 64 only.
+They are guarded by `--api-key` as all of SGLang's routes are, and `priors`, which names tools, by `--admin-api-key` where
+there is one. What a request's figures hold comes from its `meta_info` as that arrives in the HTTP process, so that
+streamed chats have them too.
+
+No text is kept but what a request with the hint `trace` asked for, and of these the last 64 only. Who knows an id sees
+its figures; so text is kept only under ids that cannot be guessed, which those are that SGLang gives. A client that
+gives its own `rid` has the trace in its reply's `meta_info`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -21,9 +26,14 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from whiflash_sglang.config import FLAG_PRIORS
+from whiflash_sglang.errors import shown
+
+Endpoint = Callable[..., Awaitable[Response]]
 
 MAX_FINISHED = 1024
 MAX_TRACES = 64
+MAX_ID = 256  # characters: a client may give an id of its own, of any length
+UNGUESSABLE = re.compile(r"[0-9a-f]{32}\Z")  # how ids end that are made of a random UUID
 TRACE_FIELDS = ("first", "trace", "trace_rounds_left_out")
 REPLACEMENT = "\ufffd"  # what an unfinished character is decoded to
 MAX_CHARACTER_TOKENS = 4  # bytes of a character in UTF-8
@@ -40,10 +50,12 @@ class Finished:
 
     def keep(self, request_id: str, figures: Mapping[str, Any]) -> None:
         """Keep a request's figures, and forget the oldest. An id that comes again stands for its last request."""
+        if len(request_id) > MAX_ID:
+            return
         self.traces.pop(request_id, None)
         self.figures.pop(request_id, None)
         self.figures[request_id] = {key: value for key, value in figures.items() if key not in TRACE_FIELDS}
-        if "trace" in figures:
+        if "trace" in figures and UNGUESSABLE.search(request_id):
             self.traces[request_id] = json.dumps({key: figures[key] for key in TRACE_FIELDS}).encode()
             if len(self.traces) > self.max_traces:
                 self.traces.popitem(last=False)
@@ -58,8 +70,10 @@ class Finished:
         trace = self.traces.get(request_id)
         if trace is not None:
             return {**figures, **json.loads(trace)}
-        forgotten = {"trace": None, "trace_forgotten": True} if figures["hints"].get("trace") else {}
-        return {**figures, **forgotten}
+        if not figures["hints"].get("trace"):
+            return dict(figures)
+        why = "trace_forgotten" if UNGUESSABLE.search(request_id) else "trace_withheld"
+        return {**figures, "trace": None, why: True}
 
 
 class TokenTexts:
@@ -114,8 +128,16 @@ def with_texts(figures: dict[str, Any], texts: TokenTexts) -> dict[str, Any]:
     return {**figures, "first": first, "trace": trace}
 
 
-def routes(finished: Finished, state: Callable[[], Awaitable[Any]], about: Mapping[str, Any]) -> APIRouter:
-    """The routes. `state` asks the scheduler; `about`: model, router and drafters of this server."""
+def routes(
+    finished: Finished,
+    state: Callable[[], Awaitable[Any]],
+    about: Mapping[str, Any],
+    for_operators: Callable[[Endpoint], Endpoint],
+) -> APIRouter:
+    """The routes. `state` asks the scheduler; `about`: model, router and drafters of this server.
+
+    `for_operators` marks an endpoint that asks for the operator's key where there is one.
+    """
     router = APIRouter(prefix="/whiflash")
 
     @router.get("/stats")
@@ -123,19 +145,20 @@ def routes(finished: Finished, state: Callable[[], Awaitable[Any]], about: Mappi
         return JSONResponse({**about, **(await state())["whiflash"]})
 
     @router.get("/priors")
+    @for_operators
     async def priors() -> Response:
         content = (await state())["whiflash_priors"]
         if content is None:
             return not_found(f"This server has no priors; start it with {FLAG_PRIORS} learned, or with a file of them.")
         return JSONResponse(content)
 
-    @router.get("/requests/{request_id}")
+    @router.get("/requests/{request_id:path}")  # a client's own id may hold slashes
     async def request(request_id: str) -> Response:
         figures = finished.get(request_id)
         if figures is not None:
             return JSONResponse(figures)
         return not_found(
-            f"No figures of request {request_id}: they are kept of the last {finished.max_requests} finished requests. "
+            f"No figures of request {shown(request_id)}: they are kept of the last {finished.max_requests} finished requests. "
             "Use the `id` of a completion, after its end."
         )
 

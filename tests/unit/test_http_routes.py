@@ -86,7 +86,7 @@ def client() -> TestClient:
         return {"whiflash": {"rounds": 7}, "whiflash_priors": None}
 
     app = FastAPI()
-    app.include_router(routes(finished, state, {"model": "m", "router": "entropy"}))
+    app.include_router(routes(finished, state, {"model": "m", "router": "entropy"}, lambda endpoint: endpoint))
     return TestClient(app)
 
 

@@ -1,7 +1,7 @@
 """What a server made of hostile requests: each one's outcome, and whose doing an outcome of 5xx was.
 
-    outcomes = asyncio.run(attack(base_url, cases, in_flight=8, until=deadline))
-    own, ours = judge(outcomes, reference)
+    figures = fuzz(base_url, reference, cases, prompts, in_flight=8, until=deadline)
+    all(figures["checks"].values())
 
 The reference is the same server with `--whiflash-router off`. A request that it answers with 5xx too, or dies of, is
 SGLang's own; any other is ours. A stream cannot change its status any more: an error event in it counts as its status.
@@ -22,10 +22,13 @@ import httpx
 
 from workloads import server
 from workloads.fuzz.cases import Case
+from workloads.tokens import TokenIds
 
 REQUEST_S = 120.0
 IDLE_S = 60.0
 BROKEN, HUNG, LEFT = 599, 598, 0  # instead of a status: the connection ended early; no answer in time; the client left
+PROBE_TOKENS = 48
+MAX_SHOWN = 20  # failures: enough to see what is wrong
 HEADERS = {"Content-Type": "application/json"}
 
 
@@ -44,7 +47,7 @@ async def attack(
 ) -> list[Outcome]:
     """Send `cases` in order, until the time `until` (monotonic) or the server's end."""
     outcomes: list[Outcome] = []
-    waiting = iter(cases)
+    waiting = iter(cases)  # shared: each worker takes the next
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # a broken one breaks no other
 
     async def work(client: httpx.AsyncClient) -> None:
@@ -54,7 +57,6 @@ async def attack(
             try:
                 outcomes.append(await send(client, case))
             except httpx.ConnectError:  # it has ended
-                outcomes.append(Outcome(case, BROKEN, "no connection"))
                 return
 
     async with httpx.AsyncClient(base_url=base_url, timeout=REQUEST_S, limits=limits, headers=headers) as client:
@@ -85,6 +87,60 @@ def error_in(stream: str) -> int:
             code = json.loads(line.removeprefix("data: "))["error"].get("code")
             codes.append(code if isinstance(code, int) else 500)
     return max(codes)
+
+
+def fuzz(
+    base_url: str,
+    reference: Reference,
+    cases: Sequence[Case],
+    prompts: Sequence[TokenIds],
+    in_flight: int,
+    until: float,
+    headers: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Send the cases; whether the server is alive and right afterwards, and who failed which."""
+    texts = greedy_texts(reference.url(), prompts)
+    before = greedy_texts(base_url, prompts, headers)
+    outcomes = asyncio.run(attack(base_url, cases, in_flight, until, headers))
+    try:
+        idle = is_idle(base_url, headers)
+        after = greedy_texts(base_url, prompts, headers)
+    except httpx.HTTPError:
+        # Whichever were last may have ended it; the reference would start anew for each of them.
+        return {
+            "checks": {"alive": False},
+            "cases": len(outcomes),
+            "last": [described(outcome) for outcome in outcomes[-2 * in_flight :]],
+        }
+    own, ours = judge(outcomes, reference)
+    checks = {
+        "alive": True,
+        "every_case_was_sent": len(outcomes) == len(cases),
+        "no_5xx_of_ours": not ours,
+        "idle_afterwards": idle,
+        "same_texts_as_before": after == before,
+        "same_texts_as_off": after == texts,
+    }
+    return {
+        "checks": checks,
+        "cases": len(outcomes),
+        "answered": answered(outcomes),
+        "sglang_own": dict(own.most_common()),
+        "ours": ours[:MAX_SHOWN],
+    }
+
+
+def greedy_texts(
+    base_url: str, prompts: Sequence[TokenIds], headers: dict[str, str] | None = None
+) -> list[list[int]]:
+    """Of prompts one after the other."""
+    found = []
+    with httpx.Client(base_url=base_url, headers=headers, timeout=REQUEST_S) as client:
+        for prompt in prompts:
+            params = {"temperature": 0, "max_new_tokens": PROBE_TOKENS, "ignore_eos": True}
+            reply = client.post("/generate", json={"input_ids": prompt, "sampling_params": params})
+            found.append(reply.raise_for_status().json()["output_ids"])
+    return found
 
 
 class Reference:
