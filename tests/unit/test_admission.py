@@ -109,7 +109,13 @@ def test_prompts_outside_the_vocabulary(ids: list[int]) -> None:
         judge_prompt(array("q", ids), VOCABULARY)
 
 
-@pytest.mark.parametrize("ids", [None, [], [0, VOCABULARY - 1]])
+def test_empty_prompts() -> None:
+    """One of a list of prompts; SGLang refuses it alone."""
+    with pytest.raises(RequestError, match="input_ids: an empty prompt"):
+        judge_prompt(array("q"), VOCABULARY)
+
+
+@pytest.mark.parametrize("ids", [None, [0, VOCABULARY - 1]])
 def test_prompts_within_it(ids: list[int] | None) -> None:
     judge_prompt(None if ids is None else array("q", ids), VOCABULARY)
 
