@@ -139,4 +139,3 @@ def _trace(path: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise HintError(path, shown(value), "not a truth value", "use true or false")
     return value
-

@@ -291,8 +291,8 @@ def _name_ourselves(refusal: str | None, request: Any, *args: Any) -> str | None
 
 
 def _open_dead_ends(result: None, sampling: Any, logits: torch.Tensor) -> None:
-    """Allow every token where the grammar allows none: whichever is chosen, the grammar refuses it, and SGLang then ends
-    that request with an error."""
+    """Allow every token where the grammar allows none: whichever is chosen, the grammar refuses it, and SGLang then
+    ends that request with an error."""
     if sampling.grammar_mask is not None:
         dead = logits.amax(dim=-1, keepdim=True) == -math.inf
         logits.masked_fill_(dead, 0.0)
@@ -317,8 +317,8 @@ def _judge_names(manager: Any, asked: Any, *args: Any, **kwargs: Any) -> None:
 def _judge_request(manager: Any, sent: Any) -> None:
     """Refuse a request that would end the scheduler, just before it is sent there.
 
-    What the scheduler would refuse is refused here too: its refusals come as a reply without logprobs, and a stream that
-    asked for them answers that with status 500.
+    What the scheduler would refuse is refused here too: its refusals come as a reply without logprobs, and a stream
+    that asked for them answers that with status 500.
     """
     from sglang.srt.managers import io_struct
     from sglang.srt.speculative import dflash_utils

@@ -5,9 +5,9 @@
                                    `--whiflash-priors` (`priors.py`)
     GET /whiflash/requests/{id}    the figures of one of the last 1,024 finished requests; id: that of the completion
 
-They are guarded by `--api-key` as all of SGLang's routes are, and `priors`, which names tools, by `--admin-api-key` where
-there is one. What a request's figures hold comes from its `meta_info` as that arrives in the HTTP process, so that
-streamed chats have them too.
+They are guarded by `--api-key` as all of SGLang's routes are, and `priors`, which names tools, by `--admin-api-key`
+where there is one. What a request's figures hold comes from its `meta_info` as that arrives in the HTTP process, so
+that streamed chats have them too.
 
 No text is kept but what a request with the hint `trace` asked for, and of these the last 64 only. Who knows an id sees
 its figures; so text is kept only under ids that cannot be guessed, which those are that SGLang gives. A client that
@@ -158,8 +158,8 @@ def routes(
         if figures is not None:
             return JSONResponse(figures)
         return not_found(
-            f"No figures of request {shown(request_id)}: they are kept of the last {finished.max_requests} finished requests. "
-            "Use the `id` of a completion, after its end."
+            f"No figures of request {shown(request_id)}: they are kept of the last {finished.max_requests} finished "
+            "requests. Use the `id` of a completion, after its end."
         )
 
     return router

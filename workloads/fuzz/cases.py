@@ -58,12 +58,17 @@ def cases(number: int, seed: int) -> list[Case]:
 # Values
 
 NUMBERS = st.sampled_from(
-    [0, -1, 1, 2, 0.5, 1e-9, 1e-45, -0.0, 2**31, 2**31 - 1, -(2**31) - 1, 2**63, -(2**63), 2**64, 10**30, 1e38, 1e39, 1e300]
-    + [float("inf"), float("-inf"), float("nan")]
+    [
+        *(0, -1, 1, 2, 2**31, 2**31 - 1, -(2**31) - 1, 2**63, -(2**63), 2**64, 10**30),
+        *(0.5, 1e-9, 1e-45, -0.0, 1e38, 1e39, 1e300, float("inf"), float("-inf"), float("nan")),
+    ]
 )
 TEXTS = st.sampled_from(
-    ["", " ", "a", "</think>", "<tool_call>", "<|im_end|>", "\x00", "\ud800", "\udfff\ud800", "é€\U0001f600", "\u202e"]
-    + ["<script>alert(1)</script>", "../../etc/passwd", "'; DROP TABLE x; --", "{{7*7}}", "%s%n", "\r\nX: y", "a" * 9000]
+    [
+        *("", " ", "a", "</think>", "<tool_call>", "<|im_end|>"),
+        *("\x00", "\ud800", "\udfff\ud800", "é€\U0001f600", "\u202e", "\r\nX: y", "a" * 9000),
+        *("<script>alert(1)</script>", "../../etc/passwd", "'; DROP TABLE x; --", "{{7*7}}", "%s%n"),
+    ]
 ) | st.text(max_size=12)
 JUNK = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXTS,
@@ -117,7 +122,9 @@ def hints(draw: st.DrawFn) -> Body:
 def custom_params(draw: st.DrawFn) -> Body:
     fields = {
         "whiflash": hints() | hints() | JUNK,
-        "whiflash_context": st.fixed_dictionaries({"kind": st.sampled_from(["user", "tool_output", "x"]), "tool": NAMES}),
+        "whiflash_context": st.fixed_dictionaries(
+            {"kind": st.sampled_from(["user", "tool_output", "x"]), "tool": NAMES}
+        ),
         "thinking_budget": NUMBERS,
         "__req__": JUNK,
         "nested": JUNK,
@@ -219,7 +226,7 @@ GENERATE: Mapping[str, st.SearchStrategy[Any]] = {
     "background": FLAGS,
 }
 OPENAI: Mapping[str, st.SearchStrategy[Any]] = {
-    **{name: strategy for name, strategy in SAMPLING.items()},
+    **SAMPLING,
     **ALL_ENDPOINTS,
     "min_tokens": COUNTS,
     "seed": NUMBERS,
@@ -235,7 +242,10 @@ OPENAI: Mapping[str, st.SearchStrategy[Any]] = {
 }
 COMPLETIONS: Mapping[str, st.SearchStrategy[Any]] = {
     **OPENAI,
-    "prompt": TEXTS | st.lists(TEXTS, max_size=2) | st.lists(TOKENS, max_size=4) | st.lists(st.lists(TOKENS), max_size=2),
+    "prompt": TEXTS
+    | st.lists(TEXTS, max_size=2)
+    | st.lists(TOKENS, max_size=4)
+    | st.lists(st.lists(TOKENS), max_size=2),
     "logprobs": st.integers(0, 5) | NUMBERS,
     "echo": FLAGS,
     "best_of": NUMBERS,
@@ -248,7 +258,11 @@ FUNCTIONS = st.fixed_dictionaries(
 TOOLS = st.lists(st.fixed_dictionaries({"type": st.just("function") | TEXTS, "function": FUNCTIONS}), max_size=3)
 CALLS = st.lists(
     st.fixed_dictionaries(
-        {"id": TEXTS, "type": st.just("function"), "function": st.fixed_dictionaries({"name": NAMES, "arguments": TEXTS})}
+        {
+            "id": TEXTS,
+            "type": st.just("function"),
+            "function": st.fixed_dictionaries({"name": NAMES, "arguments": TEXTS}),
+        }
     ),
     max_size=2,
 )
@@ -292,14 +306,19 @@ CHAT: Mapping[str, st.SearchStrategy[Any]] = {
 TALK = [{"role": "user", "content": "where is order 1042?"}]
 TOOL_TALK = [
     *TALK,
-    {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+    {
+        "role": "assistant",
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    },
     {"role": "tool", "tool_call_id": "1", "content": "shipped"},
 ]
 
 
 @st.composite
 def generate(draw: st.DrawFn) -> Body:
-    sampling = with_fields(draw, {"max_new_tokens": MAX_TOKENS, "temperature": 0}, {**SAMPLING, **ONLY_GENERATE}, most=3)
+    sampling = with_fields(
+        draw, {"max_new_tokens": MAX_TOKENS, "temperature": 0}, {**SAMPLING, **ONLY_GENERATE}, most=3
+    )
     prompt = draw(st.sampled_from([{"text": "where is order 1042?"}, {"input_ids": [5, 6, 7]}]))
     body = with_fields(draw, {**prompt, "sampling_params": sampling, "stream": draw(FLAGS)}, GENERATE, most=2)
     if draw(st.integers(0, 30)) == 0:
@@ -338,7 +357,9 @@ def encoded(body: Body) -> bytes:
 def any_case() -> st.SearchStrategy[Case]:
     bodies = {"/generate": generate(), "/v1/completions": completion(), "/v1/chat/completions": chat()}
     leaves = st.integers(0, 9).map(lambda die: die == 9)
-    posts = [st.builds(Case, st.just("POST"), st.just(path), body.map(encoded), leaves) for path, body in bodies.items()]
+    posts = [
+        st.builds(Case, st.just("POST"), st.just(path), body.map(encoded), leaves) for path, body in bodies.items()
+    ]
     raw = st.builds(Case, st.just("POST"), st.sampled_from(sorted(bodies)), NO_JSON, leaves)
     ids = IDS.map(lambda text: quote(text, safe="", errors="surrogatepass"))
     paths = st.sampled_from(["/whiflash/stats", "/whiflash/priors", "/whiflash", "/whiflash/x"]) | ids.map(

@@ -130,9 +130,7 @@ def fuzz(
     }
 
 
-def greedy_texts(
-    base_url: str, prompts: Sequence[TokenIds], headers: dict[str, str] | None = None
-) -> list[list[int]]:
+def greedy_texts(base_url: str, prompts: Sequence[TokenIds], headers: dict[str, str] | None = None) -> list[list[int]]:
     """Of prompts one after the other."""
     found = []
     with httpx.Client(base_url=base_url, headers=headers, timeout=REQUEST_S) as client:
