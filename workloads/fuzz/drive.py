@@ -82,7 +82,7 @@ async def send(client: httpx.AsyncClient, case: Case) -> Outcome:
 def error_in(stream: str) -> int:
     """The greatest code of the error events of a stream; 0 without any."""
     codes = [0]
-    for line in stream.splitlines():
+    for line in stream.split("\n"):  # of all line ends the one that JSON escapes
         if line.startswith('data: {"error"'):
             code = json.loads(line.removeprefix("data: "))["error"].get("code")
             codes.append(code if isinstance(code, int) else 500)
