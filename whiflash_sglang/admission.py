@@ -27,8 +27,15 @@ FILLED_IN = ("stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+MAX_SAMPLES = 4096
 MAX_NESTING = 200  # 2,000 levels take it minutes
 MIN_REPETITION_PENALTY = 1e-6  # logits are divided by it, in float32
+
+
+def judge_samples(number: object) -> None:
+    """Replies to one prompt: SGLang makes a request of each at once, in the memory of the HTTP process."""
+    if isinstance(number, int) and number > MAX_SAMPLES:
+        raise RequestError("n", shown(number), "out of bounds", f"give at most {MAX_SAMPLES}")
 
 
 def judge_names(sampling_params: Mapping[str, object]) -> None:

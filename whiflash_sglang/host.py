@@ -26,6 +26,7 @@ from whiflash_sglang.admission import (
     judge_logprobs,
     judge_names,
     judge_prompt,
+    judge_samples,
     judge_sampling,
     judge_types,
 )
@@ -214,6 +215,8 @@ def install_http(server_args: Any) -> None:
     keep = functools.partial(_keep_finished, finished)
     HookRegistry.register(f"{manager}._handle_batch_output", keep, HookType.BEFORE)
     # Admission: what the scheduler cannot decode or compute ends it; nothing between here and there judges it.
+    asked_for = "sglang.srt.managers.io_struct.GenerateReqInput"
+    HookRegistry.register(f"{asked_for}._handle_parallel_sampling", _judge_samples, HookType.AFTER)
     HookRegistry.register(f"{manager}._create_tokenized_object", _judge_names, HookType.BEFORE)
     HookRegistry.register(f"{manager}._dispatch_to_scheduler", _judge_request, HookType.BEFORE)
     # Secrets: /server_info shows all arguments to whoever may use the server, the operator's key among them, and of the
@@ -310,6 +313,10 @@ def _judge_custom_params(drafters: tuple[str, ...], result: Any, params: Any, *a
         raise HintError("custom_params", None, str(error), mend) from error
 
 
+def _judge_samples(result: None, asked: Any) -> None:
+    judge_samples(asked.parallel_sample_num)
+
+
 def _judge_names(manager: Any, asked: Any, *args: Any, **kwargs: Any) -> None:
     judge_names(asked.sampling_params)
 
@@ -333,8 +340,8 @@ def _judge_request(manager: Any, sent: Any) -> None:
     for request in requests:
         params = request.sampling_params
         typed = copy.copy(request)
-        # Made by SGLang itself, and of no declared type.
-        typed.mm_inputs = typed.mm_data_mooncake = typed.time_stats = None
+        # Made by SGLang itself: an array of integers, and what is of no declared type.
+        typed.input_ids = typed.mm_inputs = typed.mm_data_mooncake = typed.time_stats = None
         judge_types(params, "sampling_params", io_struct.msgpack_encode, io_struct.dec_hook)
         judge_types(typed, "request", io_struct.msgpack_encode, io_struct.dec_hook)
         judge_prompt(request.input_ids, vocab_size)

@@ -236,6 +236,7 @@ KILLERS = [
     {"text": "a", "sampling_params": {"json_schema": {"type": "object"}}},
     {"text": "a", "sampling_params": {"is_normalized": True}},
     {"text": "a", "sampling_params": {"top_k": 2**40}},
+    {"text": "a", "sampling_params": {"n": 10**9}},
     {"text": "a", "sampling_params": {"logit_bias": {"5": 1e39}}},
     {"text": "a", "sampling_params": {"logit_bias": {"5": float("nan")}}},
     {"text": "a", "sampling_params": {"stop_token_ids": [10**6], "min_new_tokens": 1}},

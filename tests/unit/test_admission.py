@@ -20,6 +20,7 @@ from whiflash_sglang.admission import (
     judge_logprobs,
     judge_names,
     judge_prompt,
+    judge_samples,
     judge_sampling,
     judge_types,
 )
@@ -107,6 +108,13 @@ def test_fields_that_sglang_fills_in_are_not_a_clients(field: str) -> None:
 def test_prompts_outside_the_vocabulary(ids: list[int]) -> None:
     with pytest.raises(RequestError, match=r"input_ids .*: outside the vocabulary; give ids from 0 to 99"):
         judge_prompt(array("q", ids), VOCABULARY)
+
+
+def test_replies_by_the_million() -> None:
+    for number in (-1, 0, 1, 4096, "2", None, 1.5):
+        judge_samples(number)
+    with pytest.raises(RequestError, match="n 4097: out of bounds; give at most 4096"):
+        judge_samples(4097)
 
 
 def test_empty_prompts() -> None:

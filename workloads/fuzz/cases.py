@@ -4,9 +4,8 @@
 
 A request is a valid body of which a few fields are replaced: by values that the field's type allows, by values at and
 behind its bounds, or by any JSON. A few bodies are no JSON at all. Left out on purpose is what makes SGLang itself
-slow for minutes or takes its memory, with or without WHIFLASH, and cannot be told from honest use by looking at it:
-`n` above `MAX_N`, regular expressions that take exponential time, grammars that repeat thousands of times
-(docs/security.md).
+slow for minutes, with or without WHIFLASH, and cannot be told from honest use by looking at it: regular expressions
+that take exponential time, grammars that repeat thousands of times, `n` above `MAX_N` (docs/security.md).
 """
 
 from __future__ import annotations
