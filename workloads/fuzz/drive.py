@@ -168,7 +168,10 @@ class Reference:
             return None
         with self.log.open("rb") as file:
             file.seek(logged)
-            return last_error(file.read().decode(errors="replace")) or outcome.said[:120]
+            error = last_error(file.read().decode(errors="replace")) or outcome.said[:120]
+        if outcome.status in (BROKEN, HUNG) and not is_alive(url):
+            self.stop()  # a server whose scheduler has ended fails whatever comes, until it has ended itself
+        return error
 
     def stop(self) -> None:
         if self.running is not None:
@@ -211,6 +214,14 @@ def answered(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
         path = "/whiflash" if outcome.case.path.startswith("/whiflash") else outcome.case.path
         found.setdefault(path, Counter())[names.get(outcome.status, str(outcome.status))] += 1
     return {path: dict(sorted(counts.items())) for path, counts in sorted(found.items())}
+
+
+def is_alive(base_url: str) -> bool:
+    """Whether a token is still generated."""
+    try:
+        return httpx.get(f"{base_url}/health_generate", timeout=REQUEST_S).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def is_idle(base_url: str, headers: dict[str, str] | None = None) -> bool:
