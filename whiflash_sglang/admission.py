@@ -1,8 +1,8 @@
 """What SGLang would hand to its scheduler and the scheduler cannot bear: refused before, in the HTTP process.
 
 An exception in the scheduler ends it, and with it every request of every client. SGLang checks most of a request where
-it comes in; what is checked here was found by sending hostile bodies to the same server without speculation
-(`scripts/fuzz.py`). Each is answered with HTTP 400, which names the field, the value and the mend.
+it comes in; what is checked here was found by sending hostile bodies (`scripts/fuzz.py`), and by reading where values
+go. Each is answered with HTTP 400, which names the field, the value and the mend.
 
 `judge_types` comes first: SGLang declares the types of what it sends to the scheduler, but pickles it and looks at none
 of them. The others take a request's parts as of those types. Imports msgspec and numpy, not SGLang.
@@ -79,7 +79,8 @@ def _field(record: type[msgspec.Struct], where: str) -> str:
 
 
 def judge_prompt(input_ids: array[int] | None, vocab_size: int) -> None:
-    """Token ids index the embedding, and a prompt's last position gives its first token; SGLang looks at neither."""
+    """Token ids index the embedding, and the last position of a prompt gives the reply its first token; SGLang does not
+    look at the ids, nor for empty prompts in a list."""
     if input_ids is None:  # embeddings instead
         return
     if not len(input_ids):

@@ -87,7 +87,7 @@ def test_honest_requests_pass(given: dict[str, Any]) -> None:
     ],
 )
 def test_what_would_end_the_scheduler_is_refused(given: dict[str, Any], said: str) -> None:
-    """Each of them did, sent to a server without these checks. The refusal is a ValueError, so HTTP 400."""
+    """A refusal is a ValueError, so HTTP 400."""
     with pytest.raises(RequestError) as refusal:
         judge(sampling(**given))
     message = str(refusal.value)
