@@ -11,7 +11,7 @@ QUESTION ?= Where is order 1042?
 BASE_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve agent agent-bench soak test test-newest-client check format lock clean
+.PHONY: help setup demo serve agent agent-bench soak fuzz test test-newest-client check format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ agent-bench: $(INSTALLED)  ## the example agent live on 50 held-out tasks, with 
 
 soak: $(INSTALLED)  ## serve from a KV pool that is too small for $(MINUTES) minutes, see what is left behind
 	@$(BIN)/python scripts/soak.py --minutes $(MINUTES)
+
+fuzz: $(INSTALLED)  ## send a server 5,000 hostile requests, see that it lives on and gives the right text
+	@$(BIN)/python scripts/fuzz.py
 
 test: $(INSTALLED)  ## all tests on two cores, real servers on this CPU included; needs no network
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile

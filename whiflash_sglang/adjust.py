@@ -37,9 +37,16 @@ def adjust(logits: torch.Tensor, window: torch.Tensor, batch: Any) -> torch.Tens
         )
         if mask is not None:
             mask.apply(logits.view(-1, logits.shape[-1]))
+            open_dead_ends(logits)
     if sampling.logit_bias is not None:
         logits += sampling.logit_bias[:, None]
     return logits
+
+
+def open_dead_ends(logits: torch.Tensor) -> None:
+    """Allow every token where a grammar allows none, `logits` [..., vocab] in place: without probabilities a sampler ends
+    the scheduler. Whichever is chosen, the grammar refuses it, and SGLang then ends that request with an error."""
+    logits.masked_fill_(logits.amax(dim=-1, keepdim=True) == -torch.inf, 0.0)
 
 
 class Penalized(NamedTuple):

@@ -22,7 +22,7 @@ from typing import Any
 from whiflash_sglang import targets
 from whiflash_sglang.config import FLAG_DFLASH, FLAG_EAGLE, FLAG_ROUTER
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.safetensors_header import TensorInfo, read_headers, read_integers, read_json
+from whiflash_sglang.safetensors_header import TensorInfo, read_headers, read_integers, read_json, refuse_pickled
 
 FLAG_TARGET = "--model-path"
 DRAFTER_FLAGS = {"df": FLAG_DFLASH, "e3": FLAG_EAGLE}
@@ -92,6 +92,7 @@ def load_target_spec(path: str) -> TargetSpec:
     problem = targets.refusal(checkpoint.config)
     if problem is not None:
         raise checkpoint.error(problem, _OTHER_TARGET)
+    refuse_pickled(FLAG_TARGET, checkpoint.path)
     return TargetSpec(
         path=str(checkpoint.path),
         hidden_size=checkpoint.integer("hidden_size"),

@@ -3,10 +3,13 @@
 WhiFlashError
 ├── ConfigError        a flag, or flags that contradict each other
 ├── CheckpointError    a drafter or target checkpoint that is missing, incomplete or does not fit
-└── HintError          a request's hints; also a ValueError, which SGLang answers with HTTP 400
+└── RequestError       a field of a request; also a ValueError, which SGLang answers with HTTP 400
+    └── HintError      a request's hints
 """
 
 from __future__ import annotations
+
+MAX_SHOWN = 80  # characters
 
 
 class WhiFlashError(Exception):
@@ -29,5 +32,15 @@ class CheckpointError(WhiFlashError):
     pass
 
 
-class HintError(WhiFlashError, ValueError):
+class RequestError(WhiFlashError, ValueError):
     pass
+
+
+class HintError(RequestError):
+    pass
+
+
+def shown(value: object) -> str:
+    """What a client has sent, as an error shows it: on one line, printable, and cut where it is long."""
+    text = ascii(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from whiflash_sglang.errors import HintError
+from whiflash_sglang.errors import HintError, shown
 from whiflash_sglang.spans import CONTEXT_KINDS, MAX_TOOL_NAME, SPANS, Context
 
 FIELD = "whiflash"  # of custom_params
@@ -83,21 +83,22 @@ def _context(content: object) -> Context | None:
 
 def _object(path: str, value: object) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
-        raise HintError(path, _shown(value), "not an object", 'give e.g. {"whiflash": {"route": "auto"}}')
+        raise HintError(path, shown(value), "not an object", 'give e.g. {"whiflash": {"route": "auto"}}')
     return value
 
 
 def _known_fields(path: str, given: Mapping[str, object], known: Sequence[str]) -> None:
     for field in given:
         if field not in known:
-            raise HintError(f"{path}.{field}", _shown(given[field]), "unknown field", f"use {', '.join(known)}")
+            name = field if field.isidentifier() and len(field) <= MAX_TOOL_NAME else shown(field)
+            raise HintError(f"{path}.{name}", shown(given[field]), "unknown field", f"use {', '.join(known)}")
 
 
 def _choice(path: str, value: object, known: Sequence[str]) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or value not in known:
-        raise HintError(path, _shown(value), "unknown value", f"use {', '.join(known)}")
+        raise HintError(path, shown(value), "unknown value", f"use {', '.join(known)}")
     return value
 
 
@@ -106,7 +107,7 @@ def _route(path: str, value: object, drafters: Sequence[str]) -> str:
     if route in DRAFTERS and route not in drafters:
         loaded = ", ".join((AUTO, *drafters, OFF))
         mend = f"use {loaded}, or start the server with --whiflash-drafters df-e3"
-        raise HintError(path, _shown(route), "this server has not loaded that drafter", mend)
+        raise HintError(path, shown(route), "this server has not loaded that drafter", mend)
     return route
 
 
@@ -115,9 +116,9 @@ def _prior(path: str, value: object) -> float:
         return 0.0
     bounds = f"give a number from {-MAX_PRIOR} to {MAX_PRIOR}"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise HintError(path, _shown(value), "not a number", bounds)
+        raise HintError(path, shown(value), "not a number", bounds)
     if not -MAX_PRIOR <= value <= MAX_PRIOR:  # nor is NaN within any bounds
-        raise HintError(path, _shown(value), "out of bounds", bounds)
+        raise HintError(path, shown(value), "out of bounds", bounds)
     return float(value)
 
 
@@ -126,9 +127,9 @@ def _tool(path: str, value: object) -> str | None:
         return None
     mend = f"give the tool's name, 1 to {MAX_TOOL_NAME} characters"
     if not isinstance(value, str):
-        raise HintError(path, _shown(value), "not text", mend)
+        raise HintError(path, shown(value), "not text", mend)
     if not 1 <= len(value) <= MAX_TOOL_NAME:
-        raise HintError(path, _shown(value), f"{len(value)} characters long", mend)
+        raise HintError(path, shown(value), f"{len(value)} characters long", mend)
     return value
 
 
@@ -136,11 +137,5 @@ def _trace(path: str, value: object) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise HintError(path, _shown(value), "not a truth value", "use true or false")
+        raise HintError(path, shown(value), "not a truth value", "use true or false")
     return value
-
-
-def _shown(value: object) -> str:
-    """A value as an error shows it, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

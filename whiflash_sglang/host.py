@@ -21,6 +21,16 @@ import torch
 from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
+from whiflash_sglang.adjust import open_dead_ends
+from whiflash_sglang.admission import (
+    judge_grammars,
+    judge_logprobs,
+    judge_names,
+    judge_prompt,
+    judge_samples,
+    judge_sampling,
+    judge_types,
+)
 from whiflash_sglang.checkpoints import (
     DRAFTER_FLAGS,
     FLAG_TARGET,
@@ -46,6 +56,7 @@ from whiflash_sglang.spans import (
 logger = logging.getLogger(__name__)
 
 ALGORITHM = "WHIFLASH"
+PRIORS_FIELD, RANKS_FIELD = "whiflash_priors", "whiflash_ranks"  # of the scheduler's state
 
 
 class WhiFlashAlgorithm(CustomSpecAlgo):
@@ -188,6 +199,10 @@ def install_hooks() -> None:
     HookRegistry.register(
         "sglang.srt.speculative.dflash_utils.validate_dflash_request", _name_ourselves, HookType.AROUND
     )
+    # Dead ends: a grammar that allows no token leaves a sampler no probabilities, which ends the scheduler.
+    HookRegistry.register(
+        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.apply_logits_bias", _open_dead_ends, HookType.AFTER
+    )
     # Hints: judged where SGLang judges sampling parameters, in the HTTP process, which answers a ValueError with 400.
     judge = functools.partial(_judge_custom_params, active_config().drafter_names)
     HookRegistry.register("sglang.srt.sampling.sampling_params.SamplingParams.verify", judge, HookType.AFTER)
@@ -197,6 +212,7 @@ def install_http(server_args: Any) -> None:
     """What the HTTP process has beside: our routes, and two hooks where requests come in and go out."""
     from sglang.srt.entrypoints import http_server
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.utils.auth import AuthLevel, auth_level
 
     from whiflash_sglang.http_routes import Finished, routes
 
@@ -208,6 +224,16 @@ def install_http(server_args: Any) -> None:
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
     keep = functools.partial(_keep_finished, finished)
     HookRegistry.register(f"{manager}._handle_batch_output", keep, HookType.BEFORE)
+    # Admission: what the scheduler cannot decode or compute ends it; nothing between here and there judges it.
+    asked_for = "sglang.srt.managers.io_struct.GenerateReqInput"
+    HookRegistry.register(f"{asked_for}._handle_parallel_sampling", _judge_samples, HookType.AFTER)
+    HookRegistry.register(f"{manager}._create_tokenized_object", _judge_names, HookType.BEFORE)
+    HookRegistry.register(f"{manager}._dispatch_to_scheduler", _judge_request, HookType.BEFORE)
+    # Secrets: /server_info shows all arguments to whoever may use the server, the operator's key among them, and of the
+    # scheduler's state more than the figures that are meant for it.
+    HookRegistry.register(f"{manager}.resolved_config_dict", _without_keys, HookType.AFTER)
+    priors: dict[int, Any] = {}  # by replica
+    HookRegistry.register(f"{manager}.get_internal_state", functools.partial(_set_aside, priors), HookType.AROUND)
     HookRegistry.apply_hooks()
 
     config = active_config()
@@ -215,10 +241,14 @@ def install_http(server_args: Any) -> None:
 
     async def states() -> list[dict[str, Any]]:
         """One of each replica (`--dp-size`)."""
-        found: list[dict[str, Any]] = await http_server.get_global_state().tokenizer_manager.get_internal_state()
-        return sorted(found, key=lambda state: int(state["whiflash_ranks"]["replica"]))
+        found = await http_server.get_global_state().tokenizer_manager.get_internal_state()
+        found = [{**state, PRIORS_FIELD: priors.get(replica_of(state))} for state in found]
+        return sorted(found, key=replica_of)
 
-    http_server.app.include_router(routes(finished, states, about))
+    for_operators = auth_level(AuthLevel.ADMIN_OPTIONAL)
+    # One by one: SGLang's guard finds no endpoint, and so no level, behind an included router.
+    for route in routes(finished, states, about, for_operators).routes:
+        http_server.app.add_api_route(route.path, route.endpoint, methods=[*route.methods])
 
 
 def _capture_union(
@@ -278,6 +308,11 @@ def _name_ourselves(original: Any, request: Any, *args: Any, **kwargs: Any) -> s
     return f"{refusal.replace('DFLASH', ALGORITHM)} {mend}"
 
 
+def _open_dead_ends(result: None, sampling: Any, logits: torch.Tensor) -> None:
+    if sampling.grammar_mask is not None:
+        open_dead_ends(logits)
+
+
 def _judge_custom_params(drafters: tuple[str, ...], result: Any, params: Any, *args: Any) -> None:
     from sglang.srt.sampling.sampling_params import CustomParamValue
 
@@ -290,11 +325,69 @@ def _judge_custom_params(drafters: tuple[str, ...], result: Any, params: Any, *a
         raise HintError("custom_params", None, str(error), mend) from error
 
 
+def _judge_samples(result: None, asked: Any) -> None:
+    judge_samples(asked.parallel_sample_num)
+
+
+def _judge_names(manager: Any, asked: Any, *args: Any, **kwargs: Any) -> None:
+    judge_names(asked.sampling_params)
+
+
+def _judge_request(manager: Any, sent: Any) -> None:
+    """Refuse a request that would end the scheduler, just before it is sent there.
+
+    What the scheduler would refuse is refused here too: its refusals come as a reply without logprobs, and a stream
+    that asked for them answers that with status 500.
+    """
+    from sglang.srt.managers import io_struct
+    from sglang.srt.speculative import dflash_utils
+
+    if isinstance(sent, io_struct.TokenizedGenerateReqInput):
+        requests = [sent]
+    elif isinstance(sent, io_struct.BatchTokenizedGenerateReqInput):
+        requests = sent.batch
+    else:
+        return
+    vocab_size = manager.model_config.vocab_size
+    for request in requests:
+        params = request.sampling_params
+        typed = copy.copy(request)
+        # Made by SGLang itself: an array of integers, and what is of no declared type.
+        typed.input_ids = typed.mm_inputs = typed.mm_data_mooncake = typed.time_stats = None
+        judge_types(params, "sampling_params", io_struct.msgpack_encode, io_struct.dec_hook)
+        judge_types(typed, "request", io_struct.msgpack_encode, io_struct.dec_hook)
+        judge_prompt(request.input_ids, vocab_size)
+        judge_sampling(params, vocab_size)
+        judge_grammars(params)
+        refusal = dflash_utils.validate_dflash_request(request, False)
+        if refusal is not None:
+            raise ValueError(refusal)
+        judge_logprobs(request.top_logprobs_num, vocab_size)
+
+
 def _tell_context(result: tuple[Any, Any], serving: Any, request: Any, *args: Any) -> None:
     adapted, _ = result
     context = context_params(message_context(request.messages))
     params = adapted.sampling_params
     params["custom_params"] = {**(params.get("custom_params") or {}), CONTEXT_FIELD: context}
+
+
+def _without_keys(arguments: dict[str, Any], *args: Any) -> dict[str, Any]:
+    return {name: None if name in ("api_key", "admin_api_key") else value for name, value in arguments.items()}
+
+
+async def _set_aside(priors: dict[int, Any], original: Any, manager: Any) -> list[dict[str, Any]]:
+    """The schedulers' state without keys, and without their priors, which are kept for the route that is theirs."""
+    states: list[dict[str, Any]] = [_without_keys(state) for state in await original(manager)]
+    for state in states:
+        document = state.pop(PRIORS_FIELD, None)
+        priors[replica_of(state)] = document
+    return states
+
+
+def replica_of(state: Mapping[str, Any]) -> int:
+    """Which replica (`--dp-size`) a scheduler's state is of."""
+    return int(state.get(RANKS_FIELD, {}).get("replica", 0))
 
 
 def _keep_finished(finished: Any, manager: Any, batch: Any) -> None:
@@ -349,8 +442,8 @@ def _add_figures(result: Any, scheduler: Any, *args: Any) -> Any:
     if getattr(worker, "totals", None) is not None:
         # The request for it comes to every rank in the same step, so that ranks can be compared here.
         result.internal_state["whiflash"] = worker.totals.snapshot()
-        result.internal_state["whiflash_ranks"] = {"replica": scheduler.ps.dp_rank or 0, **worker.ranks.snapshot()}
-        result.internal_state["whiflash_priors"] = worker.priors_document()
+        result.internal_state[RANKS_FIELD] = {"replica": scheduler.ps.dp_rank or 0, **worker.ranks.snapshot()}
+        result.internal_state[PRIORS_FIELD] = worker.priors_document()
     return result
 
 

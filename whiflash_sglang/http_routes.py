@@ -6,14 +6,19 @@
                                    `--whiflash-priors` (`priors.py`); `?replica=N`: each learns for itself
     GET /whiflash/requests/{id}    the figures of one of the last 1,024 finished requests; id: that of the completion
 
-They are guarded by `--api-key` as all of SGLang's routes are. What a request's figures hold comes from its `meta_info`
-as that arrives in the HTTP process, so that streamed chats have them too. No text is kept but what a request with the
-hint `trace` asked for, and of these the last 64 only.
+They are guarded by `--api-key` as all of SGLang's routes are, and `priors`, which names tools, by `--admin-api-key`
+where there is one. What a request's figures hold comes from its `meta_info` as that arrives in the HTTP process, so
+that streamed chats have them too.
+
+No text is kept but what a request with the hint `trace` asked for, and of these the last 64 only. Who knows an id sees
+its figures; so text is kept only under ids that cannot be guessed, which those are that SGLang gives. A client that
+gives its own `rid` has the trace in its reply's `meta_info`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -22,10 +27,15 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from whiflash_sglang.config import FLAG_PRIORS
+from whiflash_sglang.errors import shown
 from whiflash_sglang.replicas import together
+
+Endpoint = Callable[..., Awaitable[Response]]
 
 MAX_FINISHED = 1024
 MAX_TRACES = 64
+MAX_ID = 256  # characters: a client may give an id of its own, of any length
+UNGUESSABLE = re.compile(r"[0-9a-f]{32}\Z")  # how ids end that are made of a random UUID
 TRACE_FIELDS = ("first", "trace", "trace_rounds_left_out")
 REPLACEMENT = "\ufffd"  # what an unfinished character is decoded to
 MAX_CHARACTER_TOKENS = 4  # bytes of a character in UTF-8
@@ -42,10 +52,12 @@ class Finished:
 
     def keep(self, request_id: str, figures: Mapping[str, Any]) -> None:
         """Keep a request's figures, and forget the oldest. An id that comes again stands for its last request."""
+        if len(request_id) > MAX_ID:
+            return
         self.traces.pop(request_id, None)
         self.figures.pop(request_id, None)
         self.figures[request_id] = {key: value for key, value in figures.items() if key not in TRACE_FIELDS}
-        if "trace" in figures:
+        if "trace" in figures and UNGUESSABLE.search(request_id):
             self.traces[request_id] = json.dumps({key: figures[key] for key in TRACE_FIELDS}).encode()
             if len(self.traces) > self.max_traces:
                 self.traces.popitem(last=False)
@@ -60,8 +72,10 @@ class Finished:
         trace = self.traces.get(request_id)
         if trace is not None:
             return {**figures, **json.loads(trace)}
-        forgotten = {"trace": None, "trace_forgotten": True} if figures["hints"].get("trace") else {}
-        return {**figures, **forgotten}
+        if not figures["hints"].get("trace"):
+            return dict(figures)
+        why = "trace_forgotten" if UNGUESSABLE.search(request_id) else "trace_withheld"
+        return {**figures, "trace": None, why: True}
 
 
 class TokenTexts:
@@ -117,9 +131,15 @@ def with_texts(figures: dict[str, Any], texts: TokenTexts) -> dict[str, Any]:
 
 
 def routes(
-    finished: Finished, states: Callable[[], Awaitable[Sequence[Mapping[str, Any]]]], about: Mapping[str, Any]
+    finished: Finished,
+    states: Callable[[], Awaitable[Sequence[Mapping[str, Any]]]],
+    about: Mapping[str, Any],
+    for_operators: Callable[[Endpoint], Endpoint],
 ) -> APIRouter:
-    """The routes. `states` asks every replica's scheduler; `about`: model, router and drafters of this server."""
+    """The routes. `states` asks every replica's scheduler; `about`: model, router and drafters of this server.
+
+    `for_operators` marks an endpoint that asks for the operator's key where there is one.
+    """
     router = APIRouter(prefix="/whiflash")
 
     @router.get("/stats")
@@ -131,6 +151,7 @@ def routes(
         return JSONResponse({**about, **together([state["whiflash"] for state in replicas]), "replicas": each})
 
     @router.get("/priors")
+    @for_operators
     async def priors(replica: int = 0) -> Response:
         replicas = await states()
         if not 0 <= replica < len(replicas):
@@ -140,14 +161,14 @@ def routes(
             return not_found(f"This server has no priors; start it with {FLAG_PRIORS} learned, or with a file of them.")
         return JSONResponse(content)
 
-    @router.get("/requests/{request_id}")
+    @router.get("/requests/{request_id:path}")  # a client's own id may hold slashes
     async def request(request_id: str) -> Response:
         figures = finished.get(request_id)
         if figures is not None:
             return JSONResponse(figures)
         return not_found(
-            f"No figures of request {request_id}: they are kept of the last {finished.max_requests} finished requests. "
-            "Use the `id` of a completion, after its end."
+            f"No figures of request {shown(request_id)}: they are kept of the last {finished.max_requests} finished "
+            "requests. Use the `id` of a completion, after its end."
         )
 
     return router

@@ -76,11 +76,16 @@ def _check_index(flag: str, folder: Path, files: Sequence[Path]) -> None:
         raise CheckpointError(flag, folder, f"lacks the weight file {missing[0]}", _COPY_AGAIN)
 
 
-def _refuse_missing_weights(flag: str, folder: Path) -> None:
+def refuse_pickled(flag: str, folder: Path) -> None:
+    """Refuse a folder whose weights are pickles only. With safetensors beside them, SGLang loads those."""
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    if pickled:
+    if pickled and not any(folder.glob("*.safetensors")):
         problem = f"its weights are pickled ({pickled[0]}), which can run code when loaded"
         raise CheckpointError(flag, folder, problem, "convert them with safetensors.torch.save_file")
+
+
+def _refuse_missing_weights(flag: str, folder: Path) -> None:
+    refuse_pickled(flag, folder)
     mend = "give the folder that holds the weights; pickled ones are not fetched from a hub, convert them first"
     raise CheckpointError(flag, folder, "has no *.safetensors file", mend)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -247,6 +248,17 @@ def test_drafters_given_to_each_others_flag(models: Path) -> None:
 def test_incomplete_folders(models: Path, spoil: Callable[[Path], object], said: str) -> None:
     spoil(models / "dflash")
     assert said in refusal(models, "df")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
+def test_a_target_of_pickles_is_refused_by_name(models: Path, name: str) -> None:
+    """SGLang would load it. With safetensors beside it, it loads those."""
+    weights = models / "target" / "model.safetensors"
+    shutil.copy(weights, models / "target" / name)
+    load_target_spec(str(models / "target"))
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=rf"--model-path .*its weights are pickled \({re.escape(name)}\)"):
+        load_target_spec(str(models / "target"))
 
 
 def test_weights_in_several_files(models: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +11,22 @@ import pytest
 
 pytest.importorskip("sglang")
 
+from sglang.srt.managers.io_struct import BatchTokenizedGenerateReqInput, FlushCacheReqInput, TokenizedGenerateReqInput
+from sglang.srt.sampling.sampling_params import SamplingParams
+
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.errors import HintError
 from whiflash_sglang.hints import Asked, Hints
-from whiflash_sglang.host import _judge_custom_params, _name_ourselves, _tell_context, asked
+from whiflash_sglang.host import (
+    PRIORS_FIELD,
+    RANKS_FIELD,
+    _judge_custom_params,
+    _judge_request,
+    _name_ourselves,
+    _set_aside,
+    _tell_context,
+    asked,
+)
 from whiflash_sglang.spans import Context
 
 CONFIG = WhiFlashConfig(drafters="e3", eagle_draft="e", router="fixed:e3")
@@ -71,3 +85,68 @@ def test_a_chat_tells_its_context_beside_the_hints() -> None:
         _tell_context((adapted, None), None, SimpleNamespace(messages=messages))
         found = asked(request(adapted.sampling_params["custom_params"]), CONFIG)
         assert found == Asked(hints, Context("tool_output", "get_order"))
+
+
+MANAGER = SimpleNamespace(model_config=SimpleNamespace(vocab_size=100))
+
+
+def tokenized(**given: Any) -> TokenizedGenerateReqInput:
+    """As SGLang makes it of a request, with a field of no declared type."""
+    fields: dict[str, Any] = {
+        "rid": "a",
+        "input_text": "x",
+        "input_ids": array("q", [1, 2]),
+        "input_embeds": None,
+        "mm_inputs": None,
+        "token_type_ids": None,
+        "sampling_params": SamplingParams(),
+        "return_logprob": False,
+        "logprob_start_len": -1,
+        "top_logprobs_num": 0,
+        "token_ids_logprob": None,
+        "stream": False,
+        "time_stats": object(),
+    }
+    return TokenizedGenerateReqInput(**fields | given)
+
+
+def test_a_request_is_judged_where_it_leaves_for_the_scheduler() -> None:
+    request = tokenized()
+    statistics = request.time_stats
+    _judge_request(MANAGER, request)
+    assert request.time_stats is statistics, "what is judged is sent as it was"
+    _judge_request(MANAGER, BatchTokenizedGenerateReqInput(batch=[tokenized(), tokenized(rid="b")]))
+    _judge_request(MANAGER, FlushCacheReqInput())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"session_id": 5}, r"request\.session_id: Expected `str \| null`, got `int`"),
+        ({"lora_id": ["x"]}, r"request\.lora_id: Expected"),
+        ({"extra_key": "\ud800"}, "request: 'utf-8' codec"),
+        ({"input_ids": array("q", [100])}, "input_ids 100: outside the vocabulary"),
+        ({"top_logprobs_num": 101}, "top_logprobs_num 101"),
+        ({"sampling_params": SamplingParams(json_schema={"a": 1})}, r"sampling_params\.json_schema: Expected"),
+        ({"sampling_params": SamplingParams(regex="\0")}, "NUL"),
+    ],
+)
+def test_one_bad_request_of_a_batch_is_enough(given: dict[str, Any], said: str) -> None:
+    for sent in (tokenized(**given), BatchTokenizedGenerateReqInput(batch=[tokenized(), tokenized(**given)])):
+        with pytest.raises(ValueError, match=said):
+            _judge_request(MANAGER, sent)
+
+
+def test_the_state_of_the_scheduler_is_shown_without_keys_and_priors() -> None:
+    of_second = {RANKS_FIELD: {"replica": 1}, PRIORS_FIELD: None}
+
+    async def state(manager: object) -> list[dict[str, Any]]:
+        return [
+            {"api_key": "a", "admin_api_key": "b", "whiflash": {"rounds": 1}, PRIORS_FIELD: {"scores": {}}},
+            of_second,
+        ]
+
+    priors: dict[int, Any] = {}
+    shown = asyncio.run(_set_aside(priors, state, None))
+    assert shown == [{"api_key": None, "admin_api_key": None, "whiflash": {"rounds": 1}}, {RANKS_FIELD: {"replica": 1}}]
+    assert priors == {0: {"scores": {}}, 1: None}

@@ -95,6 +95,27 @@ def test_no_text_ends_the_script_or_becomes_markup() -> None:
     assert "<img" not in page
 
 
+def test_no_text_of_a_trace_becomes_markup() -> None:
+    """Tokens, drafts, and names of tools, which are a client's or a model's words."""
+    evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}"
+    original = result("entropy", num_sessions=2, traced=2)
+    view = original.detail.views[0]
+    assert view.figures.trace
+    shown = view.figures.trace[0].model_copy(update={"tokens": [evil], "drafts": [evil], "drafter": evil, "span": evil})
+    traced = view.figures.model_copy(update={"trace": [shown], "first": evil, "tool": evil, "context_kind": evil})
+    hostile = view.model_copy(update={"figures": traced, "asked": view.asked.model_copy(update={"text": evil})})
+    detail = original.detail.model_copy(update={"views": [hostile]})
+    said = original.figures["speculation"]
+    count = next(iter(said["by_span"].values()))
+    named = {name: {**said[name], evil: count} for name in html_report.GROUPS}
+    page = render([changed(original.model_copy(update={"detail": detail}), speculation=said | named)])
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<img" not in page and "&lt;img" in page
+    assert "{{ 7*7 }}" in page, "nor is it a template"
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*)</script>', page)
+    assert json.loads(data)["turns"][0]["title"]
+
+
 def test_policies_that_were_not_replayed_alike_are_said_to_be() -> None:
     one, other = result("fixed:df", 2), relabelled(result("entropy", 2), "entropy", concurrency=4, temperature=0.7)
     said = warnings({"fixed:df": one, "entropy": other})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from fastapi import FastAPI
@@ -36,13 +38,41 @@ def test_an_id_that_comes_again_is_the_newest() -> None:
 
 def test_fewer_traces_than_figures_are_kept() -> None:
     finished = Finished(max_requests=4, max_traces=2)
-    for i in range(5):
-        finished.keep(f"r{i}", figures(i, traced=True))
-    assert finished.get("r4") == figures(4, traced=True)
-    forgotten = finished.get("r1")
+    ids = [uuid.uuid4().hex for _ in range(5)]
+    for i, request_id in enumerate(ids):
+        finished.keep(request_id, figures(i, traced=True))
+    assert finished.get(ids[4]) == figures(4, traced=True)
+    forgotten = finished.get(ids[1])
     assert forgotten is not None
     assert (forgotten["rounds"], forgotten["trace"], forgotten["trace_forgotten"]) == (1, None, True)
-    assert set(finished.traces) == {"r3", "r4"}
+    assert list(finished.traces) == ids[3:]
+
+
+@pytest.mark.parametrize("request_id", ["1", "job-7", "0" * 31, f"{'0' * 32}x", f"{'0' * 32}\n", "A" * 32])
+def test_text_is_not_kept_under_an_id_that_can_be_guessed(request_id: str) -> None:
+    """Whoever may use the server may ask for any id: a client's own `rid` would give its text to all of them."""
+    finished = Finished()
+    finished.keep(request_id, figures(2, traced=True))
+    assert finished.get(request_id) == {
+        "rounds": 2,
+        "hints": {"trace": True},
+        "trace": None,
+        "trace_withheld": True,
+    }
+    assert not finished.traces
+
+
+def test_ids_of_parallel_samples_are_as_good() -> None:
+    finished, request_id = Finished(), f"job-7_{uuid.uuid4().hex}"
+    finished.keep(request_id, figures(2, traced=True))
+    assert finished.get(request_id) == figures(2, traced=True)
+
+
+def test_long_ids_are_not_kept() -> None:
+    """1,024 ids of 10 MB, each a client's own, would be 10 GB."""
+    finished = Finished()
+    finished.keep("x" * 257, figures())
+    assert not finished.figures
 
 
 def decode(tokens: Any) -> str:
@@ -90,7 +120,7 @@ def client_of(*replicas: dict[str, Any]) -> TestClient:
         return list(replicas)
 
     app = FastAPI()
-    app.include_router(routes(finished, states, {"model": "m", "router": "entropy"}))
+    app.include_router(routes(finished, states, {"model": "m", "router": "entropy"}, lambda endpoint: endpoint))
     return TestClient(app)
 
 
@@ -127,3 +157,29 @@ def test_a_request_that_is_not_known(client: TestClient) -> None:
     assert reply.status_code == 404
     assert "nobody" in reply.json()["message"]
     assert "last 1024 finished" in reply.json()["message"]
+
+
+HOSTILE = ["../../etc/passwd", "a/b", "<script>alert(1)</script>", "'; DROP TABLE x; --", "{{7*7}}", "\0"]
+
+
+@pytest.mark.parametrize("request_id", HOSTILE)
+def test_an_id_is_a_key_and_nothing_else(request_id: str) -> None:
+    """Whatever a client gives as `rid` is found under it again, and what it does not know is no path and no markup."""
+    finished = Finished()
+
+    async def states() -> list[dict[str, Any]]:
+        return []
+
+    app = FastAPI()
+    app.include_router(routes(finished, states, {}, lambda endpoint: endpoint))
+    client, path = TestClient(app), f"/whiflash/requests/{quote(request_id, safe='')}"
+    unknown = client.get(path)
+    assert unknown.status_code == 404
+    assert unknown.headers["content-type"] == "application/json"
+    assert unknown.json()["message"].isprintable()
+    finished.keep(request_id, figures(2))
+    assert client.get(path).json() == figures(2)
+
+
+def test_a_long_unknown_id_is_not_sent_back_whole(client: TestClient) -> None:
+    assert len(client.get(f"/whiflash/requests/{'x' * 5000}").json()["message"]) < 300
