@@ -75,14 +75,10 @@ class WhiFlashAlgorithm(CustomSpecAlgo):
 
     def handle_server_args(self, server_args: Any) -> None:
         """Settle what follows from the algorithm; runs inside SGLang's own argument resolution."""
-        if server_args.enable_mixed_chunk:
-            raise ValueError("--enable-mixed-chunk is not supported with WHIFLASH: leave the flag out.")
         if active_config().weighs_costs and server_args.tp_size * server_args.dp_size > 1:
             # Ranks would measure different times, choose different drafters and wait for each other for ever.
             asked = f"--tp-size {server_args.tp_size} --dp-size {server_args.dp_size}"
             raise ValueError(f"{asked}: costs are weighed by one process; use {FLAG_OBJECTIVE} acceptance.")
-        if server_args.pp_size != 1:
-            raise ValueError(f"--pp-size {server_args.pp_size} is not supported with WHIFLASH: use --tp-size instead.")
         server_args.speculative_eagle_topk = 1
         server_args.speculative_num_steps = 1
         # The round reads accept counts on the host between steps; overlap would need them to stay on the device.

@@ -16,6 +16,8 @@ from sglang.srt.platforms.interface import SRTPlatform
 
 from whiflash_sglang.cpu import PLATFORM_CLASS, activate, twins
 from whiflash_sglang.cpu.platform import WhiFlashCpuPlatform, refuse_unsupported_flags
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.refusals import CPU_REFUSALS
 
 
 def test_activates_only_without_an_accelerator(monkeypatch):
@@ -41,7 +43,8 @@ def test_the_named_class_is_a_platform():
 
 
 def flags(**changed):
-    return SimpleNamespace(**{"page_size": None, "tp_size": 1, "pp_size": 1, "attention_backend": None, **changed})
+    table = {row.flag.removeprefix("--").replace("-", "_"): None for row in CPU_REFUSALS}
+    return SimpleNamespace(**{**table, "tp_size": 1, "pp_size": 1, **changed})
 
 
 def test_flags_without_a_cpu_implementation_are_refused():
@@ -52,7 +55,7 @@ def test_flags_without_a_cpu_implementation_are_refused():
         ({"tp_size": 2}, "--tp-size 2"),
         ({"attention_backend": "flashinfer"}, "--attention-backend flashinfer"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, ConfigError), match=message):
             refuse_unsupported_flags(flags(**changed))
 
 
