@@ -195,7 +195,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     *_rows(
         "--enable-streaming-session --enable-session-radix-cache",
-        "EAGLE-3's KV at the end of a turn depends on the token behind it, which a session with slots of its own changes",
+        "EAGLE-3's KV at the end of a turn depends on the token behind it, which changes in a session with own slots",
         "leave it out and send the whole history: the radix tree finds it",
     ),
     *_rows(
