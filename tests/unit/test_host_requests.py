@@ -57,3 +57,13 @@ def test_a_chat_tells_its_context_beside_the_hints() -> None:
         _tell_context((adapted, None), None, SimpleNamespace(messages=messages))
         found = asked(request(adapted.sampling_params["custom_params"]), CONFIG)
         assert found == Asked(hints, Context("tool_output", "get_order"))
+
+
+@pytest.mark.parametrize("way", ["update_weights_from_disk", "update_weights_from_ipc"])
+def test_new_weights_are_the_targets_alone(way: str) -> None:
+    """SGLang would load the target's checkpoint into "the" drafter, by an attribute that ends the scheduler here."""
+    from whiflash_sglang.worker import WhiFlashWorker
+
+    worker = object.__new__(WhiFlashWorker)
+    done, message = getattr(worker, way)(SimpleNamespace(model_path="target"))
+    assert done and "drafters keep theirs" in message
