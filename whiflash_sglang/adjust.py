@@ -44,7 +44,7 @@ def adjust(logits: torch.Tensor, window: torch.Tensor, batch: Any) -> torch.Tens
 
 
 def open_dead_ends(logits: torch.Tensor) -> None:
-    """Allow every token where a grammar allows none, `logits` [..., vocab] in place: without probabilities a sampler ends
+    """Allow every token where a grammar allows none, in place [..., vocab]: without probabilities a sampler ends
     the scheduler. Whichever is chosen, the grammar refuses it, and SGLang then ends that request with an error."""
     logits.masked_fill_(logits.amax(dim=-1, keepdim=True) == -torch.inf, 0.0)
 

@@ -94,15 +94,6 @@ class WhiFlashAlgorithm(CustomSpecAlgo):
 
     def handle_server_args(self, server_args: Any) -> None:
         """Settle what follows from the algorithm; runs inside SGLang's own argument resolution."""
-        if server_args.enable_mixed_chunk:
-            raise ValueError("--enable-mixed-chunk is not supported with WHIFLASH: leave the flag out.")
-        if server_args.enable_dp_attention:
-            # Its ranks prefill and decode in one step, for requests that the others do not have.
-            raise ValueError(
-                "--enable-dp-attention is not supported with WHIFLASH: use --dp-size without it, for whole replicas."
-            )
-        if server_args.pp_size != 1:
-            raise ValueError(f"--pp-size {server_args.pp_size} is not supported with WHIFLASH: use --tp-size instead.")
         if server_args.tp_size > 1:
             check_ranks(FLAG_TARGET, server_args.model_path, server_args.tp_size)
             for name, path in active_config().draft_paths.items():

@@ -12,6 +12,7 @@ environment, and importing this module must stay free of side effects.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import sys
@@ -33,8 +34,10 @@ from whiflash_sglang.config import (
     add_arguments,
 )
 from whiflash_sglang.errors import ConfigError, WhiFlashError
+from whiflash_sglang.refusals import CPU_REFUSALS, FLAG_WIDTH, REFUSALS, Given, refuse
 
 ALGORITHM = "WHIFLASH"
+PROGRAM = "python -m whiflash_sglang.launch_server"
 DEMO_MODELS = Path(__file__).parent / "demo_models"
 # Come before the operator's own flags, and so give way to them: argparse takes the last value of a flag.
 DEMO_DEFAULTS = (
@@ -53,13 +56,6 @@ DEMO_DEFAULTS = (
 )
 
 FLAG_ALGORITHM = "--speculative-algorithm"
-FLAG_WIDTH = "--speculative-num-draft-tokens"
-# SGLang's flags that say what ours say. They would have no effect, so they are refused.
-REPLACED_FLAGS = {
-    "--speculative-num-steps": FLAG_STEPS,
-    "--speculative-eagle-topk": f"{FLAG_STEPS} (a chain has no branches)",
-    "--speculative-dflash-block-size": f"{FLAG_WIDTH} (the block size is the checkpoint's)",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_help()
         return
     try:
-        config, sglang_argv = build_argv(with_config_file(argv))
+        argv = with_config_file(argv)
+        refuse_unsupported(argv)
+        config, sglang_argv = build_argv(argv)
     except WhiFlashError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -98,6 +96,41 @@ def with_config_file(argv: Sequence[str]) -> list[str]:
         return list(ConfigArgumentMerger(parser).merge_config_with_args(list(argv)))
     except (ValueError, OSError, YAMLError) as error:
         raise ConfigError("--config", None, str(error), "give one YAML file of flags and values") from error
+
+
+def refuse_unsupported(argv: Sequence[str]) -> None:
+    """Refuse flags of SGLang's that WHIFLASH, or the CPU platform, does not support; see `refusals`."""
+    from whiflash_sglang.cpu import activate
+
+    flags, rest = build_parser().parse_known_args(list(argv))
+    given = given_flags(rest)
+    if flags.whiflash_router != "off":
+        refuse(REFUSALS, given)
+    if activate() is not None:
+        refuse(CPU_REFUSALS, given)
+
+
+def given_flags(argv: Sequence[str]) -> dict[str, Given]:
+    """Every flag of SGLang's with its value on the command line, as SGLang's own parser reads it."""
+    parser = sglang_parser()
+    # The target's path, which SGLang's parser insists on, is among our own flags.
+    values, _ = parser.parse_known_args([*argv, *_pass_on(FLAG_TARGET, "")])
+    return {
+        flag: Given(getattr(values, action.dest), action.default)
+        for action in parser._actions
+        for flag in action.option_strings
+        if hasattr(values, action.dest)
+    }
+
+
+@functools.cache
+def sglang_parser() -> argparse.ArgumentParser:
+    """SGLang's own flags; the parser takes a third of a second to make."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser(prog=PROGRAM, usage=argparse.SUPPRESS)
+    ServerArgs.add_cli_args(parser)
+    return parser
 
 
 def build_argv(argv: Sequence[str]) -> tuple[WhiFlashConfig, list[str]]:
@@ -131,6 +164,8 @@ def build_argv(argv: Sequence[str]) -> tuple[WhiFlashConfig, list[str]]:
         *_pass_on(FLAG_ALGORITHM, ALGORITHM),
         *_pass_on(FLAG_DFLASH, next(iter(config.draft_paths.values()))),
         *_pass_on(FLAG_WIDTH, str(_verify_width(config, target_path, flags.speculative_num_draft_tokens))),
+        # SGLang would quantize the drafters as --quantization says for the target.
+        *_pass_on("--speculative-draft-model-quantization", "unquant"),
     ]
     return config, [*defaults, *_pass_on(FLAG_TARGET, target_path), *_shared(flags), *rest, *speculation]
 
@@ -138,7 +173,7 @@ def build_argv(argv: Sequence[str]) -> tuple[WhiFlashConfig, list[str]]:
 def build_parser() -> argparse.ArgumentParser:
     """Our flags, and those of SGLang's that decide about ours."""
     parser = argparse.ArgumentParser(
-        prog="python -m whiflash_sglang.launch_server",
+        prog=PROGRAM,
         usage="%(prog)s --model-path TARGET [WhiFlash's flags] [SGLang's flags]",
         allow_abbrev=False,
         add_help=False,
@@ -160,13 +195,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def print_help() -> None:
     """Our flags, then the whole of SGLang's own help."""
-    from sglang.srt.server_args import ServerArgs
-
     print(build_parser().format_help())
     print("---- SGLang's flags " + "-" * 60)
-    parser = argparse.ArgumentParser(prog="python -m whiflash_sglang.launch_server", usage=argparse.SUPPRESS)
-    ServerArgs.add_cli_args(parser)
-    parser.print_help()
+    sglang_parser().print_help()
 
 
 def serve(sglang_argv: Sequence[str]) -> None:
@@ -180,7 +211,7 @@ def serve(sglang_argv: Sequence[str]) -> None:
     try:
         server_args = prepare_server_args(list(sglang_argv))
     # Flags that do not go together, by SGLang or by us (host.py, cpu/platform.py).
-    except (ValueError, WhiFlashError) as error:
+    except (ValueError, AssertionError, WhiFlashError) as error:
         raise SystemExit(f"error: {error}") from error
     if ENVIRONMENT_VARIABLE in os.environ:
         from whiflash_sglang import host
@@ -200,8 +231,6 @@ def _refuse_what_sglang_would_misread(flags: argparse.Namespace, rest: Sequence[
     own = [flag for action in build_parser()._actions for flag in action.option_strings]
     for token in rest:
         name = token.partition("=")[0]
-        if name in REPLACED_FLAGS:
-            raise ConfigError(name, None, f"has no effect with {ALGORITHM}", f"use {REPLACED_FLAGS[name]}")
         # SGLang's parser accepts abbreviations, which would slip past the checks here.
         if name.startswith(("--spec", "--whiflash")) and (full := [flag for flag in own if flag.startswith(name)]):
             raise ConfigError(name, None, "abbreviated flag", f"write out {' or '.join(full)}")

@@ -253,6 +253,18 @@ class WhiFlashWorker(BaseSpecWorker):
             return None
         return document({self.config.router: priors}, identity)
 
+    def update_weights_from_disk(self, recv_req: Any) -> tuple[bool, str]:
+        """The target has new weights, and the drafters keep theirs: the request names one checkpoint, the target's.
+
+        Drafts are still verified by the target, so that the text is its own; fewer of them may be accepted.
+        """
+        return (
+            True,
+            "The target's weights were updated; WHIFLASH's drafters keep theirs, and may be accepted less often.",
+        )
+
+    update_weights_from_ipc = update_weights_from_disk
+
     def idle(self, batch: Any) -> GenerationBatchResult:
         """A rank without requests in a data-parallel step."""
         empty = torch.empty(0, dtype=torch.int64, device=batch.device)

@@ -48,9 +48,7 @@ def off(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alternate(tmp_path_factory):
     log = tmp_path_factory.mktemp("alternate") / "server.log"
-    # Hidden states are allowed by this flag, and must be refused all the same.
-    flags = ("--demo", "--whiflash-router", "alternate", "--enable-return-hidden-states")
-    with running_server(LAUNCHER, *flags, log=log) as base_url:
+    with running_server(LAUNCHER, "--demo", "--whiflash-router", "alternate", log=log) as base_url:
         yield base_url
 
 
@@ -225,15 +223,6 @@ def test_a_prompt_beyond_the_context_is_refused_and_the_server_goes_on(alternate
     reply = ask(alternate, input_ids=[5] * 9000, sampling_params={"max_new_tokens": 4})
     assert reply.status_code == 400
     assert "context length" in reply.text
-    assert asyncio.run(generate(alternate, prompts[:1], NUM_TOKENS, in_flight=1)) == reference[:1]
-
-
-@pytest.mark.parametrize("asked", ["return_hidden_states"])
-def test_what_rounds_do_not_return_is_refused_clearly(alternate, prompts, reference, asked):
-    params = {"temperature": 0, "max_new_tokens": 4}
-    reply = ask(alternate, input_ids=prompts[0], sampling_params=params, **{asked: True})
-    assert reply.status_code == 400
-    assert "WHIFLASH" in reply.text and asked in reply.text and "--whiflash-router off" in reply.text
     assert asyncio.run(generate(alternate, prompts[:1], NUM_TOKENS, in_flight=1)) == reference[:1]
 
 

@@ -16,6 +16,8 @@ from sglang.srt.platforms.interface import SRTPlatform
 
 from whiflash_sglang.cpu import PLATFORM_CLASS, activate, twins
 from whiflash_sglang.cpu.platform import WhiFlashCpuPlatform, refuse_unsupported_flags
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.refusals import CPU_REFUSALS
 
 
 def test_activates_only_without_an_accelerator(monkeypatch):
@@ -41,8 +43,10 @@ def test_the_named_class_is_a_platform():
 
 
 def flags(**changed):
-    plain = {"page_size": None, "tp_size": 1, "dp_size": 1, "pp_size": 1, "enable_dp_attention": False}
-    return SimpleNamespace(**{**plain, "attention_backend": None, **changed})
+    table = {row.flag.removeprefix("--").replace("-", "_"): None for row in CPU_REFUSALS}
+    return SimpleNamespace(
+        **{**table, "tp_size": 1, "dp_size": 1, "pp_size": 1, "enable_dp_attention": False, **changed}
+    )
 
 
 def test_flags_without_a_cpu_implementation_are_refused():
@@ -55,7 +59,7 @@ def test_flags_without_a_cpu_implementation_are_refused():
         ({"enable_dp_attention": True}, "--enable-dp-attention.*--dp-size"),
         ({"attention_backend": "flashinfer"}, "--attention-backend flashinfer"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, ConfigError), match=message):
             refuse_unsupported_flags(flags(**changed))
 
 

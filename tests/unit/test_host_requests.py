@@ -150,3 +150,13 @@ def test_the_state_of_the_scheduler_is_shown_without_keys_and_priors() -> None:
     shown = asyncio.run(_set_aside(priors, state, None))
     assert shown == [{"api_key": None, "admin_api_key": None, "whiflash": {"rounds": 1}}, {RANKS_FIELD: {"replica": 1}}]
     assert priors == {0: {"scores": {}}, 1: None}
+
+
+@pytest.mark.parametrize("way", ["update_weights_from_disk", "update_weights_from_ipc"])
+def test_new_weights_are_the_targets_alone(way: str) -> None:
+    """SGLang would load the target's checkpoint into "the" drafter, by an attribute that ends the scheduler here."""
+    from whiflash_sglang.worker import WhiFlashWorker
+
+    worker = object.__new__(WhiFlashWorker)
+    done, message = getattr(worker, way)(SimpleNamespace(model_path="target"))
+    assert done and "drafters keep theirs" in message

@@ -15,6 +15,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from whiflash_sglang.refusals import CPU_REFUSALS, Given, refuse
+
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
@@ -96,11 +98,13 @@ def _count_as_deterministic(backend: str) -> None:
 
 
 def refuse_unsupported_flags(server_args: ServerArgs) -> None:
-    """Raise for a flag that would fail later, inside a forward, with a message about a kernel."""
-    if server_args.page_size not in (None, 1):
-        raise ValueError(
-            f"--page-size {server_args.page_size} needs accelerator kernels; on a CPU leave it out or use --page-size 1"
-        )
+    """Raise for a flag that would fail later, inside a forward, with a message about a kernel.
+
+    The launcher has asked the table already, of the flags as they were given; SGLang's own launcher has not.
+    """
+    names = (row.flag.removeprefix("--") for row in CPU_REFUSALS)
+    given = {f"--{name}": Given(getattr(server_args, name.replace("-", "_")), None) for name in names}
+    refuse(CPU_REFUSALS, given)
     if server_args.pp_size != 1:
         raise ValueError(
             f"--pp-size {server_args.pp_size}: this CPU platform has no pipeline; leave it out and use --tp-size"
@@ -108,9 +112,4 @@ def refuse_unsupported_flags(server_args: ServerArgs) -> None:
     if server_args.enable_dp_attention:
         raise ValueError(
             "--enable-dp-attention needs accelerator kernels; on a CPU use --dp-size without it, for whole replicas"
-        )
-    if server_args.attention_backend not in (None, ATTENTION_BACKEND, "intel_amx"):
-        raise ValueError(
-            f"--attention-backend {server_args.attention_backend} needs an accelerator; "
-            f"on a CPU leave it out or use --attention-backend {ATTENTION_BACKEND}"
         )
