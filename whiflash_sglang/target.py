@@ -107,7 +107,16 @@ def log_probabilities(batch: Any, logits: torch.Tensor, tokens: torch.Tensor) ->
     every_column = torch.arange(num_rows * width, device=tokens.device).view(num_rows, width)
     compute_spec_v2_logprobs(batch, output, tokens.reshape(-1), every_column, width - 1)
     output.next_token_logits = None  # large, and of no use to the host
+    all_as_tensors(output)
     return output
+
+
+def all_as_tensors(output: LogitsProcessorOutput) -> None:
+    """Where one request of a batch asks for the log probabilities of certain tokens, SGLang gives the others empty lists
+    and then reads all of them as tensors, which ends the scheduler."""
+    values = output.next_token_token_ids_logprobs_val
+    if values is not None:
+        output.next_token_token_ids_logprobs_val = [torch.as_tensor(value) for value in values]
 
 
 def draftable(batch: Any) -> torch.Tensor | None:

@@ -30,7 +30,7 @@ from whiflash_sglang.round import DecodeRound, Router
 from whiflash_sglang.router import Learned, create_router
 from whiflash_sglang.router.prior import TrialRouter
 from whiflash_sglang.router.threshold import ThresholdRouter
-from whiflash_sglang.target import SGLangTarget, draftable
+from whiflash_sglang.target import SGLangTarget, all_as_tensors, draftable
 from whiflash_sglang.types import Prefill, RoundResult, Rows
 
 logger = logging.getLogger(__name__)
@@ -176,6 +176,7 @@ class WhiFlashWorker(BaseSpecWorker):
         self.round.prefill(prefill, logits if batch.sampling_info.is_all_greedy else logits.log())
         self.totals.start(prefill.slots)
         self.begin_records(batch, result.next_token_ids.tolist())
+        all_as_tensors(logits_output)
         logits_output.hidden_states = None  # large, and of no use to the host
         result.new_seq_lens = batch.seq_lens
         result.next_draft_input = host.draft_input(bonus_tokens=result.next_token_ids, new_seq_lens=batch.seq_lens)

@@ -96,8 +96,6 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
         body["return_logprob"] = True
         body["top_logprobs_num"] = draw(st.sampled_from([0, 0, 1, 4]))
         body["logprob_start_len"] = draw(st.sampled_from([-1, -1, 0, len(prompt) - 3]))
-        if draw(st.integers(0, 3)) == 0:
-            body["token_ids_logprob"] = draw(st.lists(tokens, min_size=1, max_size=3))
     body["stream"] = draw(st.integers(0, 3)) == 0
     route = draw(st.sampled_from(["auto", "auto", "e3", "df", "off"]))
     sampling = body["sampling_params"]
@@ -198,6 +196,22 @@ def test_replies_are_those_of_the_server_without_speculation(servers, bodies):
                 assert close(*pair), (name, body, *pair)
         seen["requests"] += 1
         seen.update(name for name in body["sampling_params"])
+
+
+def test_log_probabilities_of_certain_tokens(servers):
+    """Alone in both servers; then beside requests that ask for none, which ends SGLang's own scheduler."""
+    plain, drafted = servers
+    params = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+    asked = {"return_logprob": True, "token_ids_logprob": [5, 300], "sampling_params": params, "stream": False}
+    bodies = [{"input_ids": prompt} | asked for prompt in PROMPTS[:3]]
+    others = [{"input_ids": prompt, "sampling_params": params, "stream": False} for prompt in PROMPTS[3:6]]
+    others[0]["return_logprob"] = True
+    expected = [asyncio.run(ask_all(plain, [body]))[0][0]["meta_info"] for body in bodies]
+    together = asyncio.run(ask_all(drafted, [*bodies, *others]))
+    for found, reference in zip(together, expected, strict=False):
+        for name in LOGPROBS:
+            assert close(found[0]["meta_info"].get(name), reference.get(name)), name
+    assert all(len(reply[0]["output_ids"]) == 24 for reply in together)
 
 
 def test_the_batches_had_everything_in_them(servers):
