@@ -8,8 +8,8 @@ Each router is compared with itself without priors, in one run; the last line is
     on paper    the bundled priors at every position of the target's replies to held-out sessions; with `--data` (a
                 folder of collect_router_data) priors that are learned from its last sessions, as `calibrate` takes
                 them, and tried on the others. By context kind and span: how often entropy is below 0.001 nats, where
-                the calibration has one gain for all, how often the prior decides, there and altogether, and what a
-                decided round is worth, in tokens over what the score alone would have chosen
+                the calibration has one gain for all, and what EAGLE-3 really gains there; how often the prior decides,
+                there and altogether; what a decided round is worth, in tokens over the score's own choice
     served      sessions of seeds of their own, replayed against servers with the bundled priors and with
                 `--whiflash-priors none`, side by side in turns. Priced: tokens over what the rounds would have cost by
                 one table for both, which no busy machine can change; measured: tokens per millisecond of rounds, and
@@ -51,7 +51,7 @@ from workloads.bench import demo_servers, finish, note, replay_in_turns, warm_up
 from workloads.demo.generate import sessions
 from workloads.loaders import load_traces
 from workloads.provenance import provenance
-from workloads.report import Report, merge
+from workloads.report import TABLE_WIDTH, Report, merge
 from workloads.schema import Session, TraceError
 from workloads.tokens import totals
 
@@ -80,15 +80,13 @@ def effect(records: Sequence[Record], gain: np.ndarray, priors: Priors, ms: Mapp
     everywhere = np.ones(len(at), dtype=bool)
 
     def figures(part: np.ndarray) -> dict[str, Any]:
-        each = worth[part & decided]
         return {
             "rounds": int(part.sum()),
             "silent": share(part & silent, part),
             "decided": share(part & decided, part),
             "decided_where_silent": share(part & silent & decided, part & silent),
-            "worth_of_decided_tokens": round(float(worth[part & decided].mean()), 3)
-            if (part & decided).any()
-            else None,
+            "worth_of_decided_tokens": mean(worth[part & decided]),
+            "e3_gain_where_silent": mean(difference[at][part & silent]),
             "worth_of_all": round(float(worth[part].sum() / found.tokens[part].sum()), 5),
         }
 
@@ -102,6 +100,10 @@ def effect(records: Sequence[Record], gain: np.ndarray, priors: Priors, ms: Mapp
 
 def share(part: np.ndarray, whole: np.ndarray) -> float | None:
     return round(float(part.sum() / whole.sum()), 4) if whole.any() else None
+
+
+def mean(values: np.ndarray) -> float | None:
+    return round(float(values.mean()), 3) if len(values) else None
 
 
 def from_data(folder: Path, num_fit: int, routers: Sequence[str], ms: Mapping[str, float]) -> dict[str, Any]:
@@ -125,14 +127,24 @@ def bundled_on(records: Sequence[Record], routers: Sequence[str], ms: Mapping[st
 
 def paper_table(router: str, found: Mapping[str, Any]) -> Table:
     view = Table(title=f"{router} on paper: {found['over_none']:.4f} times the tokens per ms without priors")
-    for column in ("what is answered, span", "rounds", f"entropy < {SILENT}", "decided", "of silent ones", "worth"):
+    silent = f"entropy < {SILENT}"
+    for column in ("what is answered, span", "rounds", silent, "e3's gain there", "decided there", "decided", "worth"):
         view.add_column(column, justify="left" if column.startswith("what") else "right")
     for place, figures in (*found["by_place"].items(), ("all", found)):
-        worth = figures["worth_of_decided_tokens"]
-        shares = (figures[name] for name in ("silent", "decided", "decided_where_silent"))
-        shown = ["-" if value is None else f"{value:.1%}" for value in shares]
-        view.add_row(place, str(figures["rounds"]), *shown, "-" if worth is None else f"{worth:+.2f} tokens")
+        view.add_row(
+            place,
+            str(figures["rounds"]),
+            shown(figures["silent"], "{:.1%}"),
+            shown(figures["e3_gain_where_silent"], "{:+.2f} tokens"),
+            shown(figures["decided_where_silent"], "{:.1%}"),
+            shown(figures["decided"], "{:.1%}"),
+            shown(figures["worth_of_decided_tokens"], "{:+.2f} tokens"),
+        )
     return view
+
+
+def shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
 
 
 # ------------------------------------------------------------------------------------------------------------ served
@@ -238,7 +250,7 @@ def served_table(title: str, found: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{ratios['tokens_per_s']:.4f}",
             f"{lengths[WITHOUT]}",
             f"{lengths[WITH]}",
-            "-" if figures["decided"] is None else f"{figures['decided']:.1%}",
+            shown(figures["decided"], "{:.1%}"),
             "same" if figures["texts_identical"] else "DIFFERENT",
         )
     return view
@@ -275,7 +287,7 @@ def serve(args: argparse.Namespace, logs: Path) -> dict[str, Any]:
                 router: compare(parts[f"{router}/{WITHOUT}"], parts[f"{router}/{WITH}"], tables[router])
                 for router in args.routers
             }
-            Console(stderr=True).print(served_table(title, served[title]))
+            Console(stderr=True, width=TABLE_WIDTH).print(served_table(title, served[title]))
         note("served: done")
         table = tables[args.routers[0]]
         if args.data is None:
@@ -333,7 +345,7 @@ def main() -> None:
     else:
         found = serve(args, logs)
     for router, figures in found["on_paper"].items():
-        Console(stderr=True).print(paper_table(router, figures))
+        Console(stderr=True, width=TABLE_WIDTH).print(paper_table(router, figures))
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     arguments = {name: value for name, value in arguments.items() if name != "results"}
     held = criteria(found)
