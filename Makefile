@@ -11,7 +11,7 @@ QUESTION ?= Where is order 1042?
 BASE_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve agent agent-bench soak fuzz test test-newest-client check format lock clean
+.PHONY: help setup demo serve agent agent-bench bench-priors soak fuzz test test-newest-client check format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ agent: $(INSTALLED)  ## ask the example agent $(QUESTION); a server is started u
 
 agent-bench: $(INSTALLED)  ## the example agent live on 50 held-out tasks, with and without speculation
 	@$(BIN)/python scripts/agent_bench.py
+
+bench-priors: $(INSTALLED)  ## both routers with and without priors: on paper, served, and in another world
+	@$(BIN)/python scripts/bench_priors.py
 
 soak: $(INSTALLED)  ## serve from a KV pool that is too small for $(MINUTES) minutes, see what is left behind
 	@$(BIN)/python scripts/soak.py --minutes $(MINUTES)

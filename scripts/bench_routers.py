@@ -19,9 +19,6 @@ oracle would have chosen the same drafter. Neither can be served: their `tokens_
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,60 +26,25 @@ from typing import Any
 
 import httpx
 import numpy as np
-import torch
 
 from whiflash_sglang.calibrate import round_costs
-from whiflash_sglang.calibration import load_calibration
-from whiflash_sglang.launch_server import DEMO_MODELS
-from whiflash_sglang.router.artefact import load_router
-from whiflash_sglang.training.models import ModelPaths, load_models
-from whiflash_sglang.training.replies import positions, prompts_of, served_replies
+from whiflash_sglang.training.bundled import gains, replies_to
 from whiflash_sglang.training.router_data import Record
 from whiflash_sglang.training.walk import Walk, by_worth, ceiling, gather, oracle, walk
 from workloads import server
+from workloads.bench import demo_servers, finish, in_turns, note
 from workloads.demo.generate import sessions
 from workloads.provenance import provenance
 from workloads.tokens import Answers, TokenIds, ask, totals
 
-LAUNCHER = "whiflash_sglang.launch_server"
 POLICIES = ("off", "fixed:e3", "fixed:df", "random:1", "entropy", "neural")
 SHOWN = {"random:1": "random"}  # names in the results where they differ
 IN_FLIGHT = (1, 4, 16)
 MAX_TOKENS = 220
 SIGNAL = 0.5  # tokens
-EAGLE_STEPS = 5
-PATHS = ModelPaths(DEMO_MODELS / "target", DEMO_MODELS / "dflash", DEMO_MODELS / "eagle3", EAGLE_STEPS)
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- on paper
-
-
-def heldout_records(base_url: str, num_sessions: int) -> tuple[list[Record], list[TokenIds]]:
-    """Every position of the target's replies to held-out histories, and the prompts."""
-    models = load_models(PATHS, torch.device("cpu"))
-    prompts = [prompt for s in sessions("heldout", num_sessions) for prompt in prompts_of(s, models.tokenizer)]
-    records = []
-    for reply in served_replies(base_url, models.tokenizer, prompts, MAX_TOKENS):
-        found = positions(models.target, models.eagle3, models.dflash, reply, EAGLE_STEPS)
-        if found is not None:
-            records.append(Record.of(reply, found))
-    return records, [prompt.ids for prompt in prompts]
-
-
-def gains(records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """What the bundled routers expect `e3` to gain, at every position."""
-    identity = PATHS.identity()
-    calibration = load_calibration(str(DEMO_MODELS / "calibration.json"), identity)
-    network = load_router(str(DEMO_MODELS / "router"), identity, None, None).e3_network
-    by_entropy = np.array(calibration.gains)[np.digitize(gather(records, "entropy"), calibration.edges)]
-    return {
-        "entropy": by_entropy,
-        "neural": network(torch.from_numpy(gather(records, "hidden")).float()).numpy(),
-    }
 
 
 def on_paper(records: Sequence[Record], ms: Mapping[str, float]) -> dict[str, dict[str, Any]]:
@@ -119,29 +81,13 @@ def paper_figures(found: Walk, best: np.ndarray, of_oracle: float, gain: np.ndar
 # ---------------------------------------------------------------------------------------------------------- for real
 
 
-@contextlib.contextmanager
-def servers(logs: Path) -> Any:
-    """Base URL by policy, all side by side."""
-    with contextlib.ExitStack() as stack:
-        running = {}
-        for policy in POLICIES:
-            # One after the other: servers that weigh costs measure them when they start, and should be alone then.
-            log = logs / f"{policy.replace(':', '-')}.log"
-            running[policy] = server.start(LAUNCHER, "--demo", "--whiflash-router", policy, log=log)
-            stack.callback(running[policy].stop)
-            running[policy].wait_until_ready()
-        yield {policy: one.base_url for policy, one in running.items()}
-
-
 def for_real(
     urls: Mapping[str, str], prompts: Sequence[TokenIds], blocks: int, in_flight: int
 ) -> dict[str, list[Answers]]:
     """Answers by policy, block by block in rotated order."""
     parts: dict[str, list[Answers]] = {policy: [] for policy in urls}
-    for block in range(blocks):
-        turn = block % len(urls)
-        for policy in (*list(urls)[turn:], *list(urls)[:turn]):
-            parts[policy].append(ask(urls[policy], prompts[block::blocks], MAX_TOKENS, in_flight))
+    for block, policy in in_turns(list(urls), blocks):
+        parts[policy].append(ask(urls[policy], prompts[block::blocks], MAX_TOKENS, in_flight))
     return parts
 
 
@@ -189,10 +135,10 @@ def picture(line: Mapping[str, Any], file: Path) -> None:
 
 
 def run(args: argparse.Namespace, logs: Path) -> dict[str, Any]:
-    with servers(logs) as urls:
+    with demo_servers({policy: ("--whiflash-router", policy) for policy in POLICIES}, logs) as urls:
         costs = totals(urls["neural"])
         assert costs is not None
-        records, prompts = heldout_records(urls["off"], args.sessions)
+        records, prompts = replies_to(urls["off"], sessions("heldout", args.sessions), MAX_TOKENS)
         ms = round_costs(records, costs["round_ms"])
         policies = on_paper(records, ms)
         note("on paper: done")
@@ -248,11 +194,8 @@ def main() -> None:
     file = args.picture or logs / "routers.png"
     picture(line, file)
     note(f"picture: {file}")
-    if args.results:
-        args.results.write_text(json.dumps(line) + "\n")
-    print(json.dumps(line))
-    if not line["identical_to_off"]:
-        raise SystemExit(f"a text differs from that of `off`; see the logs in {logs}")
+    differs = None if line["identical_to_off"] else f"a text differs from that of `off`; see the logs in {logs}"
+    finish(line, args.results, differs)
 
 
 if __name__ == "__main__":

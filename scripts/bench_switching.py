@@ -16,12 +16,9 @@ Four questions, each answered by ratios within this run; the last line is JSON.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -33,10 +30,10 @@ from transformers import AutoConfig
 from whiflash_sglang.training.drafters import DrafterShape, Eagle3
 from whiflash_sglang.training.layers import Rope
 from workloads import server
+from workloads.bench import demo_servers, finish, in_turns, note
 from workloads.provenance import provenance
 from workloads.tokens import TOKENIZER, Answers, TokenIds, ask, heldout_histories, totals
 
-LAUNCHER = "whiflash_sglang.launch_server"
 TIMED = {
     "entropy": ("--whiflash-router", "entropy"),
     "eager": ("--whiflash-router", "entropy", "--whiflash-catchup", "eager"),
@@ -48,37 +45,17 @@ TOOL_OUTPUT_TOKENS = 2000
 BLOCKS = 6
 
 
-@contextlib.contextmanager
-def servers(flags: dict[str, tuple[str, ...]], logs: Path) -> Iterator[dict[str, str]]:
-    """Base URLs by name, of demo servers side by side."""
-    with contextlib.ExitStack() as stack:
-        running = {}
-        for name, own in flags.items():
-            running[name] = server.start(LAUNCHER, "--demo", *own, log=logs / f"{name}.log")
-            stack.callback(running[name].stop)
-        for one in running.values():
-            one.wait_until_ready()
-        yield {name: one.base_url for name, one in running.items()}
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 # ------------------------------------------------------------------------------------------------------------ rounds
 
 
 def rounds(sessions: list[list[TokenIds]], logs: Path) -> dict[str, Any]:
     """Overheads of a round and lazy over eager, measured block by block in rotated order."""
     parts: dict[str, list[Answers]] = {name: [] for name in TIMED}
-    with servers(TIMED, logs) as urls:
+    with demo_servers(TIMED, logs, at_once=True) as urls:
         for url in urls.values():
             ask(url, sessions[-1], MAX_TOKENS)  # warm
-        for block in range(BLOCKS):
-            prompts = list(chain(*sessions[block::BLOCKS]))
-            turn = block % len(urls)
-            for name in (*list(urls)[turn:], *list(urls)[:turn]):
-                parts[name].append(ask(urls[name], prompts, MAX_TOKENS))
+        for block, name in in_turns(list(urls), BLOCKS):
+            parts[name].append(ask(urls[name], list(chain(*sessions[block::BLOCKS])), MAX_TOKENS))
         prefill = prefill_share(urls["entropy"], sessions)
     note("rounds and prefill: measured")
     speed = {name: sum(p.tokens for p in found) / sum(p.wall_s for p in found) for name, found in parts.items()}
@@ -169,11 +146,11 @@ def cache(sessions: list[list[TokenIds]], logs: Path) -> dict[str, Any]:
     """Acceptance lengths with and without the radix cache, and cached tokens beside `off`."""
     in_order = list(chain(*sessions))
     warm = {name: ("--whiflash-router", router) for name, router in CACHED.items()}
-    with servers({"off": ("--whiflash-router", "off"), **warm}, logs) as urls:
+    with demo_servers({"off": ("--whiflash-router", "off"), **warm}, logs, at_once=True) as urls:
         cached = {name: ask(url, in_order, MAX_TOKENS) for name, url in urls.items()}
     note("with the radix cache: measured")
     without = {name: (*flags, "--disable-radix-cache") for name, flags in warm.items()}
-    with servers(without, logs / "without") as urls:
+    with demo_servers(without, logs / "without", at_once=True) as urls:
         cold = {name: ask(url, in_order, MAX_TOKENS) for name, url in urls.items()}
     note("without it: measured")
     off = cached["off"]
@@ -183,7 +160,7 @@ def cache(sessions: list[list[TokenIds]], logs: Path) -> dict[str, Any]:
     by_turns = [prompt for turn in zip_longest(*sessions) for prompt in turn if prompt is not None]
     pool = ("--max-total-tokens", str(working_set // 4))
     pressed_flags = {name: ("--whiflash-router", name, *pool) for name in ("off", "entropy")}
-    with servers(pressed_flags, logs / "pressed") as urls:
+    with demo_servers(pressed_flags, logs / "pressed", at_once=True) as urls:
         pressed = {name: ask(url, by_turns, MAX_TOKENS) for name, url in urls.items()}
     note("in a small pool: measured")
     return {
@@ -224,11 +201,8 @@ def main() -> None:
         **cache(sessions, logs),
         **provenance(),
     }
-    if args.results:
-        args.results.write_text(json.dumps(line) + "\n")
-    print(json.dumps(line))
-    if not line["identical_to_off"]:
-        raise SystemExit(f"a text differs from that of `off`; see the logs in {logs}")
+    differs = None if line["identical_to_off"] else f"a text differs from that of `off`; see the logs in {logs}"
+    finish(line, args.results, differs)
 
 
 if __name__ == "__main__":

@@ -12,22 +12,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.console import Console
 
 from workloads import server
+from workloads.bench import finish, note, replay_in_turns, warm_up
 from workloads.loaders import load_traces
 from workloads.provenance import provenance
-from workloads.replay import TABLE_WIDTH, Report, merge, replay, table
-from workloads.schema import Session
+from workloads.replay import TABLE_WIDTH, Report, merge, table
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACES = ROOT / "workloads" / "demo" / "traces" / "heldout.jsonl"
@@ -63,25 +59,6 @@ def start_servers(logs: Path, stack: contextlib.ExitStack) -> dict[str, str]:
     return {policy: servers[policy].base_url for policy in POLICIES}
 
 
-def measure(urls: dict[str, str], sessions: Sequence[Session], blocks: int, concurrency: int) -> dict[str, Report]:
-    """One report a policy, measured block by block in rotated order."""
-    parts: dict[str, list[Report]] = {policy: [] for policy in urls}
-    for number in range(blocks):
-        block = sessions[number::blocks]
-        turn = number % len(urls)
-        for policy in (*list(urls)[turn:], *list(urls)[:turn]):
-            parts[policy].append(replay(block, urls[policy], concurrency=concurrency, label=policy))
-        print(f"block {number + 1} of {blocks} replayed", file=sys.stderr, flush=True)
-    return {policy: merge(reports) for policy, reports in parts.items()}
-
-
-def warm_up(urls: dict[str, str], session: Session) -> None:
-    """One session that is not counted, to every server; its cached prefixes are dropped again."""
-    for url in urls.values():
-        replay([session], url)
-        httpx.post(f"{url}/flush_cache", params={"timeout": 20}, timeout=30).raise_for_status()
-
-
 def summary(reports: dict[str, Report]) -> dict[str, dict[str, Any]]:
     """The figures of each policy, and whether its texts are those of `off`."""
     reference = reports["off"].texts()
@@ -103,22 +80,21 @@ def main() -> None:
     server.stop_on_signals()
     sessions = load_traces([TRACES]).sessions
     logs = Path(tempfile.mkdtemp(prefix="whiflash-demo-"))
-    print(f"starting {len(POLICIES)} servers (logs in {logs})", file=sys.stderr, flush=True)
+    note(f"starting {len(POLICIES)} servers (logs in {logs})")
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         urls = start_servers(logs, stack)
-        print(f"ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        note(f"ready after {time.monotonic() - began:.0f} s")
         warm_up(urls, sessions[-1])
-        reports = measure(urls, sessions[: args.sessions], args.blocks, args.concurrency)
+        parts = replay_in_turns(urls, sessions[: args.sessions], args.blocks, concurrency=args.concurrency)
+    reports = {policy: merge(found) for policy, found in parts.items()}
     policies = summary(reports)
     Console(width=TABLE_WIDTH).print(table({policy: report.figures() for policy, report in reports.items()}))
     arguments = {name: value for name, value in vars(args).items() if name != "results"}
-    line = json.dumps({"benchmark": "demo_replay", "arguments": arguments, "policies": policies, **provenance()})
-    if args.results:
-        args.results.write_text(line + "\n")
-    print(line)
-    if not all(figures["identical_to_off"] and not figures["failed"] for figures in policies.values()):
-        raise SystemExit("a text differs from that of `off`, or a request failed; see the logs in " + str(logs))
+    line = {"benchmark": "demo_replay", "arguments": arguments, "policies": policies, **provenance()}
+    good = all(figures["identical_to_off"] and not figures["failed"] for figures in policies.values())
+    failure = f"a text differs from that of `off`, or a request failed; see the logs in {logs}"
+    finish(line, args.results, None if good else failure)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,12 @@ def gains_by_entropy(records: Sequence[Record]) -> tuple[tuple[float, ...], tupl
 
 
 def round_costs(records: Sequence[Record], table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
-    """Milliseconds of a round of one row by drafter, at the mean context of `records`; `table`: a server's
-    `round_ms`."""
-    context = float(np.mean([record.start + len(record.positions.entropy) / 2 for record in records]))
+    """`costs_at` the mean context of `records`."""
+    return costs_at(table, float(np.mean([record.start + len(record.positions.entropy) / 2 for record in records])))
+
+
+def costs_at(table: Mapping[str, Mapping[str, Mapping[str, float]]], context: float) -> dict[str, float]:
+    """Milliseconds of a round of one row by drafter, at a context; `table`: a server's `round_ms`."""
     result = {}
     for name, by_rows in table.items():
         by_context = {int(place): ms for place, ms in by_rows["1"].items()}

@@ -168,6 +168,9 @@ class Ledger:
                     "tokens": committed,
                     "span": standing.span,
                 }
+                added = standing.prior + standing.asked_prior
+                if added and "score" in signals:  # a score in nats has no use for it
+                    entry["prior"] = round(added, 4)
                 record.trace.add(entry, signals, row)
             place = self.reader.follow(record.place, committed)
             if place.span == standing.span:

@@ -8,8 +8,8 @@ of acceptance length, is added to what the score expects EAGLE-3 (`e3`) to accep
 
 A router sends a row to `e3` where gain + bias exceeds a margin. Of all biases a place gets the one with which the
 rounds that were seen there would have been worth most, and none where that is not more than chance: a score that is
-right keeps the last word. The mean of what the score was off by is not that bias: a score may be off where the choice
-is clear anyway, and right where it is close.
+right keeps the last word. Of biases that are worth the same it is the middle one. The mean of what the score was off
+by is not that bias: a score may be off where the choice is clear anyway, and right where it is close.
 
 The file, which `calibrate --priors` writes, `--whiflash-priors` reads and `GET /whiflash/priors` shows:
 
@@ -27,6 +27,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,22 +114,38 @@ class Evidence:
         self.tokens += (tokens - self.tokens) / self.trials
 
     def best_bias(self, margin: float, usual: float) -> float:
-        """The bias with which these rounds are worth most; `usual`, that of any tool, if no other is surely better."""
-        best, best_worth = usual, 0.0
+        """The bias with which these rounds are worth most; `usual`, that of any tool, if no other is surely better.
+
+        Biases between which no seen round is decided otherwise are worth the same. Of such a range the middle is taken,
+        so that a score or a margin that has become a little different still decides as was best.
+        """
+        tried = [STEP * step - MAX_BIAS for step in range(int(2 * MAX_BIAS / STEP) + 1)]
         parts = [(part.mean_gain, part.rounds, *part.worth(margin)) for part in self.seen.values()]
-        steps = int(2 * MAX_BIAS / STEP)
-        for bias in sorted((STEP * step - MAX_BIAS for step in range(steps + 1)), key=lambda b: abs(b - usual)):
-            decided = worth = squares = 0.0
-            for gain, rounds, gained, square in parts:
-                before, after = gain + usual > margin, gain + bias > margin
-                if before != after:
-                    decided += rounds
-                    worth += gained if after else -gained
-                    squares += square
-            surely = worth - SURE * math.sqrt(max(0.0, squares))
-            if decided >= MIN_ROUNDS and surely > best_worth:
-                best, best_worth = bias, surely
-        return best
+        worths = [_surely(parts, usual - margin, bias - margin) for bias in tried]
+        best = max(worths)
+        if best <= 0:
+            return usual
+        ranges = [
+            [bias for bias, _ in alike]
+            for worth, alike in groupby(zip(tried, worths, strict=True), key=itemgetter(1))
+            if worth == best
+        ]
+        nearest = min(ranges, key=lambda biases: min(abs(bias - usual) for bias in biases))
+        return (nearest[0] + nearest[-1]) / 2
+
+
+def _surely(parts: list[tuple[float, float, float, float]], before: float, after: float) -> float:
+    """What it is worth, but for chance, to send rounds to `e3` where their gain exceeds -after, no longer -before.
+
+    `parts`: of rounds alike their gain, number, worth and its squared error. 0 where too few are decided otherwise.
+    """
+    decided = worth = squares = 0.0
+    for gain, rounds, gained, square in parts:
+        if (gain + before > 0) != (gain + after > 0):
+            decided += rounds
+            worth += gained if gain + after > 0 else -gained
+            squares += square
+    return worth - SURE * math.sqrt(max(0.0, squares)) if decided >= MIN_ROUNDS else 0.0
 
 
 class Priors:

@@ -26,6 +26,7 @@ class Round(_Said):
     tokens: list[str]  # committed, the bonus token last
     entropy: float | None = None  # nats
     score: float | None = None  # the router's, in tokens of AL
+    prior: float | None = None  # what was added to it
     span: str
 
 

@@ -134,6 +134,15 @@ def test_a_trace_is_every_round_as_it_was(ledger: Ledger) -> None:
     assert "trace" not in ledger.records[1].figures(), "nothing is kept of who has not asked"
 
 
+@pytest.mark.parametrize(("signals", "expected"), [({"score": [1.0]}, 0.5), ({"entropy": [1.0]}, None)])
+def test_a_trace_shows_the_prior_where_the_router_has_a_use_for_it(
+    ledger: Ledger, signals: dict[str, list[float]], expected: float | None
+) -> None:
+    ledger.begin(0, ledger.record(Hints(prior=0.5, trace=True), Context(), [], [], 5, Trace()))
+    ledger.count(ledger.stand(rows([0])), result({"df": [0]}, [[5, 6]], [1], [[6]]), signals)
+    assert ledger.records[0].figures()["trace"][0].get("prior") == expected
+
+
 def test_a_trace_goes_on_after_a_retraction(ledger: Ledger) -> None:
     trace = Trace()
     ledger.begin(0, ledger.record(Hints(trace=True), Context(), [], [], 5, trace))

@@ -52,6 +52,31 @@ def test_a_score_that_is_wrong_where_it_does_not_matter_keeps_the_last_word() ->
     assert priors.bias(*ANSWER) == 0.0
 
 
+def test_the_bias_stands_in_the_middle_of_what_is_worth_the_same() -> None:
+    """Rounds of score -1 are e3's, those of -2 are not: any bias above 1.25 up to 2.25 parts them. At the end of that
+    range a score that is off by a little would have sent either kind the wrong way."""
+    priors = Priors()
+    seen(priors, ANSWER, -1.0, [2.0, 3.0] * 20)
+    seen(priors, ANSWER, -2.0, [-2.0, -3.0] * 20)
+    priors.settle(margin=0.25)
+    bias = priors.bias(*ANSWER)
+    assert bias == pytest.approx(1.875)
+    for off in (-0.5, 0.3):
+        assert -1.0 + off + bias > 0.25 >= -2.0 + off + bias
+
+
+def test_of_two_ranges_the_nearer_is_taken_and_none_where_nothing_is_better() -> None:
+    priors = Priors()
+    seen(priors, ANSWER, -1.0, [2.0, 3.0] * 20)
+    seen(priors, ANSWER, -2.0, [0.25] * 20)  # exactly the margin: sending them to e3 or not is worth the same
+    priors.settle(margin=0.25)
+    assert 1.25 < priors.bias(*ANSWER) <= 3.0
+    few = Priors()
+    seen(few, ANSWER, 1.0, [3.0] * 40)
+    few.settle(margin=0.25)
+    assert few.bias(*ANSWER) == 0.0, "the middle of no change is no change"
+
+
 def test_chance_is_no_evidence() -> None:
     """No bias is right more often than not where e3 gains nothing on average: at most a few of 100 places get one."""
     dice, biased = random.Random(1), 0

@@ -23,11 +23,14 @@ def margin_of(records: Sequence[Record], gain: np.ndarray, ms: Mapping[str, floa
 
 
 def fit_priors(records: Sequence[Record], gain: np.ndarray, ms: Mapping[str, float]) -> Priors:
-    """The priors of a score that expects `gain` [all positions], from the positions where rounds begin."""
+    """The priors of a score that expects `gain` [all positions], from the positions where rounds begin.
+
+    One that rounds of both drafters come to is seen once: twice, it would pass for more than it is.
+    """
     difference = gather(records, "e3").astype(np.float64) - gather(records, "df")
     at = places(records)
     priors = Priors()
-    for i in round_starts(records).tolist():
+    for i in np.unique(round_starts(records)).tolist():
         priors.add(at[i], float(gain[i]), float(difference[i]))
     priors.settle(margin_of(records, gain, ms))
     return priors

@@ -133,6 +133,7 @@
       lines.push(["round", `${round + 1} of ${rounds.length}, ${named(each.span)}`]);
       lines.push(["AL", `${each.tokens.length} (${each.accepted} of ${each.drafts.length} drafts + its own)`]);
       lines.push(["entropy", number(each.entropy, " nats")], ["router score", number(each.score, " AL")]);
+      if (each.prior) lines.push(["prior", `${each.prior > 0 ? "+" : ""}${number(each.prior, " AL")}`]);
       if (rejected.length) lines.push(["rejected", rejected.map(visible).join("")]);
     } else {
       lines.push(["round", "none: the prefill gave it"], ["AL", "n/a"], ["entropy", "n/a"], ["router score", "n/a"]);

@@ -1,0 +1,84 @@
+"""What the benchmarks of this repository do alike: servers side by side, blocks in turns, one JSON line at the end.
+
+A ratio is measured within one run: each block of the work goes to every server, each time beginning with another one,
+so that a machine that is slow for a while is slow for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from workloads import server
+from workloads.replay import Report, replay
+from workloads.schema import Session
+
+LAUNCHER = "whiflash_sglang.launch_server"
+
+
+def note(text: str) -> None:
+    """Progress, beside the output that others read."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def demo_servers(flags: Mapping[str, Sequence[str]], logs: Path, at_once: bool = False) -> Iterator[dict[str, str]]:
+    """Base URLs by name, of servers of the bundled models side by side, each with its own `flags`.
+
+    They are started one after the other, as those that weigh costs measure them when they start and should be alone
+    then; or `at_once`, as most of a start is waiting for imports.
+    """
+    with contextlib.ExitStack() as stack:
+        running: dict[str, server.Server] = {}
+        for name, own in flags.items():
+            log = logs / f"{name.replace(':', '-').replace('/', '-')}.log"
+            running[name] = server.start(LAUNCHER, "--demo", *own, log=log)
+            stack.callback(running[name].stop)
+            if not at_once:
+                running[name].wait_until_ready()
+        for one in running.values():
+            one.wait_until_ready()
+        yield {name: one.base_url for name, one in running.items()}
+
+
+def in_turns(names: Sequence[str], num_blocks: int) -> Iterator[tuple[int, str]]:
+    """(block, name) for every block and name, each block beginning with the next name."""
+    for block in range(num_blocks):
+        turn = block % len(names)
+        for name in (*names[turn:], *names[:turn]):
+            yield block, name
+
+
+def warm_up(urls: Mapping[str, str], session: Session) -> None:
+    """One session that is not counted, to every server; its cached prefixes are dropped again."""
+    for url in urls.values():
+        replay([session], url)
+        httpx.post(f"{url}/flush_cache", params={"timeout": 20}, timeout=30).raise_for_status()
+
+
+def replay_in_turns(
+    urls: Mapping[str, str], sessions: Sequence[Session], num_blocks: int, **options: Any
+) -> dict[str, list[Report]]:
+    """For each server by name the reports of all blocks of the sessions; `options` are those of `replay`."""
+    parts: dict[str, list[Report]] = {name: [] for name in urls}
+    for block, name in in_turns(list(urls), num_blocks):
+        parts[name].append(replay(sessions[block::num_blocks], urls[name], label=name, **options))
+        if all(len(found) > block for found in parts.values()):
+            note(f"block {block + 1} of {num_blocks} replayed")
+    return parts
+
+
+def finish(line: Mapping[str, Any], results: Path | None, failure: str | None) -> None:
+    """Print the JSON line, write it to the file of --results too, and end with `failure` where there is one."""
+    text = json.dumps(line)
+    if results:
+        results.write_text(text + "\n")
+    print(text)
+    if failure is not None:
+        raise SystemExit(failure)
