@@ -159,6 +159,11 @@ class Priors:
         known = self.places.get(place) or self.places.get(place.of_any_tool())
         return 0.0 if known is None else known.bias
 
+    def rounds(self, place: Place) -> float:
+        """How many were seen at `place`; later ones count for more."""
+        known = self.places.get(place)
+        return 0.0 if known is None else known.rounds
+
     def add(self, place: Place, gain: float, difference: float) -> None:
         """A round was seen at `place`: its score, and by how much `e3` accepted more than `df`. See `settle`."""
         for evidence in self._evidence(place):

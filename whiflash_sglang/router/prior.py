@@ -20,7 +20,8 @@ from whiflash_sglang.router.score import Score
 from whiflash_sglang.types import Plan, RoundResult, Rows, Standing
 
 LOOK_EVERY = 16  # rounds: planning each of them twice, to see what priors change, would cost as much as routing does
-TRY_EVERY = 64  # requests' rounds, of which one is a trial
+TRY_EVERY = 64  # requests' rounds, of which one is a trial, where nothing is known
+HALF_KNOWN = 256  # rounds seen at a place by which its trials have become half as frequent
 
 
 def learned_priors(rows: Rows) -> list[float] | None:
@@ -90,7 +91,8 @@ class TrialRouter(Router):
     never chosen is seen in no other way. `usual_tokens`: what rounds yield, before anything is known.
 
     With one row in `TRY_EVERY` tried, every second of which goes where it would have gone anyway, a wrong drafter that
-    costs a third of a round costs a quarter of a percent.
+    costs a third of a round costs a quarter of a percent. That is as much as priors may gain, so the more rounds have
+    been seen at a place, the rarer it is tried.
     """
 
     def __init__(self, inner: ScoredRouter, priors: Priors, usual_tokens: float):
@@ -113,6 +115,9 @@ class TrialRouter(Router):
             return plan
         self.due = 0
         row, drafter = self.coin.choice(free), self.coin.choice(("df", "e3"))
+        known = self.priors.rounds(place_of(rows.standings[row]))
+        if self.coin.random() * (HALF_KNOWN + known) > HALF_KNOWN:
+            return plan
         self.trial = (row, float(self.inner.score.read(rows.slots[row : row + 1])), drafter)
         if choice[row] == drafter:
             return plan
