@@ -112,8 +112,8 @@ def log_probabilities(batch: Any, logits: torch.Tensor, tokens: torch.Tensor) ->
 
 
 def all_as_tensors(output: LogitsProcessorOutput) -> None:
-    """Where one request of a batch asks for log probabilities of certain tokens, SGLang gives the others empty lists, and
-    then reads all of them as tensors, which ends the scheduler."""
+    """SGLang reads the log probabilities of certain tokens as tensors, and has empty lists for the requests of a batch
+    that ask for none: that would end the scheduler."""
     values = output.next_token_token_ids_logprobs_val
     if values is not None:
         output.next_token_token_ids_logprobs_val = [torch.as_tensor(value) for value in values]
