@@ -13,6 +13,7 @@ from rich.table import Table
 from contract import terms
 from contract.changes import Change, compare
 from contract.source import Source
+from contract.words import CONTRACT
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def check(folder: Path) -> int:
         print(f"error: {folder} has no package `sglang`; give the folder that it lies in", file=sys.stderr)
         return 2
     made_for, entries = terms.load()
-    changes = compare(entries, Source(folder))
+    changes = compare(entries, Source(folder, assembled=CONTRACT.assembled))
     console = Console()
     version = version_in(folder)
     for must, title in ((True, "has to change"), (False, "look at it again")):
@@ -49,9 +50,10 @@ def check(folder: Path) -> int:
             console.print(table(f"{title}: {made_for} to {version}", chosen))
     musts = sum(change.must for change in changes)
     console.print(
-        f"SGLang {version}: of {len(entries)} names, {musts} have to change and {len(changes) - musts} are to be looked "
-        f"at again (made for {made_for})",
+        f"SGLang {version}, of {len(entries)} names: {musts} to change, {len(changes) - musts} to look at again "
+        f"(made for {made_for})",
         highlight=False,
+        soft_wrap=True,
     )
     return 1 if musts else 0
 

@@ -29,7 +29,7 @@ def compare(terms: Iterable[Term], sglang: Source) -> list[Change]:
     comparison = Comparison(sglang)
     for term in terms:
         comparison.look_at(term)
-    return sorted(comparison.changes(), key=lambda change: (not change.must, change.name))
+    return sorted(set(comparison.changes()), key=lambda change: (not change.must, change))
 
 
 class Comparison:
@@ -55,7 +55,7 @@ class Comparison:
             missing = self.first_missing(term)
             if missing not in self.gone:
                 self.gone[missing] = set()
-                self.texts[missing] = self.where_to(missing)
+                self.texts[missing] = self.where_to(missing, term)
             self.gone[missing] |= {*term.files}
             found = self.sglang.find(self.now(term.name))
             if found is None:
@@ -68,7 +68,9 @@ class Comparison:
         module, _, word = term.name.partition(":")
         if not exists(self.sglang, term.name):
             places = self.sglang.mentioning(word)
-            text = f"not named in {module} any more; " + (f"now in {', '.join(places[:3])}" if places else "nor elsewhere")
+            text = f"not named in {module} any more; " + (
+                f"now in {', '.join(places[:3])}" if places else "nor elsewhere"
+            )
             self.found.append(Change(True, term.name, term.files, text))
 
     def now(self, name: str) -> str:
@@ -87,18 +89,31 @@ class Comparison:
                 return ".".join(parts[:i])
         return term.name
 
-    def where_to(self, name: str) -> str:
+    def where_to(self, name: str, term: Term) -> str:
         owner_name, _, last = name.rpartition(".")
         owner = self.sglang.find(self.now(owner_name))
         if owner is not None:
             close = get_close_matches(last, self.sglang.names(owner), n=3, cutoff=0.75)
             if close:
                 return f"gone; similar there: {', '.join(close)}"
+            beside = self.sglang.beside(owner, last)
+            if beside:
+                return f"gone; in the same file {', '.join(beside)} has it"
         places = self.sglang.elsewhere(last)
-        if len(places) == 1:
+        if not places:
+            return "gone"
+        if len(places) == 1 and self.fits(places[0], name, term):
             self.moved[name] = places[0]
             return f"moved to {places[0]}"
-        return f"gone; of this name there are {', '.join(places[:3])}" if places else "gone"
+        return f"gone; of this name there is {', '.join(places[:3])}"
+
+    def fits(self, place: str, name: str, term: Term) -> bool:
+        """Whether what is at `place` may be what we used as `name`: outside of classes, and called as we call it."""
+        if self.sglang.module(place.rpartition(".")[0]) is None:
+            return False
+        found = self.sglang.find(place)
+        signature = None if found is None or name != term.name else self.sglang.signature(found)
+        return signature is None or not any(signature.refuses(call) for call in term.calls)
 
     def look_at_calls(self, term: Term, found: Found) -> None:
         signature = self.sglang.signature(found)

@@ -7,7 +7,8 @@
 
 Names are followed through re-exports (also `import *`) and through base classes within the package. A class has the
 names of its body and those that its methods set on `self`. What is made at run time (`setattr`, a module's
-`__getattr__`) cannot be seen, and neither can what a base class from another package brings.
+`__getattr__`) cannot be seen, and neither can what a base class from another package brings. Where a class is put
+together of others at run time, `assembled` tells under which module these are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -92,13 +93,22 @@ class Module:
 
     @cached_property
     def bindings(self) -> dict[str, ast.AST | str]:
-        own = {name: statement for statement in flat(self.tree.body) for name in bound_names(statement)}
+        own: dict[str, ast.AST | str] = {}
+        for statement in flat(self.tree.body):
+            for name in bound_names(statement):
+                is_made_over = isinstance(own.get(name), Function | ast.ClassDef) and isinstance(statement, ast.Assign)
+                if not is_made_over:  # X = put_together(X)
+                    own[name] = statement
         return {**self.imports, **own}
 
     @cached_property
     def stars(self) -> list[str]:
         imports = [s for s in flat(self.tree.body) if isinstance(s, ast.ImportFrom) and s.names[0].name == "*"]
         return [self.imported(statement) for statement in imports]
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        return frozenset(words(self.tree))
 
     def imported(self, statement: ast.ImportFrom) -> str:
         """The module that `from ... import` names, relative ones in full."""
@@ -112,9 +122,10 @@ class Module:
 class Source:
     """The package `package` in the folder `root`."""
 
-    def __init__(self, root: Path, package: str = "sglang"):
+    def __init__(self, root: Path, package: str = "sglang", assembled: Mapping[str, str] | None = None):
         self.root = root
         self.package = package
+        self.assembled = assembled or {}
         self.module = cache(self._module)
         self.find = cache(self._find)
 
@@ -150,7 +161,24 @@ class Source:
             node = class_members(owner.node).get(name)
             if node is not None:
                 return Found(f"{owner.name}.{name}", node, owner.module, owner.node)
+        return self._assembled_member(found.name, name)
+
+    def _assembled_member(self, owner: str, name: str) -> Found | None:
+        """`name` in one of the classes that `owner` is put together of."""
+        for module in self._parts(self.assembled.get(owner)):
+            for node in module.tree.body:
+                member = class_members(node).get(name) if isinstance(node, ast.ClassDef) else None
+                if member is not None:
+                    assert isinstance(node, ast.ClassDef)
+                    return Found(f"{module.name}.{node.name}.{name}", member, module, node)
         return None
+
+    def _parts(self, place: str | None) -> Iterator[Module]:
+        """A package's modules."""
+        for path in sorted(self.root.joinpath(*place.split(".")).glob("*.py")) if place else []:
+            module = self.module(f"{place}.{path.stem}".removesuffix(".__init__"))
+            if module is not None:
+                yield module
 
     def _module_member(self, module: Module, name: str) -> Found | None:
         bound = module.bindings.get(name)
@@ -199,7 +227,7 @@ class Source:
         return tuple(sorted(name for name, node in nearest.items() if "abstractmethod" in decorators(node)))
 
     def signature(self, found: Found) -> Signature | None:
-        """Of a function or class; None of anything else, and of a class whose constructor comes from another package."""
+        """Of a function or class; None of anything else, and of a class that another package constructs."""
         if isinstance(found.node, Function):
             is_bound = found.owner is not None and "staticmethod" not in decorators(found.node)
             return None if "property" in decorators(found.node) else function_signature(found.node, is_bound)
@@ -219,7 +247,8 @@ class Source:
         names: dict[str, bool] = {}
         for owner in reversed([*self.lineage(found)]):
             assert isinstance(owner.node, ast.ClassDef)
-            for statement in owner.node.body:
+            is_made = any("dataclass" in ast.unparse(d) for d in owner.node.decorator_list)
+            for statement in owner.node.body if is_made else []:
                 if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                     value = "" if statement.value is None else ast.unparse(statement.value)
                     if "ClassVar" not in ast.unparse(statement.annotation) and "init=False" not in value:
@@ -285,6 +314,12 @@ class Source:
             return Declared(None)
         return ours.pop() if len(ours) == 1 else None
 
+    def beside(self, found: Found, name: str) -> list[str]:
+        """Other classes in a class's file that have a member of this name."""
+        classes = [node for node in found.module.tree.body if isinstance(node, ast.ClassDef) and node is not found.node]
+        is_class = isinstance(found.node, ast.ClassDef)
+        return [node.name for node in classes if is_class and name in class_members(node)]
+
     def elsewhere(self, name: str) -> list[str]:
         """Where a function, a class or a method of this name is defined, in full."""
         defined = re.compile(rf"^\s*(def|async def|class) {re.escape(name)}\b", re.MULTILINE)
@@ -306,11 +341,11 @@ class Source:
 
     def holds_word(self, place: str, word: str) -> bool:
         """Whether the code of a module has a name, a keyword or a string. A flag is also the field that makes it."""
-        module = self.module(place)
-        if module is None:
-            return False
         field = word.removeprefix("--").replace("-", "_") if word.startswith("--") else word
-        return any(found in (word, field) for found in words(module.tree))
+        parts = [part for owner, part in self.assembled.items() if owner.rpartition(".")[0] == place]
+        own = self.module(place)
+        modules = [*([] if own is None else [own]), *(module for part in parts for module in self._parts(part))]
+        return any(found in (word, field) for module in modules for found in module.words)
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Every module of the package, and its text."""
@@ -351,7 +386,7 @@ def flat(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 def imported_names(statements: Iterable[ast.AST], module_of: Callable[[ast.ImportFrom], str]) -> dict[str, str]:
     """Names that imports bind, and what they stand for."""
-    names = {}
+    names: dict[str, str] = {}
     for statement in statements:
         if isinstance(statement, ast.ImportFrom):
             names |= {alias.asname or alias.name: f"{module_of(statement)}.{alias.name}" for alias in statement.names}

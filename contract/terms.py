@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -113,15 +113,14 @@ def load(path: Path = TERMS) -> tuple[str, list[Term]]:
 
 
 def from_json(entry: dict[str, Any]) -> Term:
-    lists = {field.name for field in fields(Term) if isinstance(entry.get(field.name), list)}
-    values = {name: tuple(value) if name in lists else value for name, value in entry.items()}
-    calls = [Call(positional, tuple(keywords), is_open) for positional, keywords, is_open in entry.get("calls", ())]
-    return Term(**{**values, "calls": tuple(calls)})
+    calls = tuple(
+        Call(positional, tuple(keywords), is_open) for positional, keywords, is_open in entry.pop("calls", ())
+    )
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    return Term(calls=calls, **values)
 
 
 def current() -> tuple[str, list[Term], list[str]]:
     """The contract of our code as it is with the installed SGLang; see `terms_of`."""
-    terms, unknown = terms_of(our_files(), Source(installed()), CONTRACT)
+    terms, unknown = terms_of(our_files(), Source(installed(), assembled=CONTRACT.assembled), CONTRACT)
     return metadata.version("sglang"), terms, unknown
-
-

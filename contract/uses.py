@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,9 +67,13 @@ def by_words(texts: Mapping[str, str], words: Words) -> tuple[set[Use], set[str]
     """What `words.py` lists as reached by strings; and which of it is no longer in the file that it is listed for."""
     listed = {Use(name, BY_NAME, file) for file, names in words.by_name.items() for name in names}
     listed |= {Use(f"{module}:{word}", MENTION, file) for file, module, word in words.mentions}
-    unused = {use for use in listed if re.split("[.:]", use.name)[-1] not in texts.get(use.file, "")
-              and use.name.partition(":")[2] not in texts.get(use.file, "")}  # fmt: skip
+    unused = {use for use in listed if listed_word(use.name) not in texts.get(use.file, "")}
     return listed - unused, {f"words.py: {use.name} is no longer used in {use.file}" for use in unused}
+
+
+def listed_word(name: str) -> str:
+    """What our code has to hold for a name of the lists: "MODULE:WORD" or "A.B.WORD"."""
+    return name.partition(":")[2] or name.rpartition(".")[2]
 
 
 def flags(trees: Mapping[str, ast.Module], words: Words) -> set[Use]:
@@ -78,7 +82,7 @@ def flags(trees: Mapping[str, ast.Module], words: Words) -> set[Use]:
     for file in words.flag_files:
         for word in source_words(trees[file]):
             flag = re.fullmatch(r"(--[a-z0-9]+(?:-[a-z0-9]+)*)(=.*)?", word)
-            if flag is not None and not flag[1].startswith(words.own_flags):
+            if flag is not None and not re.fullmatch(words.own_flags, flag[1]):
                 found.add(Use(f"{words.flag_module}:{flag[1]}", FLAG, file))
     return found
 
@@ -248,8 +252,8 @@ class Reader(ast.NodeVisitor):
             owner = self.kind(target.value)
             self.kind(target)
             if owner is not None and owner.name.startswith(OURS):
-                said = kind_of(self.words.held(self.file, ".".join(self.place), ast.unparse(target)))
-                self.set_ours(owner.name.removeprefix(OURS), target.attr, said or kind)
+                told = kind_of(self.words.held(self.file, ".".join(self.place), ast.unparse(target)))
+                self.set_ours(owner.name.removeprefix(OURS), target.attr, told or kind)
         else:
             self.visit(target)
 

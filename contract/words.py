@@ -26,9 +26,10 @@ class Words:
     foreign: frozenset[str] = frozenset()  # attributes that base classes of other packages bring
     by_name: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # our file: what it reaches by strings
     mentions: tuple[tuple[str, str, str], ...] = ()  # our file, SGLang's module, a word that both hold
+    assembled: Mapping[str, str] = field(default_factory=dict)  # classes put together at run time: of what
     flag_files: tuple[str, ...] = ()  # our files that name SGLang's command line flags
     flag_module: str = ""  # where SGLang defines them
-    own_flags: tuple[str, ...] = ()  # what those begin with that are not SGLang's
+    own_flags: str = ""  # those that are not SGLang's, as a pattern
 
     def held(self, file: str, place: str, name: str) -> str | None:
         """What `name` stands for in a function (`place`) of a file."""
@@ -178,7 +179,9 @@ CONTRACT = Words(
             )
         ),
     ),
+    # Since 0.5.20 the fields are declared there.
+    assembled={SERVER_ARGS: f"{SRT}.arg_groups.fields"},
     flag_files=("launch_server.py", "config.py", "checkpoints.py"),
     flag_module=f"{SRT}.server_args",
-    own_flags=("--whiflash", "--demo", "--help"),
+    own_flags=r"--whiflash.*|--demo|--help|--spec",
 )
