@@ -93,12 +93,12 @@ class Comparison:
         owner_name, _, last = name.rpartition(".")
         owner = self.sglang.find(self.now(owner_name))
         if owner is not None:
-            close = get_close_matches(last, self.sglang.names(owner), n=3, cutoff=0.75)
-            if close:
-                return f"gone; similar there: {', '.join(close)}"
             beside = self.sglang.beside(owner, last)
             if beside:
                 return f"gone; in the same file {', '.join(beside)} has it"
+            close = get_close_matches(last, self.sglang.names(owner), n=3, cutoff=0.75)
+            if close:
+                return f"gone; similar there: {', '.join(close)}"
         places = self.sglang.elsewhere(last)
         if not places:
             return "gone"

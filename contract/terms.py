@@ -113,11 +113,9 @@ def load(path: Path = TERMS) -> tuple[str, list[Term]]:
 
 
 def from_json(entry: dict[str, Any]) -> Term:
-    calls = tuple(
-        Call(positional, tuple(keywords), is_open) for positional, keywords, is_open in entry.pop("calls", ())
-    )
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
-    return Term(calls=calls, **values)
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
+    calls = [Call(positional, tuple(keywords), is_open) for positional, keywords, is_open in entry.get("calls", ())]
+    return Term(**{**values, "calls": tuple(calls)})
 
 
 def current() -> tuple[str, list[Term], list[str]]:

@@ -6,6 +6,7 @@ The checker itself is tried on packages of a few lines, `engine`, and on code of
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -335,7 +336,7 @@ def test_a_class_that_is_put_together_at_run_time(write: Write) -> None:
 
 def test_a_dataclass_takes_the_fields_of_dataclasses_only(write: Write) -> None:
     """The fields of a base that is none counted as parameters, so that our calls seemed to lack some."""
-    text = "from dataclasses import dataclass\nclass Base:\n    kind: int = 0\n@dataclass\nclass Info(Base):\n    size: int"
+    text = "class Base:\n    kind: int = 0\n@dataclass\nclass Info(Base):\n    size: int"
     source = Source(write("made_for", info=text), "engine")
     found = source.find("engine.info.Info")
     assert found is not None and str(source.signature(found)) == "(size)"
@@ -352,7 +353,9 @@ def test_fingerprints_tell_code_apart(write: Write) -> None:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "contract", *arguments], cwd=ROOT, capture_output=True, text=True)
+    program = [sys.executable, "-m", "contract", *arguments]
+    wide = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(program, cwd=ROOT, env=wide, capture_output=True, text=True, timeout=120)
 
 
 def test_the_command_fails_for_a_release_without_what_we_use(tmp_path: Path) -> None:
