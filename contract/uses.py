@@ -48,19 +48,21 @@ def read(files: Mapping[str, Path], sglang: Source, words: Words) -> tuple[set[U
     """All uses in `files` (shown name -> path), and what is unknown."""
     trees = {shown: ast.parse(path.read_text(encoding="utf-8")) for shown, path in files.items()}
     classes = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    told = Told(words)
     ours = Ours({node.name: node for node in classes}, {}, {})
     while True:  # an attribute of our own classes may be read before the file that sets it
         known = len(ours.attributes), len(ours.bases)
-        readers = [Reader(shown, tree, sglang, words, ours) for shown, tree in trees.items()]
+        readers = [Reader(shown, tree, sglang, told, ours) for shown, tree in trees.items()]
         for reader in readers:
             reader.visit(reader.tree)
         if (len(ours.attributes), len(ours.bases)) == known:
             break
     texts = {shown: path.read_text(encoding="utf-8") for shown, path in files.items()}
-    told, unused = by_words(texts, words)
+    listed, unused = by_words(texts, words)
     uses = {use for reader in readers for use in reader.uses}
     unknown = {line for reader in readers for line in reader.unknown}
-    return uses | told | flags(trees, words), unknown | unused | called_by_nobody(readers, trees, words)
+    unknown |= unused | told.nothing() | called_by_nobody(readers, trees, words)
+    return uses | listed | flags(trees, words), unknown
 
 
 def by_words(texts: Mapping[str, str], words: Words) -> tuple[set[Use], set[str]]:
@@ -104,6 +106,38 @@ class Ours(NamedTuple):
     attributes: dict[str, Kind]
 
 
+class Told:
+    """What `words.py` says, and which of it was asked for: the rest stands for nothing any more."""
+
+    def __init__(self, words: Words):
+        self.words = words
+        self.used: set[str] = set()
+
+    def held(self, file: str, place: str, name: str) -> str | None:
+        """What one of our names stands for in a function (`place`) of a file."""
+        keys = (f"{file}:{place}.{name}", f"{file}:{name}", name)
+        return next((said for said in (self._said(self.words.names, key) for key in keys) if said is not None), None)
+
+    def value(self, name: str) -> str | None:
+        return self._said(self.words.values, name)
+
+    def result(self, name: str) -> str | None:
+        return self._said(self.words.results, name)
+
+    def is_foreign(self, name: str) -> bool:
+        self.used |= {name} & self.words.foreign
+        return name in self.words.foreign
+
+    def _said(self, words: Mapping[str, str], name: str) -> str | None:
+        if name in words:
+            self.used.add(name)
+        return words.get(name)
+
+    def nothing(self) -> set[str]:
+        said = {*self.words.names, *self.words.values, *self.words.results, *self.words.foreign}
+        return {f"words.py: our code has no {name} any more" for name in said - self.used}
+
+
 def kind_of(said: str | None) -> Kind | None:
     """What `words.py` says: a class of SGLang, [many of them], one of ours, or "-", nothing of SGLang's."""
     if said is None or said == "-":
@@ -119,11 +153,11 @@ def is_path(node: ast.expr) -> bool:
 class Reader(ast.NodeVisitor):
     """Reads one file from top to bottom; `names` is what names stand for where the reading is."""
 
-    def __init__(self, file: str, tree: ast.Module, sglang: Source, words: Words, ours: Ours):
+    def __init__(self, file: str, tree: ast.Module, sglang: Source, told: Told, ours: Ours):
         self.file = file
         self.tree = tree
         self.sglang = sglang
-        self.words = words
+        self.told = told
         self.ours = ours
         self.uses: list[Use] = []
         self.unknown: list[str] = []
@@ -156,7 +190,7 @@ class Reader(ast.NodeVisitor):
         self.place.append(node.name)
         for child in node.body:
             if isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
-                kind = self.annotated(child.annotation) or self.told(child.target.id, child.annotation)
+                kind = self.annotated(child.annotation) or self.told_kind(child.target.id, child.annotation)
                 self.set_ours(node.name, child.target.id, kind)
         for child in node.body:
             self.visit(child)
@@ -192,17 +226,17 @@ class Reader(ast.NodeVisitor):
             self.names[parameters.pop(0).arg] = Kind(f"{OURS}{self.place[-2]}", is_instance=True)
         for parameter in parameters:
             kind = None if parameter.annotation is None else self.annotated(parameter.annotation)
-            self.names[parameter.arg] = kind or self.told(parameter.arg, parameter.annotation)
+            self.names[parameter.arg] = kind or self.told_kind(parameter.arg, parameter.annotation)
         self.is_class = False
         for child in [*node.decorator_list, *node.body, *arguments.defaults]:
             self.visit(child)
         self.place.pop()
         self.names, self.is_class = outer
 
-    def told(self, name: str, annotation: ast.expr | None) -> Kind | None:
+    def told_kind(self, name: str, annotation: ast.expr | None) -> Kind | None:
         """What `words.py` says of a name. It has to say something of every parameter and field annotated `Any`."""
         place = ".".join(self.place)
-        said = self.words.values.get(f"{place}.{name}") or self.words.held(self.file, place, name)
+        said = self.told.value(f"{place}.{name}") or self.told.held(self.file, place, name)
         if said is None and annotation is not None and ast.unparse(annotation) in ("Any", "Any | None"):
             self.unknown.append(f"{self.file}: {'.'.join([*self.place, name])} is annotated Any")
         return kind_of(said)
@@ -242,7 +276,7 @@ class Reader(ast.NodeVisitor):
 
     def bind(self, target: ast.expr, kind: Kind | None, value: ast.expr | None = None) -> None:
         if isinstance(target, ast.Name):
-            said = self.words.held(self.file, ".".join(self.place), target.id)
+            said = self.told.held(self.file, ".".join(self.place), target.id)
             self.names[target.id] = kind if kind is not None else kind_of(said)
         elif isinstance(target, ast.Tuple | ast.List):
             values = value.elts if isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts) else None
@@ -252,7 +286,7 @@ class Reader(ast.NodeVisitor):
             owner = self.kind(target.value)
             self.kind(target)
             if owner is not None and owner.name.startswith(OURS):
-                told = kind_of(self.words.held(self.file, ".".join(self.place), ast.unparse(target)))
+                told = kind_of(self.told.held(self.file, ".".join(self.place), ast.unparse(target)))
                 self.set_ours(owner.name.removeprefix(OURS), target.attr, told or kind)
         else:
             self.visit(target)
@@ -283,7 +317,7 @@ class Reader(ast.NodeVisitor):
 
     def kind(self, node: ast.expr) -> Kind | None:
         """What an expression is; notes every use within it."""
-        said = self.words.held(self.file, ".".join(self.place), ast.unparse(node)) if is_path(node) else None
+        said = self.told.held(self.file, ".".join(self.place), ast.unparse(node)) if is_path(node) else None
         if isinstance(node, ast.Name):
             is_ours = node.id in self.ours.classes and node.id not in self.names
             return Kind(f"{OURS}{node.id}") if is_ours else self.names.get(node.id, kind_of(said))
@@ -368,7 +402,7 @@ class Reader(ast.NodeVisitor):
         return function._replace(is_instance=True)
 
     def result(self, name: str) -> Kind | None:
-        said = self.words.results.get(name)
+        said = self.told.result(name)
         if said is not None:
             return kind_of(said)
         found = self.sglang.find(name)
@@ -404,12 +438,12 @@ class Reader(ast.NodeVisitor):
             inherited = self.base_member(owner_name, name)
             if inherited is not None and name != "__init__":
                 self.use(inherited, "attribute")
-            said = self.words.values.get(f"{owner_name}.{name}")
+            said = self.told.value(f"{owner_name}.{name}")
             return self.ours.attributes.get(f"{owner_name}.{name}") if said is None else kind_of(said)
         full = f"{owner.name}.{name}"
         found = self.sglang.find(full)
         if found is None:
-            if name not in self.words.foreign:
+            if not self.told.is_foreign(name):
                 self.unknown.append(f"{self.file}: {full} is not in SGLang's source")
             return None
         self.use(full, "attribute")
@@ -421,7 +455,7 @@ class Reader(ast.NodeVisitor):
 
     def value(self, full: str, defined: str) -> Kind | None:
         """What the value of an attribute is, by our words first and then by SGLang's annotations."""
-        said = self.words.values.get(full) or self.words.values.get(defined)
+        said = self.told.value(full) or self.told.value(defined)
         if said is not None:
             return kind_of(said)
         found = self.sglang.find(full)

@@ -31,13 +31,6 @@ class Words:
     flag_module: str = ""  # where SGLang defines them
     own_flags: str = ""  # those that are not SGLang's, as a pattern
 
-    def held(self, file: str, place: str, name: str) -> str | None:
-        """What `name` stands for in a function (`place`) of a file."""
-        for key in (f"{file}:{place}.{name}", f"{file}:{name}", name):
-            if key in self.names:
-                return self.names[key]
-        return None
-
 
 SRT = "sglang.srt"
 SCHEDULE = f"{SRT}.managers.schedule_batch"
@@ -131,7 +124,7 @@ CONTRACT = Words(
     },
     # A namespace of values of the same names, filled at run time.
     results={f"{SRT}.runtime_context.get_spec": SERVER_ARGS},
-    foreign=frozenset({"value", "__dict__", "modules", "register_forward_pre_hook"}),
+    foreign=frozenset({"value", "__dict__", "register_forward_pre_hook"}),
     by_name={
         "target.py": tuple(
             f"{SAMPLING}.sampling_batch_info.SamplingBatchInfo.{name}"

@@ -194,7 +194,10 @@ def test_uses_are_read_from_code(write: Write) -> None:
 @pytest.mark.parametrize(
     ("ours", "told"),
     [
-        ("def f(batch):\n    batch.sise", "engine.batch.Batch.sise is not in SGLang's source"),
+        (
+            "from engine.batch import Batch\ndef f(batch: Batch):\n    batch.sise",
+            "engine.batch.Batch.sise is not in SGLang's source",
+        ),
         ("from typing import Any\ndef f(thing: Any): ...", "f.thing is annotated Any"),
         ("from engine.batch import Bag", "engine.batch.Bag is not in SGLang's source"),
         ("from engine.request import Request\nRequest(1).tokens[0]", "what is engine.request.Request.tokens?"),
@@ -203,7 +206,7 @@ def test_uses_are_read_from_code(write: Write) -> None:
     ],
 )
 def test_what_cannot_be_read_is_told(write: Write, ours: str, told: str) -> None:
-    _, unknown = read(write, ours)
+    _, unknown = read(write, ours, Words())
     assert len(unknown) == 1 and told in unknown[0], unknown
 
 
@@ -216,6 +219,14 @@ def test_names_listed_by_hand_have_to_be_used(write: Write) -> None:
     assert [line.partition(": ")[2] for line in unknown] == [
         "engine.batch.Batch.size is no longer used in ours.py",
         "engine.worker:reserve is no longer used in ours.py",
+    ]
+
+
+def test_words_that_stand_for_nothing_are_told(write: Write) -> None:
+    words = Words(names={**WORDS.names, "lot": "engine.batch.Batch"}, values={"engine.request.Request.tokens": "-"})
+    assert read(write, "def f(batch):\n    batch.size", words)[1] == [
+        "words.py: our code has no engine.request.Request.tokens any more",
+        "words.py: our code has no lot any more",
     ]
 
 
