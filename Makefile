@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PORT ?= 30000
 MINUTES ?= 15
+# make compat: another release of SGLang, e.g. VERSION=0.5.18
+VERSION ?=
 QUESTION ?= Where is order 1042?
 # make agent: the server to ask, e.g. BASE_URL=http://127.0.0.1:30000; none: one is started
 BASE_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve agent agent-bench bench-priors soak fuzz test test-newest-client check format lock clean
+.PHONY: help setup demo serve agent agent-bench bench-priors soak fuzz compat contract test test-newest-client check format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
@@ -48,6 +50,12 @@ test: $(INSTALLED)  ## all tests on two cores, real servers on this CPU included
 
 test-newest-client: $(INSTALLED)  ## the agents' tests with the newest langchain-openai, in an environment of its own
 	@bash scripts/test_newest_client.sh $(BIN)/python
+
+compat: $(INSTALLED)  ## what would have to change for SGLang $(VERSION); needs the network (docs/compat.md)
+	@bash scripts/compat.sh $(BIN)/python '$(VERSION)'
+
+contract: $(INSTALLED)  ## record anew which names of SGLang the server uses, after our code has come to use others
+	@$(BIN)/python -m contract --record
 
 check: $(INSTALLED)  ## lint, formatting, types of the core
 	@$(BIN)/ruff check .
