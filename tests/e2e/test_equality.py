@@ -193,7 +193,7 @@ def test_replies_are_those_of_the_server_without_speculation(servers, bodies):
                 assert mine["meta_info"][name] == reference["meta_info"][name], (name, body)
             for name in LOGPROBS:
                 pair = mine["meta_info"].get(name), reference["meta_info"].get(name)
-                assert close(*pair), (name, body, *pair)
+                assert close(*pair), f"{name} of {body['sampling_params']}:\n{pair[0]}\n{pair[1]}"
         seen["requests"] += 1
         seen.update(name for name in body["sampling_params"])
 
