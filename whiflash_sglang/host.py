@@ -24,6 +24,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 from whiflash_sglang.checkpoints import DrafterSpec, load_drafter_spec, load_target_spec
 from whiflash_sglang.config import FLAG_OBJECTIVE, WhiFlashConfig
 from whiflash_sglang.drafters.runner import DraftRunner
+from whiflash_sglang.ending import RefuseWhenEnding, requests_have_ended
 from whiflash_sglang.errors import HintError
 from whiflash_sglang.hints import CONTEXT_FIELD, Asked, context_params, parse
 from whiflash_sglang.spans import (
@@ -199,6 +200,10 @@ def install_http(server_args: Any) -> None:
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
     keep = functools.partial(_keep_finished, finished)
     HookRegistry.register(f"{manager}._handle_batch_output", keep, HookType.BEFORE)
+    # Prompts: SGLang looks up token ids that are in no vocabulary, which ends the scheduler.
+    HookRegistry.register(f"{manager}._validate_one_request", _refuse_unknown_tokens, HookType.AFTER)
+    # Ending: SGLang waits for running requests without end, and takes new ones meanwhile.
+    HookRegistry.register(f"{manager}.sigterm_watchdog", _end_soon, HookType.AROUND)
     HookRegistry.apply_hooks()
 
     config = active_config()
@@ -208,7 +213,12 @@ def install_http(server_args: Any) -> None:
         states = await http_server.get_global_state().tokenizer_manager.get_internal_state()
         return states[0]
 
+    def is_ending() -> bool:
+        serving = http_server.get_global_state()
+        return serving is not None and serving.tokenizer_manager.gracefully_exit
+
     http_server.app.include_router(routes(finished, state, about))
+    http_server.app.add_middleware(RefuseWhenEnding, is_ending=is_ending)
 
 
 def _capture_union(
@@ -329,6 +339,22 @@ def _token_texts(tokenizer: Any) -> Any:
 
     decode = functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return TokenTexts(decode, tokenizer.encode("a", add_special_tokens=False))
+
+
+def _refuse_unknown_tokens(result: None, manager: Any, request: Any, input_ids: list[int] | None) -> None:
+    if not input_ids:
+        return
+    for token in (min(input_ids), max(input_ids)):
+        if not 0 <= token < manager.model_config.vocab_size:
+            mend = f"give token ids from 0 to {manager.model_config.vocab_size - 1}"
+            raise ValueError(f"input_ids: token {token} is not in the model's vocabulary; {mend}")
+
+
+async def _end_soon(original: Any, manager: Any) -> None:
+    if not await requests_have_ended(manager):
+        logger.error("WHIFLASH: requests did not end when they were aborted; the server ends without them")
+        os.environ["SGL_FORCE_SHUTDOWN"] = "1"  # SGLang's own: do not wait for them
+    await original(manager)
 
 
 def _add_figures(result: Any, scheduler: Any, *args: Any) -> Any:
