@@ -31,21 +31,18 @@ from typing import Any
 import httpx
 
 from workloads import server
+from workloads.pressure import LAUNCHER, MAX_BACKLOG, RETRACT, longest_in, pressed
 from workloads.provenance import provenance
 from workloads.tokens import Answers, TokenIds, ask, heldout_histories, totals
 from workloads.vitals import flush, resident, settled, wait_until_free
 
-LAUNCHER = "whiflash_sglang.launch_server"
 SESSIONS = 300  # in a cycle; far more than the pool can hold
 MAX_TOKENS = 200
-MAX_BACKLOG = 16
-WINDOW = 8  # verify width of the demo's drafters
 PROBES = 12
 BLOCKS, MIN_BLOCK_S = 30, 10.0
 REQUEST_S = 120.0
 MAX_GROWTH = 0.03
 MAX_FAILURES = 20  # enough to see what is wrong
-RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "50"}  # one request every so many steps
 FATES = {"finish": 6, "abort": 1, "leave": 1}  # weights
 
 
@@ -161,7 +158,7 @@ def plan(concurrency: int) -> tuple[list[list[TokenIds]], int]:
     sessions = heldout_histories(SESSIONS)
     working_set = concurrency * statistics.mean(len(histories[-1]) for histories in sessions)
     pool = int(working_set) // 4
-    longest = pool - MAX_TOKENS - 2 * WINDOW
+    longest = longest_in(pool) - MAX_TOKENS
     fitting = [[prompt for prompt in histories if len(prompt) <= longest] for histories in sessions]
     return [histories for histories in fitting if len(histories) > 1], pool
 
@@ -197,16 +194,8 @@ def main() -> None:
     server.stop_on_signals()
     log = Path(tempfile.mkdtemp(prefix="whiflash-soak-")) / "server.log"
     sessions, pool = plan(args.concurrency)
-    flags = {
-        "--whiflash-router": f"random:{args.seed}",
-        "--whiflash-max-backlog": MAX_BACKLOG,
-        "--max-total-tokens": pool,
-        "--chunked-prefill-size": 256,
-        "--schedule-conservativeness": 0.05,  # admit more than fits, so that requests are retracted for room, too
-    }
-    arguments = [str(part) for flag in flags.items() for part in flag]
     os.environ.update(RETRACT)
-    running = server.start(LAUNCHER, "--demo", "--enable-metrics", *arguments, log=log)
+    running = server.start(LAUNCHER, *pressed(f"random:{args.seed}", pool), "--enable-metrics", log=log)
     try:
         running.wait_until_ready()
         line = judge(running, sessions, pool, args)

@@ -1,4 +1,4 @@
-"""A server that has been told to end (SIGTERM) ends soon: running requests may finish, for a while; new ones are refused.
+"""A server that is told to end (SIGTERM) ends soon: running requests may finish, for a while; new ones are refused.
 
 SGLang by itself waits for its requests as long as they take, looks only every five seconds whether they have ended,
 and takes new ones meanwhile, so that under load it never ends. Whoever stops servers (systemd, Kubernetes, a script)
@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
 LOOK_SECONDS = 0.1
-FINISH_SECONDS = 5.0  # that running requests have
+FINISH_SECONDS = 4.0  # that running requests have
 ABORT_SECONDS = 1.5  # that they then have to be gone
 WRITE_SECONDS = 0.3  # for the last pieces to reach the clients
 REFUSAL = {

@@ -58,24 +58,10 @@ def totals(server: Server) -> dict:
     return httpx.get(f"{server.base_url}/server_info", timeout=30).json()["internal_states"][0]["whiflash"]
 
 
-def group_of(server: Server) -> list[int]:
-    """Ids of the processes in the server's process group that still run."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
-                continue
-            if int(fields[2]) == server.process.pid and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
-
-
 def ends(server: Server) -> bool:
     deadline = time.monotonic() + END_SECONDS
     while time.monotonic() < deadline:
-        if server.process.poll() is not None and not group_of(server):
+        if server.process.poll() is not None and not server.processes():
             return True
         time.sleep(0.2)
     return False
@@ -90,7 +76,7 @@ def test_each_drafter_alone(launch, prompts):
         counted = totals(server)
         assert set(counted["rounds_by_drafter"]) == {name}
         assert counted["accepted_drafts"] > counted["rounds"]
-        (scheduler,) = (pid for pid in group_of(server) if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        (scheduler,) = (pid for pid in server.processes() if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(scheduler, signal.SIGKILL)
         assert ends(server), "a server without its scheduler stands and answers nobody"
     assert both["df"] == both["e3"]

@@ -20,6 +20,7 @@ from workloads.chaos.hearing import Ear, Heard
 from workloads.chaos.mix import Draw, Request
 from workloads.chaos.verdicts import FAULTS, Expected, Tally
 
+JSON = {"Content-Type": "application/json"}
 MAX_FAULTS = 20  # enough to see what is wrong; a server that is gone is not asked a thousand times
 TENTH = 0.1  # seconds for each step of `cut_at` where there are no pieces to count
 
@@ -76,14 +77,12 @@ async def hear(http: httpx.AsyncClient, request: Request, deadline_s: float) -> 
 
 async def _exchange(http: httpx.AsyncClient, request: Request, ear: Ear) -> bool:
     """Whether the client left."""
-    async with _cut_by_the_clock(http, request) as leaving:
-        async with http.stream(
-            request.method, request.path, content=_content(request), headers={"Content-Type": "application/json"}
-        ) as reply:
-            if reply.status_code != 200 or not request.streamed:
-                ear.whole(reply.status_code, await reply.aread())
-                return False
-            return await _listen(http, request, ear, reply)
+    sending = http.stream(request.method, request.path, content=_content(request), headers=JSON)
+    async with _cut_by_the_clock(http, request) as leaving, sending as reply:
+        if reply.status_code != 200 or not request.streamed:
+            ear.whole(reply.status_code, await reply.aread())
+            return False
+        return await _listen(http, request, ear, reply)
     return leaving.expired()
 
 

@@ -4,8 +4,8 @@
     draw = Draw(asks, random)
     draw.request()                            one in ten is bad, of the others some sampled; hints, streams and fates
 
-Hints change who drafts and never the text, so that an ask has one text whatever is drawn for it. Nothing here talks to a
-server.
+Hints change who drafts and never the text, so that an ask has one text whatever is drawn for it. Nothing here talks to
+a server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 Json = dict[str, Any]
-Fate = Literal["finish", "abort", "leave"]
+Fate = Literal["finish", "abort", "leave", "ended"]  # ended: with the server
 
 GENERATE, CHAT, COMPLETIONS = "/generate", "/v1/chat/completions", "/v1/completions"
 MODEL = "whiflash-demo"
@@ -132,8 +132,18 @@ def pool_for(asks: Sequence[Request], clients: int) -> int:
     return int(clients * statistics.mean(ask.tokens for ask in asks)) // 4
 
 
-def as_stream(ask: Request, streamed: bool) -> Request:
+def as_stream(ask: Request, streamed: bool = True) -> Request:
     return replace(ask, body={**_object(ask), "stream": streamed})
+
+
+def with_logprobs(ask: Request) -> Json:
+    """The body that asks for the two best tokens of each position as well."""
+    asked: dict[str, Json] = {
+        GENERATE: {"return_logprob": True, "top_logprobs_num": 2},
+        CHAT: {"logprobs": True, "top_logprobs": 2},
+        COMPLETIONS: {"logprobs": 2},
+    }
+    return {**_object(ask), **asked[ask.path]}
 
 
 def _object(request: Request) -> Json:
@@ -233,7 +243,8 @@ class Draw:
         """An ask with all that may change from one time to the next."""
         rng = self.rng
         (fate,) = rng.choices(list(FATES), list(FATES.values()))
-        body = {**_object(ask), "rid": f"chaos-{rng.getrandbits(64):x}", "stream": rng.random() < STREAMED}
+        # Of one length, as SGLang aborts every request whose id begins with the one that it is given.
+        body = {**_object(ask), "rid": f"chaos-{rng.getrandbits(64):016x}", "stream": rng.random() < STREAMED}
         if ask.path == GENERATE:
             body["sampling_params"] = dict(body["sampling_params"])
         params = _sampling(ask.path, body)

@@ -19,7 +19,7 @@ from workloads.history import Reply
 Verdict = Literal[
     "right",  # the ask's text
     "sampled",  # an answer whose text is free
-    "cut short",  # aborted or left; what came is a beginning of the ask's text
+    "cut short",  # aborted, left, or ended with the server; what came is a beginning of the ask's text
     "refused",  # a bad request, with an error
     "failed",  # a good request, with an error
     "wrong text",
@@ -42,10 +42,10 @@ def judge(request: Request, heard: Heard, expected: Expected) -> Verdict:
         return "hung"
     if request.refused:
         return _judge_bad(heard)
-    was_cut = heard.left or (request.fate == "abort" and not _ended_by_itself(heard))
-    if was_cut:
+    was_aborted = heard.error is not None or "abort" in heard.ends
+    if heard.left or (was_aborted and request.fate in ("abort", "ended")):
         return "cut short" if _begins(request, heard, expected) else "wrong text"
-    if heard.error is not None or "abort" in heard.ends:
+    if was_aborted:
         return "failed"
     if not heard.whole:
         return "silent"
@@ -60,11 +60,6 @@ def _judge_bad(heard: Heard) -> Verdict:
     if heard.error is not None:
         return "refused"
     return "accepted" if heard.whole or heard.left else "silent"
-
-
-def _ended_by_itself(heard: Heard) -> bool:
-    """An abort may come too late, or be told as an error."""
-    return heard.error is None and "abort" not in heard.ends and heard.whole
 
 
 def _begins(request: Request, heard: Heard, expected: Expected) -> bool:
