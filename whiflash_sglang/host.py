@@ -193,6 +193,9 @@ def install_http(server_args: Any) -> None:
     from whiflash_sglang.http_routes import Finished, routes
 
     finished = Finished()
+    # Ending: SGLang waits for running requests without end, and takes new ones meanwhile.
+    watchdog = "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog"
+    HookRegistry.register(watchdog, _end_soon, HookType.AROUND)
     # Context: only here are the messages of a chat known, and so what its reply reacts to.
     chat = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat"
     HookRegistry.register(f"{chat}._convert_to_internal_request", _tell_context, HookType.AFTER)
@@ -200,11 +203,9 @@ def install_http(server_args: Any) -> None:
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
     keep = functools.partial(_keep_finished, finished)
     HookRegistry.register(f"{manager}._handle_batch_output", keep, HookType.BEFORE)
-    # Prompts: SGLang looks up token ids that are in no vocabulary, which ends the scheduler.
-    HookRegistry.register(f"{manager}._validate_one_request", _refuse_unknown_tokens, HookType.AFTER)
-    # Ending: SGLang waits for running requests without end, and takes new ones meanwhile.
-    HookRegistry.register(f"{manager}.sigterm_watchdog", _end_soon, HookType.AROUND)
     HookRegistry.apply_hooks()
+
+    http_server.app.add_middleware(RefuseWhenEnding, is_ending=functools.partial(_is_ending, http_server))
 
     config = active_config()
     about = {"model": server_args.served_model_name, "router": config.router, "drafters": config.draft_paths}
@@ -213,12 +214,7 @@ def install_http(server_args: Any) -> None:
         states = await http_server.get_global_state().tokenizer_manager.get_internal_state()
         return states[0]
 
-    def is_ending() -> bool:
-        serving = http_server.get_global_state()
-        return serving is not None and serving.tokenizer_manager.gracefully_exit
-
     http_server.app.include_router(routes(finished, state, about))
-    http_server.app.add_middleware(RefuseWhenEnding, is_ending=is_ending)
 
 
 def _capture_union(
@@ -341,13 +337,9 @@ def _token_texts(tokenizer: Any) -> Any:
     return TokenTexts(decode, tokenizer.encode("a", add_special_tokens=False))
 
 
-def _refuse_unknown_tokens(result: None, manager: Any, request: Any, input_ids: list[int] | None) -> None:
-    if not input_ids:
-        return
-    for token in (min(input_ids), max(input_ids)):
-        if not 0 <= token < manager.model_config.vocab_size:
-            mend = f"give token ids from 0 to {manager.model_config.vocab_size - 1}"
-            raise ValueError(f"input_ids: token {token} is not in the model's vocabulary; {mend}")
+def _is_ending(http_server: Any) -> bool:
+    serving = http_server.get_global_state()
+    return serving is not None and serving.tokenizer_manager.gracefully_exit
 
 
 async def _end_soon(original: Any, manager: Any) -> None:
