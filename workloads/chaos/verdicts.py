@@ -31,6 +31,7 @@ Verdict = Literal[
 FAULTS: tuple[Verdict, ...] = ("failed", "wrong text", "hung", "silent", "accepted", "crashed")
 WITH_ERROR: tuple[Verdict, ...] = ("refused", "failed", "crashed")
 MAX_EXAMPLES = 10  # enough to see what is wrong
+MAX_BEHIND = 80  # characters that a round may have written behind the end of a text
 
 Replies = tuple[Reply, ...]
 Expected = Mapping[tuple[int, bool], Replies]
@@ -63,22 +64,29 @@ def _judge_bad(heard: Heard) -> Verdict:
 
 
 def _begins(request: Request, heard: Heard, expected: Expected) -> bool:
-    """Whether what came could become the ask's text. Arguments of calls are compared at their end only."""
+    """Whether what came could become the ask's text. Arguments of calls are compared at their end only.
+
+    A text that is aborted in the round that ends it is not cut at its end by SGLang: its last token, a stop string and
+    what the round accepted behind them are shown.
+    """
     if request.ask is None:
         return True
     whole = expected[request.ask, request.streamed]
+    behind = 0 if heard.left else MAX_BEHIND
     pairs = zip(heard.replies, whole, strict=True)
     return all(
         is_beginning(got.reasoning, all_.reasoning)
-        and is_beginning(got.content, all_.content)
+        and is_beginning(got.content, all_.content, behind)
         and [name for _, name, _ in got.calls] == [name for _, name, _ in all_.calls][: len(got.calls)]
         for got, all_ in pairs
     )
 
 
-def is_beginning(part: str, whole: str) -> bool:
-    """White space at the edges aside, and a character whose last bytes had not come."""
-    return whole.strip().startswith(part.strip().rstrip("\N{REPLACEMENT CHARACTER}").rstrip())
+def is_beginning(part: str, whole: str, behind: int = 0) -> bool:
+    """White space at the edges aside, and a character whose last bytes had not come. `behind`: characters that may
+    follow the whole."""
+    part, whole = part.strip().rstrip("\N{REPLACEMENT CHARACTER}").rstrip(), whole.strip()
+    return whole.startswith(part) or (part.startswith(whole) and len(part) - len(whole) <= behind)
 
 
 def _well_formed(request: Request, heard: Heard) -> bool:
