@@ -11,7 +11,7 @@ QUESTION ?= Where is order 1042?
 BASE_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve agent agent-bench soak chaos test test-newest-client check format lock clean
+.PHONY: help setup demo serve agent agent-bench soak test test-newest-client check format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
@@ -37,6 +37,7 @@ agent-bench: $(INSTALLED)  ## the example agent live on 50 held-out tasks, with 
 soak: $(INSTALLED)  ## serve from a KV pool that is too small for $(MINUTES) minutes, see what is left behind
 	@$(BIN)/python scripts/soak.py --minutes $(MINUTES)
 
+.PHONY: chaos
 chaos: MINUTES = 10
 chaos: $(INSTALLED)  ## load and faults at once for $(MINUTES) minutes: no wrong text, nobody waits for ever, nothing leaks
 	@$(BIN)/python scripts/chaos.py --minutes $(MINUTES)

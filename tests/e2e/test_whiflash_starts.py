@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -68,18 +69,41 @@ def ends(server: Server) -> bool:
 
 
 def test_each_drafter_alone(launch, prompts):
-    """One drafter is served without the other, with the same text; and the whole server ends with its scheduler."""
+    """One drafter is served without the other, with the same text; and the two ways in which a server ends."""
+    ways = {"df": ends_with_its_scheduler, "e3": ends_soon_while_it_streams}
     both = {}
-    for name in ("df", "e3"):
+    for name, end in ways.items():
         server = launch("--whiflash-drafters", name)
         both[name] = texts(server, prompts)
         counted = totals(server)
         assert set(counted["rounds_by_drafter"]) == {name}
         assert counted["accepted_drafts"] > counted["rounds"]
-        (scheduler,) = (pid for pid in server.processes() if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes())
-        os.kill(scheduler, signal.SIGKILL)
-        assert ends(server), "a server without its scheduler stands and answers nobody"
+        end(server)
     assert both["df"] == both["e3"]
+
+
+def ends_with_its_scheduler(server: Server) -> None:
+    (scheduler,) = (pid for pid in server.processes() if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(scheduler, signal.SIGKILL)
+    assert ends(server), "a server without its scheduler stands and answers nobody"
+
+
+def ends_soon_while_it_streams(server: Server) -> None:
+    """SIGTERM: a request that would take much longer is ended as aborted, and what comes later is refused."""
+    params = {"max_new_tokens": 7000, "ignore_eos": True, "temperature": 0}
+    body = {"input_ids": [5, 6, 7], "sampling_params": params, "stream": True}
+    with httpx.stream("POST", f"{server.base_url}/generate", json=body, timeout=60) as reply:
+        lines = (line for line in reply.iter_lines() if line)
+        next(lines)
+        began = time.monotonic()
+        os.kill(server.process.pid, signal.SIGTERM)
+        time.sleep(0.5)
+        late = httpx.post(f"{server.base_url}/generate", json=body, timeout=60)
+        assert late.status_code == 503 and "is ending" in late.json()["message"]
+        *_, last, done = lines
+    assert json.loads(last.removeprefix("data: "))["meta_info"]["finish_reason"]["type"] == "abort"
+    assert done == "data: [DONE]"
+    assert ends(server) and time.monotonic() - began < 10
 
 
 def test_bfloat16_and_ctrl_c(launch, prompts):
