@@ -13,7 +13,7 @@ QUESTION ?= Where is order 1042?
 BASE_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve agent agent-bench bench-priors soak fuzz compat contract test test-newest-client check format lock clean
+.PHONY: help setup demo serve agent agent-bench bench-priors soak fuzz chaos compat contract test test-newest-client check format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
@@ -44,6 +44,10 @@ soak: $(INSTALLED)  ## serve from a KV pool that is too small for $(MINUTES) min
 
 fuzz: $(INSTALLED)  ## send a server 5,000 hostile requests, see that it lives on and gives the right text
 	@$(BIN)/python scripts/fuzz.py
+
+chaos: MINUTES = 10
+chaos: $(INSTALLED)  ## load and faults at once for $(MINUTES) minutes: no wrong text, nobody waits for ever, nothing leaks
+	@$(BIN)/python scripts/chaos.py --minutes $(MINUTES)
 
 test: $(INSTALLED)  ## all tests on two cores, real servers on this CPU included; needs no network
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile

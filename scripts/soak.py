@@ -29,25 +29,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
 from workloads import server
+from workloads.pressure import LAUNCHER, MAX_BACKLOG, RETRACT, longest_in, pressed
 from workloads.provenance import provenance
 from workloads.tokens import Answers, TokenIds, ask, heldout_histories, totals
+from workloads.vitals import flush, resident, settled, wait_until_free
 
-LAUNCHER = "whiflash_sglang.launch_server"
 SESSIONS = 300  # in a cycle; far more than the pool can hold
 MAX_TOKENS = 200
-MAX_BACKLOG = 16
-WINDOW = 8  # verify width of the demo's drafters
 PROBES = 12
 BLOCKS, MIN_BLOCK_S = 30, 10.0
-IDLE_S = 60.0
 REQUEST_S = 120.0
 MAX_GROWTH = 0.03
 MAX_FAILURES = 20  # enough to see what is wrong
-MIB = 2**20
-RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "50"}  # one request every so many steps
 FATES = {"finish": 6, "abort": 1, "leave": 1}  # weights
 
 
@@ -152,45 +147,10 @@ class Client:
         return True
 
 
-def load(base_url: str) -> dict[str, Any]:
-    """SGLang's account of queue and pool, as of its last step."""
-    reply = httpx.get(f"{base_url}/v1/loads", params={"include": "core"}, timeout=30)
-    reply.raise_for_status()
-    found: dict[str, Any] = reply.json()["loads"][0]
-    return found
-
-
-def wait_until_free(base_url: str) -> int:
-    """Free or evictable KV slots once the server is idle with all of them so, or after a while as many as there are."""
-    deadline = time.monotonic() + IDLE_S
-    while True:
-        now = load(base_url)
-        waiting = now["num_running_reqs"] + now["num_waiting_reqs"] + now["num_used_tokens"]
-        if waiting == 0 or time.monotonic() > deadline:
-            return int(now["max_total_num_tokens"] - now["num_used_tokens"])
-        time.sleep(0.2)
-
-
-def flush(base_url: str) -> None:
-    httpx.post(f"{base_url}/flush_cache", params={"timeout": 30}, timeout=60).raise_for_status()
-
-
-def resident(process_id: int) -> dict[str, float]:
-    """MiB of each process of the server, by what it calls itself."""
-    parent = psutil.Process(process_id)
-    found: Counter[str] = Counter()
-    for process in (parent, *parent.children(recursive=True)):
-        title = " ".join(process.cmdline()[:1])
-        found[title.partition("::")[2] or "server"] += process.memory_info().rss
-    return {name: size / MIB for name, size in found.items()}
-
-
 def growth(sizes: list[float]) -> float:
-    """Mean of the last third over that of the one before it; the first third is for warming up."""
-    third = len(sizes) // 3
-    if third == 0:
-        return 0.0  # the run has been given up; other checks say why
-    return statistics.mean(sizes[-third:]) / statistics.mean(sizes[third:-third]) - 1
+    """Share by which the memory has grown since the middle of the run."""
+    means = settled(sizes)
+    return 0.0 if means is None else means[1] / means[0] - 1  # None: the run was given up; other checks say why
 
 
 def plan(concurrency: int) -> tuple[list[list[TokenIds]], int]:
@@ -198,7 +158,7 @@ def plan(concurrency: int) -> tuple[list[list[TokenIds]], int]:
     sessions = heldout_histories(SESSIONS)
     working_set = concurrency * statistics.mean(len(histories[-1]) for histories in sessions)
     pool = int(working_set) // 4
-    longest = pool - MAX_TOKENS - 2 * WINDOW
+    longest = longest_in(pool) - MAX_TOKENS
     fitting = [[prompt for prompt in histories if len(prompt) <= longest] for histories in sessions]
     return [histories for histories in fitting if len(histories) > 1], pool
 
@@ -234,16 +194,8 @@ def main() -> None:
     server.stop_on_signals()
     log = Path(tempfile.mkdtemp(prefix="whiflash-soak-")) / "server.log"
     sessions, pool = plan(args.concurrency)
-    flags = {
-        "--whiflash-router": f"random:{args.seed}",
-        "--whiflash-max-backlog": MAX_BACKLOG,
-        "--max-total-tokens": pool,
-        "--chunked-prefill-size": 256,
-        "--schedule-conservativeness": 0.05,  # admit more than fits, so that requests are retracted for room, too
-    }
-    arguments = [str(part) for flag in flags.items() for part in flag]
     os.environ.update(RETRACT)
-    running = server.start(LAUNCHER, "--demo", "--enable-metrics", *arguments, log=log)
+    running = server.start(LAUNCHER, *pressed(f"random:{args.seed}", pool), "--enable-metrics", log=log)
     try:
         running.wait_until_ready()
         line = judge(running, sessions, pool, args)

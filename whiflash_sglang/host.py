@@ -41,6 +41,7 @@ from whiflash_sglang.checkpoints import (
 )
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.drafters.runner import DraftRunner
+from whiflash_sglang.ending import RefuseWhenEnding, requests_have_ended
 from whiflash_sglang.errors import HintError
 from whiflash_sglang.hints import CONTEXT_FIELD, Asked, context_params, parse
 from whiflash_sglang.ranks import Ranks
@@ -208,6 +209,9 @@ def install_http(server_args: Any) -> None:
     from whiflash_sglang.http_routes import Finished, routes
 
     finished = Finished()
+    # Ending: SGLang waits for running requests without end, and takes new ones meanwhile.
+    watchdog = "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog"
+    HookRegistry.register(watchdog, _end_soon, HookType.AROUND)
     # Context: only here are the messages of a chat known, and so what its reply reacts to.
     chat = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat"
     HookRegistry.register(f"{chat}._convert_to_internal_request", _tell_context, HookType.AFTER)
@@ -226,6 +230,8 @@ def install_http(server_args: Any) -> None:
     priors: dict[int, Any] = {}  # by replica
     HookRegistry.register(f"{manager}.get_internal_state", functools.partial(_set_aside, priors), HookType.AROUND)
     HookRegistry.apply_hooks()
+
+    http_server.app.add_middleware(RefuseWhenEnding, is_ending=functools.partial(_is_ending, http_server))
 
     config = active_config()
     about = {"model": server_args.served_model_name, "router": config.router, "drafters": config.draft_paths}
@@ -426,6 +432,18 @@ def _token_texts(tokenizer: Any) -> Any:
 
     decode = functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return TokenTexts(decode, tokenizer.encode("a", add_special_tokens=False))
+
+
+def _is_ending(http_server: Any) -> bool:
+    serving = http_server.get_global_state()
+    return serving is not None and serving.tokenizer_manager.gracefully_exit
+
+
+async def _end_soon(original: Any, manager: Any) -> None:
+    if not await requests_have_ended(manager):
+        logger.error("WHIFLASH: requests did not end when they were aborted; the server ends without them")
+        os.environ["SGL_FORCE_SHUTDOWN"] = "1"  # SGLang's own: do not wait for them
+    await original(manager)
 
 
 def _add_figures(result: Any, scheduler: Any, *args: Any) -> Any:

@@ -59,6 +59,19 @@ class Server:
                 continue
         self.process.wait(STOP_SECONDS)
 
+    def processes(self) -> list[int]:
+        """Ids of the processes in the server's group that still run; one that waits only to be reaped does not."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+                    continue
+                if int(fields[2]) == self.process.pid and fields[0] != "Z":
+                    found.append(int(entry.name))
+        return found
+
     def _answers(self) -> bool:
         try:
             return httpx.get(f"{self.base_url}/health", timeout=5).status_code == 200

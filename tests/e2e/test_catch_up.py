@@ -4,7 +4,6 @@ turn, on the bundled models; all are asked for the same texts."""
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -13,14 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
 pytest.importorskip("sglang")
 
 from prometheus_client.parser import text_string_to_metric_families
-from safetensors.torch import load_file, save_file
 
 from whiflash_sglang.launch_server import DEMO_MODELS
+from workloads.chaos.poison import FLAGS, WEIGHTS, with_nan
 from workloads.lossless import generate
 from workloads.server import running_server
 from workloads.tokens import heldout_histories, totals
@@ -29,9 +27,6 @@ pytestmark = pytest.mark.e2e
 
 LAUNCHER = "whiflash_sglang.launch_server"
 NUM_TOKENS = 64
-# A weight of each drafter that is not touched by KV-only ingestion: it spoils the drafts, and then everything.
-WEIGHTS = {"e3": ("eagle3", "midlayer.mlp.down_proj.weight"), "df": ("dflash", "layers.1.mlp.down_proj.weight")}
-FLAGS = {"e3": "--whiflash-eagle-draft", "df": "--speculative-draft-model-path"}
 
 
 @dataclass(frozen=True)
@@ -81,19 +76,8 @@ def broken(request, prompts, tmp_path_factory) -> Iterator[tuple[list[str], Seen
     """A server with a NaN in one drafter, and one with a NaN in each. Checkpoints are read as they are."""
     folder = tmp_path_factory.mktemp("broken")
     names = request.param.split()
-    flags = [part for name in names for part in (FLAGS[name], str(with_nan(name, folder)))]
+    flags = [part for name in names for part in (FLAGS[name], str(with_nan(name, DEMO_MODELS, folder)))]
     yield names, watch(prompts, folder / "server.log", "--whiflash-router", "alternate", *flags)
-
-
-def with_nan(name: str, folder: Path) -> Path:
-    """A copy of a bundled drafter with one weight that is no number."""
-    checkpoint, weight = WEIGHTS[name]
-    copy = folder / checkpoint
-    shutil.copytree(DEMO_MODELS / checkpoint, copy)
-    tensors = load_file(copy / "model.safetensors")
-    tensors[weight][0, 0] = torch.nan
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    return copy
 
 
 def test_metrics_say_what_the_totals_say(healthy):

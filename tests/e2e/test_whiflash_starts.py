@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -58,42 +59,51 @@ def totals(server: Server) -> dict:
     return httpx.get(f"{server.base_url}/server_info", timeout=30).json()["internal_states"][0]["whiflash"]
 
 
-def group_of(server: Server) -> list[int]:
-    """Ids of the processes in the server's process group that still run."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
-                continue
-            if int(fields[2]) == server.process.pid and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
-
-
 def ends(server: Server) -> bool:
     deadline = time.monotonic() + END_SECONDS
     while time.monotonic() < deadline:
-        if server.process.poll() is not None and not group_of(server):
+        if server.process.poll() is not None and not server.processes():
             return True
         time.sleep(0.2)
     return False
 
 
 def test_each_drafter_alone(launch, prompts):
-    """One drafter is served without the other, with the same text; and the whole server ends with its scheduler."""
+    """One drafter is served without the other, with the same text; and the two ways in which a server ends."""
+    ways = {"df": ends_with_its_scheduler, "e3": ends_soon_while_it_streams}
     both = {}
-    for name in ("df", "e3"):
+    for name, end in ways.items():
         server = launch("--whiflash-drafters", name)
         both[name] = texts(server, prompts)
         counted = totals(server)
         assert set(counted["rounds_by_drafter"]) == {name}
         assert counted["accepted_drafts"] > counted["rounds"]
-        (scheduler,) = (pid for pid in group_of(server) if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes())
-        os.kill(scheduler, signal.SIGKILL)
-        assert ends(server), "a server without its scheduler stands and answers nobody"
+        end(server)
     assert both["df"] == both["e3"]
+
+
+def ends_with_its_scheduler(server: Server) -> None:
+    (scheduler,) = (pid for pid in server.processes() if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(scheduler, signal.SIGKILL)
+    assert ends(server), "a server without its scheduler stands and answers nobody"
+
+
+def ends_soon_while_it_streams(server: Server) -> None:
+    """SIGTERM: a request that would take much longer is ended as aborted, and what comes later is refused."""
+    params = {"max_new_tokens": 7000, "ignore_eos": True, "temperature": 0}
+    body = {"input_ids": [5, 6, 7], "sampling_params": params, "stream": True}
+    with httpx.stream("POST", f"{server.base_url}/generate", json=body, timeout=60) as reply:
+        lines = (line for line in reply.iter_lines() if line)
+        next(lines)
+        began = time.monotonic()
+        os.kill(server.process.pid, signal.SIGTERM)
+        time.sleep(0.5)
+        late = httpx.post(f"{server.base_url}/generate", json=body, timeout=60)
+        assert late.status_code == 503 and "is ending" in late.json()["message"]
+        *_, last, done = lines
+    assert json.loads(last.removeprefix("data: "))["meta_info"]["finish_reason"]["type"] == "abort"
+    assert done == "data: [DONE]"
+    assert ends(server) and time.monotonic() - began < 10
 
 
 def test_bfloat16_and_ctrl_c(launch, prompts):

@@ -76,6 +76,7 @@ def test_the_core_imports_without_sglang() -> None:
     core = [
         *("accept", "asked", "backlog", "calibration", "checkpoints", "config", "costs", "errors", "hints", "targets"),
         *(
+            "ending",
             "http_routes",
             "hub",
             "identity",

@@ -1,0 +1,58 @@
+"""What a running server holds: KV slots, its queue, the memory of its processes. For runs that look for leaks."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+IDLE_S = 60.0
+MIB = 2**20
+
+
+def load(base_url: str) -> dict[str, Any]:
+    """SGLang's account of queue and pool, as of its last step."""
+    reply = httpx.get(f"{base_url}/v1/loads", params={"include": "core"}, timeout=30)
+    reply.raise_for_status()
+    found: dict[str, Any] = reply.json()["loads"][0]
+    return found
+
+
+def wait_until_free(base_url: str, seconds: float = IDLE_S) -> int:
+    """Free or evictable KV slots once the server is idle with all of them so, or after a while as many as there are."""
+    deadline = time.monotonic() + seconds
+    while True:
+        now = load(base_url)
+        waiting = now["num_running_reqs"] + now["num_waiting_reqs"] + now["num_used_tokens"]
+        if waiting == 0 or time.monotonic() > deadline:
+            return int(now["max_total_num_tokens"] - now["num_used_tokens"])
+        time.sleep(0.2)
+
+
+def flush(base_url: str) -> None:
+    """Empty the radix tree."""
+    httpx.post(f"{base_url}/flush_cache", params={"timeout": 30}, timeout=60).raise_for_status()
+
+
+def resident(process_id: int) -> dict[str, float]:
+    """MiB of each process of the server, by what it calls itself."""
+    import psutil  # type: ignore[import-untyped]
+
+    parent = psutil.Process(process_id)
+    found: Counter[str] = Counter()
+    for process in (parent, *parent.children(recursive=True)):
+        title = " ".join(process.cmdline()[:1])
+        found[title.partition("::")[2] or "server"] += process.memory_info().rss
+    return {name: size / MIB for name, size in found.items()}
+
+
+def settled(sizes: Sequence[float]) -> tuple[float, float] | None:
+    """Means of the middle and of the last third; the first is for warming up. None where there is too little."""
+    third = len(sizes) // 3
+    if third == 0:
+        return None
+    return statistics.mean(sizes[third:-third]), statistics.mean(sizes[-third:])
