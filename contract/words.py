@@ -71,6 +71,8 @@ CONTRACT = Words(
         # Of other packages, or our own.
         **dict.fromkeys(("tokenizer", "finished", "value"), NOTHING),
         "spans.py:_called_tool.output": NOTHING,
+        **dict.fromkeys(("receive", "send"), NOTHING),  # of ASGI
+        "host.py:_is_ending.http_server": NOTHING,  # a module, which host.py imports itself
         # Groups of torch.distributed.
         **dict.fromkeys(("device_group", "host_group"), NOTHING),
         "recv_req": f"{IO}.UpdateWeightFromDiskReqInput",
