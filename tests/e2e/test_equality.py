@@ -190,7 +190,7 @@ def test_replies_are_those_of_the_server_without_speculation(servers, bodies):
             a, b = mine["output_ids"], reference["output_ids"]
             if a != b:
                 at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-                assert is_tie(plain, body, at), (body, a, b)
+                assert is_tie(plain, body, at), f"token {at} with {body['sampling_params']}:\n{a}\n{b}"
                 seen["ties"] += 1
                 continue
             assert mine["text"] == reference["text"]
