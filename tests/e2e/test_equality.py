@@ -92,8 +92,8 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
     sampling = {name: value for name, value in draw(params).items() if value is not None}
     sampling |= sampling.pop("grammar", {})
     if sampling.keys() & {"regex", "ebnf", "json_schema"}:
-        # SGLang looks whether a grammar has ended before its newest token is counted, but with speculation after it: with
-        # `ignore_eos`, plain decoding gives one more token, behind the end.
+        # SGLang looks whether a grammar has ended before it counts the newest token, but with any speculation after it:
+        # with `ignore_eos`, plain decoding gives one more token, behind the end.
         sampling.pop("ignore_eos", None)
     if "repetition_penalty" in sampling:
         # Without speculation SGLang applies a request's penalties in the order of a set, which is another in each run.

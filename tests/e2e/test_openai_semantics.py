@@ -347,12 +347,7 @@ def same(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
-LATER = pytest.mark.xfail(strict=False, reason="rounds do not return log probabilities yet")
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=LATER if case.wants_logprobs else ()) for case in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
 def test_the_reply_is_that_of_the_server_without_speculation(case: Case, replies: dict[str, dict[str, Reply]]) -> None:
     found, expected = (replies[name][case.name] for name in ("whiflash", "off"))
     assert case.expect(expected), f"not what SGLang's tests expect: {expected}"
