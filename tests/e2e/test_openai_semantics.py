@@ -68,10 +68,6 @@ class Case(NamedTuple):
     body: Body
     expect: Callable[[Reply], bool] = lambda reply: reply["status"] == 200
 
-    @property
-    def wants_logprobs(self) -> bool:
-        return bool(self.body.get("logprobs"))
-
 
 def completion(name: str, expect: Callable[[Reply], bool] | None = None, **body: Any) -> Case:
     given = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 24, **body}
