@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from whiflash_sglang.backlog import Backlog
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.costs import BATCH_SIZES, CONTEXTS, RoundCosts, measure, places
 from whiflash_sglang.drafters import DRAFTERS
+from whiflash_sglang.ends import tokens_to_end
 from whiflash_sglang.ledger import Trace
 from whiflash_sglang.observe import Metrics, RequestFigures, Totals
 from whiflash_sglang.priors import document
@@ -219,7 +221,7 @@ class WhiFlashWorker(BaseSpecWorker):
                 self.switch_off(name)
         if self.metrics is not None:
             self.metrics.update()
-        return batch_result(result, self.target.logprobs)
+        return batch_result(rows, result, batch.reqs, self.target.logprobs)
 
     def switch_off(self, name: str) -> None:
         """A drafter whose arithmetic has failed: its drafts would be noise, and its KV may spread to other requests."""
@@ -328,14 +330,21 @@ def prefill_positions(
     )
 
 
-def batch_result(result: RoundResult, logprobs: Any) -> GenerationBatchResult:
-    """A round as SGLang wants it: one stride for all rows, `accept_lens` with the bonus token."""
+def batch_result(rows: Rows, result: RoundResult, requests: Sequence[Any], logprobs: Any) -> GenerationBatchResult:
+    """A round as SGLang wants it: one stride for all rows, `accept_lens` with the bonus token.
+
+    What was accepted behind the end of a request's text is left out.
+    """
     tokens = result.accepted.tokens
+    texts = zip(requests, tokens.tolist(), result.accepted.num_committed.tolist(), strict=True)
+    kept = [tokens_to_end(request, accepted[:count]) for request, accepted, count in texts]
+    lens = torch.tensor(kept, device=tokens.device)
+    bonus, new_lens = tokens.gather(1, lens[:, None] - 1)[:, 0], rows.prefix_lens + lens
     return GenerationBatchResult(
         logits_output=logprobs,
         next_token_ids=tokens.reshape(-1),
-        accept_lens=result.accepted.num_committed.to(torch.int32),
-        next_draft_input=host.draft_input(bonus_tokens=result.accepted.bonus, new_seq_lens=result.new_prefix_lens),
+        accept_lens=lens.to(torch.int32),
+        next_draft_input=host.draft_input(bonus_tokens=bonus, new_seq_lens=new_lens),
         speculative_num_draft_tokens=tokens.shape[1],
-        new_seq_lens=result.new_prefix_lens,
+        new_seq_lens=new_lens,
     )

@@ -1,0 +1,51 @@
+"""Where a request's text ends within what a round has accepted.
+
+A round accepts several tokens at once, and SGLang then looks for an end among all of them: for the length first, then
+for stop strings in the order of their list, then for stop tokens. One token at a time, whichever comes first ends the
+text: an end of turn two tokens before the longest length, or the second of two stop strings. So what lies behind the
+first end is cut off before SGLang sees it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+
+def tokens_to_end(request: Any, tokens: Sequence[int]) -> int:
+    """How many of the accepted `tokens` belong to the request's text: through the first that ends it, or all."""
+    params = request.sampling_params
+    left = params.max_new_tokens - len(request.output_ids)
+    count = min(len(tokens), max(1, left))
+    if not params.ignore_eos:
+        ends = end_ids(request)
+        count = next((i + 1 for i, token in enumerate(tokens[:count]) if token in ends), count)
+    if not params.stop_strs and not params.stop_regex_strs:
+        return count
+    window = 1 + max(params.stop_str_max_len, params.stop_regex_max_len)  # tokens that SGLang looks for a stop in
+    said = [*request.output_ids[-window:], *tokens[:count]]
+    before = len(said) - count
+    if not params.stop_regex_strs and not stops(request, said):
+        return count
+    return next((i for i in range(1, count) if stops(request, said[: before + i][-window:])), count)
+
+
+def end_ids(request: Any) -> set[int]:
+    """Tokens that end the request, unless it ignores them."""
+    ids = set(request.sampling_params.stop_token_ids or ()) | set(request.eos_token_ids or ())
+    if request.tokenizer is not None:
+        ids |= {request.tokenizer.eos_token_id} | set(request.tokenizer.additional_stop_token_ids or ())
+    return ids
+
+
+def stops(request: Any, said: Sequence[int]) -> bool:
+    """Whether a stop string or a stop pattern of the request is in the text of the tokens `said`."""
+    params = request.sampling_params
+    text = request.tokenizer.decode(said)
+    if any(stop in text for stop in params.stop_strs):
+        return True
+    try:
+        return any(re.search(pattern, text) for pattern in params.stop_regex_strs)
+    except (re.error, RecursionError):  # SGLang fails the request
+        return False
