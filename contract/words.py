@@ -72,6 +72,7 @@ CONTRACT = Words(
         **dict.fromkeys(("tokenizer", "finished", "value"), NOTHING),
         "spans.py:_called_tool.output": NOTHING,
         **dict.fromkeys(("receive", "send"), NOTHING),  # of ASGI
+        "host.py:_each_its_own.logprobs": NOTHING,
         "host.py:_is_ending.http_server": NOTHING,  # a module, which host.py imports itself
         # Groups of torch.distributed.
         **dict.fromkeys(("device_group", "host_group"), NOTHING),

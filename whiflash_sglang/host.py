@@ -215,6 +215,8 @@ def install_http(server_args: Any) -> None:
     # Context: only here are the messages of a chat known, and so what its reply reacts to.
     chat = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat"
     HookRegistry.register(f"{chat}._convert_to_internal_request", _tell_context, HookType.AFTER)
+    # Log probabilities: of a streamed chat's piece SGLang gives every token the alternatives of the first.
+    HookRegistry.register(f"{chat}._process_logprobs_tokens", _each_its_own, HookType.AROUND)
     # Figures: a chat reply has no meta_info, which passes here for every request.
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
     keep = functools.partial(_keep_finished, finished)
@@ -367,6 +369,10 @@ def _tell_context(result: tuple[Any, Any], serving: Any, request: Any, *args: An
     context = context_params(message_context(request.messages))
     params = adapted.sampling_params
     params["custom_params"] = {**(params.get("custom_params") or {}), CONTEXT_FIELD: context}
+
+
+def _each_its_own(original: Any, serving: Any, logprobs: Any, use_token_index: bool = False) -> Any:
+    return original(serving, logprobs, use_token_index=True)
 
 
 def _without_keys(arguments: dict[str, Any], *args: Any) -> dict[str, Any]:
