@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import signal
@@ -39,6 +38,7 @@ import httpx
 
 from whiflash_sglang.launch_server import DEMO_MODELS
 from workloads import server
+from workloads.bench import finish
 from workloads.chaos.client import Client, hear
 from workloads.chaos.mix import Draw, Question, Request, as_stream, bad_requests, greedy_asks, pool_for
 from workloads.chaos.poison import FLAGS, with_nan
@@ -249,11 +249,7 @@ def main() -> None:
     arguments = {name: getattr(args, name) for name in ("minutes", "clients", "questions", "seed", "router", "poison")}
     line = {"benchmark": "chaos", "arguments": arguments, **figures(found, args.poison), **about(known, pool)}
     line |= {"wall_s": round(time.monotonic() - began, 1), **provenance()}
-    if args.results:
-        args.results.write_text(json.dumps(line) + "\n")
-    print(json.dumps(line))
-    if not all(line["checks"].values()):
-        raise SystemExit(f"a check is false; see {logs}")
+    finish(line, args.results, None if all(line["checks"].values()) else f"a check is false; see {logs}")
 
 
 def about(known: Reference, pool: int) -> dict[str, Any]:

@@ -12,7 +12,6 @@ before and after, and of the reference. The last line is JSON; exit status 1 if 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import httpx
 
 from workloads import server
+from workloads.bench import finish
 from workloads.fuzz.cases import cases
 from workloads.fuzz.drive import Reference, fuzz
 from workloads.provenance import provenance
@@ -58,11 +58,7 @@ def main() -> None:
         reference.stop()
     arguments = {name: value for name, value in vars(args).items() if name != "results"}
     line = {"benchmark": "fuzz", "arguments": arguments, **figures, **provenance()}
-    if args.results:
-        args.results.write_text(json.dumps(line) + "\n")
-    print(json.dumps(line))
-    if not all(figures["checks"].values()):
-        raise SystemExit(f"a check is false; see {folder}")
+    finish(line, args.results, None if all(figures["checks"].values()) else f"a check is false; see {folder}")
 
 
 if __name__ == "__main__":

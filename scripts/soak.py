@@ -31,6 +31,7 @@ from typing import Any
 import httpx
 
 from workloads import server
+from workloads.bench import finish
 from workloads.pressure import LAUNCHER, MAX_BACKLOG, RETRACT, longest_in, pressed
 from workloads.provenance import provenance
 from workloads.tokens import Answers, TokenIds, ask, heldout_histories, totals
@@ -203,11 +204,7 @@ def main() -> None:
         raise SystemExit(f"error: {error!r}; see {log}") from error
     finally:
         running.stop()
-    if args.results:
-        args.results.write_text(json.dumps(line) + "\n")
-    print(json.dumps(line))
-    if not all(line["checks"].values()):
-        raise SystemExit(f"a check is false; see {log}")
+    finish(line, args.results, None if all(line["checks"].values()) else f"a check is false; see {log}")
 
 
 def judge(

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 
+from whiflash_sglang.ends import forbidden_ends
+
 
 def adjust(logits: torch.Tensor, window: torch.Tensor, batch: Any) -> torch.Tensor:
     """`logits` [rows, width, vocab] that follow `window` [rows, width], as the requests of the batch want them.
@@ -77,10 +79,7 @@ class Penalized(NamedTuple):
             frequency[:, None],
             presence[:, None],
             repetition[:, None],
-            [
-                (request.sampling_params.min_new_tokens - len(request.output_ids), ends_of(request))
-                for request in picked
-            ],
+            [(r.sampling_params.min_new_tokens - len(r.output_ids), sorted(forbidden_ends(r))) for r in picked],
         )
 
     def apply(self, logits: torch.Tensor, window: torch.Tensor) -> None:
@@ -108,9 +107,11 @@ class Penalized(NamedTuple):
 
 def penalize_next(batch: Any) -> None:
     """Let SGLang's own sampling after a prefill count what requests have said before they were retracted."""
+    if not any(request.output_ids for request in batch.reqs):
+        return
     sampling = batch.sampling_info
     penalized = Penalized.of(batch.reqs, sampling.vocab_size, sampling.temperatures.device)
-    if penalized is None or not any(request.output_ids for request in batch.reqs):
+    if penalized is None:
         return
     additive, scaling = penalized.penalties(penalized.counts)
     shape = (len(batch.reqs), sampling.vocab_size)
@@ -125,12 +126,3 @@ def has_penalty(params: Any) -> bool:
         or params.repetition_penalty != 1
         or params.min_new_tokens > 0
     )
-
-
-def ends_of(request: Any) -> list[int]:
-    """The tokens that would end a request, where it has said by `min_new_tokens` that they may not at first."""
-    if not request.sampling_params.min_new_tokens:
-        return []
-    tokenizer = request.tokenizer
-    ends = set(request.sampling_params.stop_token_ids or ()) | set(tokenizer.additional_stop_token_ids or ())
-    return sorted(ends | ({tokenizer.eos_token_id} - {None}))

@@ -33,10 +33,15 @@ def tokens_to_end(request: Any, tokens: Sequence[int]) -> int:
 
 def end_ids(request: Any) -> set[int]:
     """Tokens that end the request, unless it ignores them."""
-    ids = set(request.sampling_params.stop_token_ids or ()) | set(request.eos_token_ids or ())
+    return forbidden_ends(request) | set(request.eos_token_ids or ())
+
+
+def forbidden_ends(request: Any) -> set[int]:
+    """Those of them that `min_new_tokens` forbids. Ends that only the model's config names are not among them, as in SGLang."""
+    ids = set(request.sampling_params.stop_token_ids or ())
     if request.tokenizer is not None:
         ids |= {request.tokenizer.eos_token_id} | set(request.tokenizer.additional_stop_token_ids or ())
-    return ids
+    return ids - {None}
 
 
 def stops(request: Any, said: Sequence[int]) -> bool:

@@ -201,7 +201,7 @@ def install_hooks() -> None:
 
 
 def install_http(server_args: Any) -> None:
-    """What the HTTP process has beside: our routes, and two hooks where requests come in and go out."""
+    """What the HTTP process has beside: our routes, and hooks where requests come in and go out."""
     from sglang.srt.entrypoints import http_server
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.utils.auth import AuthLevel, auth_level
@@ -209,9 +209,6 @@ def install_http(server_args: Any) -> None:
     from whiflash_sglang.http_routes import Finished, routes
 
     finished = Finished()
-    # Ending: SGLang waits for running requests without end, and takes new ones meanwhile.
-    watchdog = "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog"
-    HookRegistry.register(watchdog, _end_soon, HookType.AROUND)
     # Context: only here are the messages of a chat known, and so what its reply reacts to.
     chat = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat"
     HookRegistry.register(f"{chat}._convert_to_internal_request", _tell_context, HookType.AFTER)
@@ -221,6 +218,8 @@ def install_http(server_args: Any) -> None:
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
     keep = functools.partial(_keep_finished, finished)
     HookRegistry.register(f"{manager}._handle_batch_output", keep, HookType.BEFORE)
+    # Ending: SGLang waits for running requests without end, and takes new ones meanwhile.
+    HookRegistry.register(f"{manager}.sigterm_watchdog", _end_soon, HookType.AROUND)
     # Admission: what the scheduler cannot decode or compute ends it; nothing between here and there judges it.
     asked_for = "sglang.srt.managers.io_struct.GenerateReqInput"
     HookRegistry.register(f"{asked_for}._handle_parallel_sampling", _judge_samples, HookType.AFTER)

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agents import ChatWhiFlash
 from tests.fake_openai import BASE_URL, FakeOpenAI
+from tests.scripts import load_script
 from workloads.demo.expert import Session, plan
 from workloads.demo.tasks import Task, first_task
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "agent_bench.py"
 CANCEL = 17  # a seed whose first task is to cancel an order
 FIGURES = {"rounds": 4, "rounds_by_drafter": {"df": 4}, "accepted_by_drafter": {"df": 12}, "switches": 0}
 
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("agent_bench", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["agent_bench"] = module  # where its records look for their annotations
-    spec.loader.exec_module(module)
-    return module
+    return load_script("agent_bench")
 
 
 def replies(seed: int = CANCEL) -> list[dict[str, Any]]:

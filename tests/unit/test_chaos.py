@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import random
 import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +17,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tests.scripts import load_script
 from workloads.chaos.client import MAX_FAULTS, Client, hear
 from workloads.chaos.hearing import Ear, Heard, message_of
 from workloads.chaos.mix import (
@@ -41,7 +40,6 @@ from workloads.chaos.reference import collect, smallest_gap
 from workloads.chaos.verdicts import FAULTS, MAX_BEHIND, Tally, judge
 from workloads.history import Reply
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "chaos.py"
 TEXT = "Order 1042 is shipped."
 QUESTIONS = [Question([5, 6, 7 + i], f"question {i}", [{"role": "user", "content": f"{i}"}], []) for i in range(12)]
 ASKS = greedy_asks(QUESTIONS)
@@ -379,12 +377,7 @@ def test_texts_that_rounding_may_change_are_left_out() -> None:
 
 @pytest.fixture(scope="module")
 def chaos() -> Any:
-    spec = importlib.util.spec_from_file_location("chaos", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["chaos"] = module  # where its records look for their annotations
-    spec.loader.exec_module(module)
-    return module
+    return load_script("chaos")
 
 
 def phases(chaos: Any) -> dict[str, Any]:

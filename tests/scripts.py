@@ -1,0 +1,20 @@
+"""The scripts of this repository as modules, to test what is in them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def load_script(name: str) -> Any:
+    """`scripts/NAME.py`, not run."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where its records look for their annotations
+    spec.loader.exec_module(module)
+    return module
