@@ -37,7 +37,7 @@ def end_ids(request: Any) -> set[int]:
 
 
 def forbidden_ends(request: Any) -> set[int]:
-    """Those of them that `min_new_tokens` forbids. Ends that only the model's config names are not among them, as in SGLang."""
+    """Those of them that `min_new_tokens` forbids: as in SGLang, not those that only the model's config names."""
     ids = set(request.sampling_params.stop_token_ids or ())
     if request.tokenizer is not None:
         ids |= {request.tokenizer.eos_token_id} | set(request.tokenizer.additional_stop_token_ids or ())
