@@ -248,13 +248,11 @@ def test_a_hit_reaches_to_the_branch(server, replay):
 
 
 def test_what_is_cached_never_exceeds_the_answer(replay):
-    """A round accepts tokens beyond a stop or the last allowed token. In the tree they would be a text nobody wrote."""
+    """A round accepts tokens beyond a stop or the last allowed token. In the tree they would be a text nobody wrote. They
+    are cut off, so that the last token of every answer is the one that no drafter and no target has read yet."""
     for answer in replay.all:
-        assert answer.tokens == answer.text[: len(answer.tokens)], answer.rid
-        assert len(answer.text) - 1 <= len(answer.tokens), answer.rid
-    # All of the text has KV only where a round went on beyond its end: enough of these answers were cut so.
-    whole = [answer for answer in replay.all if len(answer.tokens) == len(answer.text)]
-    reasons = [answer.meta["finish_reason"]["type"] for answer in whole]
+        assert answer.tokens == answer.text[:-1], answer.rid
+    reasons = [answer.meta["finish_reason"]["type"] for answer in replay.all]
     assert reasons.count("stop") >= 2 and reasons.count("length") >= 2
 
 

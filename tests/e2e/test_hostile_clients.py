@@ -180,21 +180,24 @@ def test_a_client_that_chose_its_id_has_the_trace_in_its_reply(base_url: str) ->
 def test_an_id_that_is_in_use_is_nobody_elses(base_url: str) -> None:
     """Two clients that give the same `rid`: the second is refused while the first is served, and replaces its figures
     when it has ended."""
-    long = {"rid": "job-3", "text": "where is", "sampling_params": {"max_new_tokens": 900, "ignore_eos": True}}
+    def job(tokens: int) -> dict:
+        params = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0}
+        return {"rid": "job-3", "text": "where is", "sampling_params": params}
+
     replies: list[httpx.Response] = []
 
     def ask(body: dict) -> None:
         replies.append(httpx.post(f"{base_url}/generate", json=body, headers=USER, timeout=120))
 
-    first = threading.Thread(target=ask, args=(long,))
+    first = threading.Thread(target=ask, args=(job(900),))
     first.start()
     time.sleep(0.5)
-    ask({**long, "sampling_params": {"max_new_tokens": 3}})
+    ask(job(3))
     httpx.post(f"{base_url}/abort_request", json={"rid": "job-3"}, headers=OPERATOR, timeout=30)
     first.join()
     second = replies[0]
     assert second.status_code == 400 and "Duplicate request ID" in second.text
-    ask({**long, "sampling_params": {"max_new_tokens": 3}})
+    ask(job(3))
     kept = httpx.get(f"{base_url}/whiflash/requests/job-3", headers=USER, timeout=30).json()
     assert kept["completion_tokens"] == 3
 
