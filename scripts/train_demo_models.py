@@ -33,6 +33,9 @@ DFLASH_LAYERS = (0, 2, 4, 6)
 DFLASH_DEPTH = 2
 DFLASH_BLOCK = 8
 DRAFT_VOCAB = 1024
+# Two drafters are worth having where each is better somewhere. So small a target is drafted for by a DFlash that has
+# learned from everything better than by any chain: this one learns from calls and answers, EAGLE-3 from all of it.
+DFLASH_REASONING = 0.1
 STAGES = ("target", "eagle3", "dflash", "evaluate")
 
 
@@ -84,7 +87,7 @@ def run_eagle3(args: argparse.Namespace, examples: list[text.Example]) -> Result
 def run_dflash(args: argparse.Namespace, examples: list[text.Example]) -> Result:
     target = load_target(args)
     mask_token = AutoTokenizer.from_pretrained(args.out / "target").mask_token_id
-    recipe = recipe_of(args, DFLASH_LAYERS, args.seed + 2, "dflash")
+    recipe = recipe_of(args, DFLASH_LAYERS, args.seed + 2, "dflash")._replace(reasoning=args.dflash_reasoning)
     return fit_dflash(target, examples, recipe, DFLASH_DEPTH, DFLASH_BLOCK, mask_token, args.out / "dflash")
 
 
@@ -129,6 +132,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--length", type=int, default=1408)
+    parser.add_argument(
+        "--dflash-reasoning",
+        type=float,
+        default=DFLASH_REASONING,
+        metavar="WEIGHT",
+        help="of rounds that begin in reasoning, for DFlash (default: %(default)s)",
+    )
     parser.add_argument("--heldout", type=int, default=24, help="held-out sessions to evaluate on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")

@@ -225,12 +225,6 @@ REFUSALS: tuple[Refusal, ...] = (
 
 CPU_REFUSALS: tuple[Refusal, ...] = (
     *_rows(
-        "--page-size",
-        "needs accelerator kernels",
-        "on a CPU leave it out or use --page-size 1",
-        fine=(1,),
-    ),
-    *_rows(
         "--attention-backend --prefill-attention-backend --decode-attention-backend",
         "needs an accelerator",
         "on a CPU leave it out or use torch_native",

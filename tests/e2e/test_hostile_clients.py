@@ -180,6 +180,7 @@ def test_a_client_that_chose_its_id_has_the_trace_in_its_reply(base_url: str) ->
 def test_an_id_that_is_in_use_is_nobody_elses(base_url: str) -> None:
     """Two clients that give the same `rid`: the second is refused while the first is served, and replaces its figures
     when it has ended."""
+
     def job(tokens: int) -> dict:
         params = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0}
         return {"rid": "job-3", "text": "where is", "sampling_params": params}

@@ -51,10 +51,9 @@ def flags(**changed):
 
 def test_flags_without_a_cpu_implementation_are_refused():
     refuse_unsupported_flags(flags())
-    refuse_unsupported_flags(flags(page_size=1, attention_backend="intel_amx"))
+    refuse_unsupported_flags(flags(page_size=16, attention_backend="intel_amx"))
     refuse_unsupported_flags(flags(tp_size=2, dp_size=2))
     for changed, message in [
-        ({"page_size": 16}, "--page-size 16"),
         ({"pp_size": 2}, "--pp-size 2.*--tp-size"),
         ({"enable_dp_attention": True}, "--enable-dp-attention.*--dp-size"),
         ({"attention_backend": "flashinfer"}, "--attention-backend flashinfer"),

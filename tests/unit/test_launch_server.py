@@ -356,10 +356,10 @@ def test_a_bad_config_file_is_named(
 
 
 def test_flags_that_do_not_go_together_are_one_line() -> None:
-    command = [sys.executable, "-m", "whiflash_sglang.launch_server", "--demo", "--page-size", "16"]
+    command = [sys.executable, "-m", "whiflash_sglang.launch_server", "--demo", "--attention-backend", "triton"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    assert "error: --page-size 16" in result.stderr
+    assert "error: --attention-backend triton" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -63,7 +63,9 @@ class WhiFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return MHATokenToKVPool
 
     def get_paged_allocator_cls(self) -> type:
-        return _slot_allocator
+        from whiflash_sglang.cpu.pages import allocator
+
+        return allocator
 
     def get_dispatch_key_name(self) -> str:
         return DISPATCH_KEY
@@ -79,13 +81,6 @@ def _create_attention_backend(model_runner):
     from whiflash_sglang.cpu.attention import CpuAttentionBackend
 
     return CpuAttentionBackend(model_runner)
-
-
-def _slot_allocator(size: int, *, page_size: int, dtype: torch.dtype, device: str, kvcache, need_sort: bool):
-    """SGLang's allocator of single slots; its signature has no page size because it is always 1."""
-    from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
-
-    return TokenToKVPoolAllocator(size, dtype, device, kvcache, need_sort)
 
 
 def _count_as_deterministic(backend: str) -> None:

@@ -15,7 +15,7 @@ from transformers import Qwen3ForCausalLM
 
 from whiflash_sglang.training.drafters import DFlash, DrafterShape, Eagle3, Verdict, judge
 from whiflash_sglang.training.loop import Result, Settings, train
-from whiflash_sglang.training.text import CONTEXT
+from whiflash_sglang.training.text import CONTEXT, REASONING
 
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]
 
@@ -33,10 +33,13 @@ def reply_weights(verdict: Verdict) -> torch.Tensor:
     return ((verdict.spans != CONTEXT) & (verdict.ids >= 0)).float()
 
 
-def anchor_weights(verdict: Verdict, weights: torch.Tensor, settled: float, open_: float) -> torch.Tensor:
+def anchor_weights(
+    verdict: Verdict, weights: torch.Tensor, settled: float, open_: float, reasoning: float
+) -> torch.Tensor:
     """Weight of each position [rows, n] as an anchor, by whether the target was sure of it and what follows it."""
     is_open = (verdict.entropy > OPEN_NATS).roll(1, dims=1)  # anchor a was chosen after a - 1
-    return shifted(weights, 1) * torch.where(is_open, open_, settled)
+    by_span = torch.where(verdict.spans == REASONING, reasoning, 1.0)
+    return shifted(weights, 1) * torch.where(is_open, open_, settled) * by_span
 
 
 def shifted(values: torch.Tensor, by: int) -> torch.Tensor:
@@ -46,7 +49,9 @@ def shifted(values: torch.Tensor, by: int) -> torch.Tensor:
     return result
 
 
-def eagle3_loss(model: Eagle3, embed: torch.nn.Module, verdict: Verdict, num_chains: int) -> torch.Tensor:
+def eagle3_loss(
+    model: Eagle3, embed: torch.nn.Module, verdict: Verdict, num_chains: int, reasoning: float = 1.0
+) -> torch.Tensor:
     """Cross-entropy with the target's choices, over the steps of chains from random entries.
 
     Step k (from 0) of the chain at entry i predicts token i + 2 + k, which the target chooses after token i + 1 + k.
@@ -55,7 +60,7 @@ def eagle3_loss(model: Eagle3, embed: torch.nn.Module, verdict: Verdict, num_cha
     to_draft = torch.full((model.shape.vocab,), -100, device=verdict.ids.device)
     to_draft[model.draft_tokens] = torch.arange(len(model.draft_tokens), device=verdict.ids.device)
     weights = reply_weights(verdict)
-    starts = anchor_weights(verdict, weights, settled=EAGLE3_SETTLED, open_=1.0)
+    starts = anchor_weights(verdict, weights, settled=EAGLE3_SETTLED, open_=1.0, reasoning=reasoning)
     entries = pick_anchors(starts, num_chains, EAGLE3_STEPS + 2) - 1  # entry i is anchored at i + 1
     alive = torch.ones_like(verdict.follows)
     total = norm = torch.zeros((), device=verdict.ids.device)
@@ -71,7 +76,12 @@ def eagle3_loss(model: Eagle3, embed: torch.nn.Module, verdict: Verdict, num_cha
 
 
 def dflash_loss(
-    model: DFlash, embed: torch.nn.Module, head: torch.Tensor, verdict: Verdict, num_anchors: int
+    model: DFlash,
+    embed: torch.nn.Module,
+    head: torch.Tensor,
+    verdict: Verdict,
+    num_anchors: int,
+    reasoning: float = 1.0,
 ) -> torch.Tensor:
     """Cross-entropy with the target's choices, over blocks at random anchors.
 
@@ -79,7 +89,7 @@ def dflash_loss(
     counts while tokens a + 1 .. a + j are the target's own choices.
     """
     weights = reply_weights(verdict)
-    starts = anchor_weights(verdict, weights, settled=1.0, open_=DFLASH_OPEN)
+    starts = anchor_weights(verdict, weights, settled=1.0, open_=DFLASH_OPEN, reasoning=reasoning)
     anchors = pick_anchors(starts, num_anchors, model.block)
     logits = model.blocks(embed, head, verdict, anchors)
     offsets = torch.arange(model.block - 1, device=anchors.device)
@@ -110,14 +120,20 @@ def new_eagle3(target: Qwen3ForCausalLM, layer_ids: tuple[int, ...], draft_token
 
 
 def train_eagle3(
-    model: Eagle3, target: Qwen3ForCausalLM, batches: Batches, settings: Settings, checkpoint: Path
+    model: Eagle3,
+    target: Qwen3ForCausalLM,
+    batches: Batches,
+    settings: Settings,
+    checkpoint: Path,
+    reasoning: float = 1.0,
 ) -> Result:
+    """Train on the target's replies; `reasoning`: weight of rounds that begin in it, against all others."""
     embed = target.get_input_embeddings()
 
     def loss_of(batch: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
         verdict = judge(target, *batch)
         with torch.autocast(target.device.type, torch.bfloat16):
-            return eagle3_loss(model, embed, verdict, num_chains=192)
+            return eagle3_loss(model, embed, verdict, num_chains=192, reasoning=reasoning)
 
     return train(model, batches, loss_of, settings, checkpoint)
 
@@ -132,14 +148,20 @@ def new_dflash(
 
 
 def train_dflash(
-    model: DFlash, target: Qwen3ForCausalLM, batches: Batches, settings: Settings, checkpoint: Path
+    model: DFlash,
+    target: Qwen3ForCausalLM,
+    batches: Batches,
+    settings: Settings,
+    checkpoint: Path,
+    reasoning: float = 1.0,
 ) -> Result:
+    """Train on the target's replies; `reasoning`: weight of rounds that begin in it, against all others."""
     embed, head = target.get_input_embeddings(), target.lm_head.weight
 
     def loss_of(batch: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
         verdict = judge(target, *batch)
         with torch.autocast(target.device.type, torch.bfloat16):
-            return dflash_loss(model, embed, head, verdict, num_anchors=48)
+            return dflash_loss(model, embed, head, verdict, num_anchors=48, reasoning=reasoning)
 
     return train(model, batches, loss_of, settings, checkpoint)
 

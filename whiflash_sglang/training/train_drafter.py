@@ -54,6 +54,7 @@ class Recipe(NamedTuple):
     settings: Settings
     checkpoint: Path
     start: Path | None = None  # a drafter's folder to go on from, not anew
+    reasoning: float = 1.0  # weight of rounds that begin in reasoning, against all others
 
 
 def fit_eagle3(
@@ -69,7 +70,7 @@ def fit_eagle3(
         draft_tokens = counts.topk(min(draft_vocab, int((counts > 0).sum()))).indices.sort().values
         model = new_eagle3(target, recipe.layers, draft_tokens)
     batches = text.batches(examples, recipe.batch_tokens, recipe.length, recipe.seed)
-    result = train_eagle3(model, target, batches, recipe.settings, recipe.checkpoint)
+    result = train_eagle3(model, target, batches, recipe.settings, recipe.checkpoint, recipe.reasoning)
     save_eagle3(model, target, out)
     return result
 
@@ -89,7 +90,7 @@ def fit_dflash(
     else:
         model = new_dflash(target, recipe.layers, depth, block, mask_token)
     batches = text.batches(examples, recipe.batch_tokens, recipe.length, recipe.seed)
-    result = train_dflash(model, target, batches, recipe.settings, recipe.checkpoint)
+    result = train_dflash(model, target, batches, recipe.settings, recipe.checkpoint, recipe.reasoning)
     save_dflash(model, target, out)
     return result
 
@@ -122,7 +123,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     target = AutoModelForCausalLM.from_pretrained(args.model_path, dtype=dtype).to(args.device).eval()
     target.requires_grad_(False)
     settings = Settings(args.steps, learning_rate=args.learning_rate, max_seconds=60 * args.minutes)
-    recipe = Recipe(layers, args.batch_tokens, args.length, args.seed, settings, args.out / "checkpoint.pt")
+    checkpoint = args.out / "checkpoint.pt"
+    recipe = Recipe(layers, args.batch_tokens, args.length, args.seed, settings, checkpoint, reasoning=args.reasoning)
     if args.kind == "eagle3":
         result = fit_eagle3(target, examples, recipe, args.draft_vocab, args.out)
     else:
@@ -150,6 +152,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--length", type=int, default=4096, help="tokens of a session (default: %(default)s)")
+    parser.add_argument(
+        "--reasoning",
+        type=float,
+        default=1.0,
+        metavar="WEIGHT",
+        help="of rounds that begin in reasoning, against all others: each drafter for what it is to draft",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     try:

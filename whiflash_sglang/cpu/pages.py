@@ -1,0 +1,79 @@
+"""KV slots on a CPU: single ones, or in pages (`--page-size`), as SGLang's allocators keep them.
+
+SGLang's allocator of pages hands them out through Triton kernels; everything else about it is bookkeeping in torch. A
+page holds consecutive positions of one request. The radix tree shares whole pages only.
+"""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.mem_cache.allocation import get_last_loc_torch
+from sglang.srt.mem_cache.allocator import (
+    BaseTokenToKVPoolAllocator,
+    PagedTokenToKVPoolAllocator,
+    TokenToKVPoolAllocator,
+    alloc_extend_naive,
+)
+
+
+def allocator(
+    size: int, *, page_size: int, dtype: torch.dtype, device: str, kvcache: object, need_sort: bool
+) -> BaseTokenToKVPoolAllocator:
+    """What the platform gives SGLang as the class of its allocator."""
+    if page_size == 1:  # its signature has no page size
+        return TokenToKVPoolAllocator(size, dtype, device, kvcache, need_sort)
+    return CpuPagedAllocator(size, page_size, dtype, device, kvcache, need_sort)
+
+
+class CpuPagedAllocator(PagedTokenToKVPoolAllocator):
+    """Pages without Triton. As in SGLang, None where too few are free, and then nothing is taken."""
+
+    def alloc_extend(
+        self,
+        prefix_lens: torch.Tensor,
+        prefix_lens_cpu: torch.Tensor,
+        seq_lens: torch.Tensor,
+        seq_lens_cpu: torch.Tensor,
+        last_loc: torch.Tensor,
+        extend_num_tokens: int,
+        num_new_pages: int | None = None,
+    ) -> torch.Tensor | None:
+        """Slots [extend_num_tokens] int64 for positions prefix .. seq - 1 of every request, back to back: first what is
+        left of the page that holds `last_loc`, the slot of position prefix - 1 (-1: none)."""
+        needed = num_new_pages
+        if needed is None:
+            needed = int((pages(seq_lens_cpu, self.page_size) - pages(prefix_lens_cpu, self.page_size)).sum())
+        if not self._have(needed):
+            return None
+        slots = torch.empty(extend_num_tokens, dtype=torch.int64)
+        alloc_extend_naive(prefix_lens, seq_lens, last_loc, self.free_pages, slots, self.page_size, self.device)
+        self.free_pages = self.free_pages[needed:]
+        return slots
+
+    def alloc_decode(
+        self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
+    ) -> torch.Tensor | None:
+        """A slot [requests] int64 for position seq - 1 of every request, beside `last_loc` or in a page of its own."""
+        opens = (seq_lens - 1) % self.page_size == 0
+        needed = int(opens.sum())
+        if not self._have(needed):
+            return None
+        slots = last_loc.to(torch.int64) + 1
+        slots[opens] = self.free_pages[:needed] * self.page_size
+        self.free_pages = self.free_pages[needed:]
+        return slots
+
+    def _have(self, num_pages: int) -> bool:
+        if num_pages > len(self.free_pages):
+            self.merge_and_sort_free()
+        return num_pages <= len(self.free_pages)
+
+
+def pages(lens: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Pages that texts of `lens` tokens take."""
+    return (lens + page_size - 1) // page_size
+
+
+def last_slot(req_to_token: torch.Tensor, rows: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+    """The slot of the last of `lens` positions of every request; -1 where there is none."""
+    return get_last_loc_torch(req_to_token, rows, lens)
