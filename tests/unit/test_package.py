@@ -80,6 +80,7 @@ def test_the_core_imports_without_sglang() -> None:
             "http_routes",
             "hub",
             "identity",
+            "kernels",
             "launch_server",
             "ledger",
             "plans",
