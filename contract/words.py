@@ -95,16 +95,18 @@ CONTRACT = Words(
         "host.py:_tell_context.adapted": f"{IO}.GenerateReqInput",
         # The drafters' models as SGLang loads them.
         "host.py:_share_embedding.draft_model": f"{EAGLE}.LlamaForCausalLMEagle3",
+        "drafters/fused.py:lacking.pool": f"{POOL}.MHATokenToKVPool",
+        "drafters/fused.py:lacking.rotary": ROTARY,
         "drafters/runner.py:self.model": f"{DFLASH}.DFlashDraftModel",
-        **dict.fromkeys(
-            ("drafters/dflash.py:runner.model", "drafters/dflash.py:self.runner.model"), f"{DFLASH}.DFlashDraftModel"
-        ),
+        "drafters/dflash.py:runner.model": f"{DFLASH}.DFlashDraftModel",
         **dict.fromkeys(
             ("drafters/eagle3.py:runner.model", "drafters/eagle3.py:self.runner.model"),
             f"{EAGLE}.LlamaForCausalLMEagle3",
         ),
     },
     values={
+        "KVProjection.layers": f"[{DFLASH}.DFlashAttention]",  # or of EAGLE-3, in the same words
+        "KVProjection.norms": f"[{NORM}]",
         "DraftRunner.worker": WORKER,
         "DraftRunner.algorithm": NOTHING,
         "DraftRunner.target_model": TARGET,

@@ -8,9 +8,13 @@ or MLP, and an entry depends on its own position only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch.nn.functional import rms_norm
 
+from whiflash_sglang.drafters.fused import KVProjection, write_entries
 from whiflash_sglang.drafters.runner import (
     DraftBlock,
     DraftRunner,
@@ -34,28 +38,42 @@ class DFlashDrafter:
         block = torch.full((1, runner.spec.block_size), runner.spec.mask_token_id, dtype=torch.int64)
         self.block = block.to(runner.device)  # [1, block]
         self.head = TargetHead(runner.target_model, runner.spec.vocab_size)
-        self.layers = [layer.self_attn for layer in runner.model.layers]
-        rows = [kv_rows(runner.spec, layer.qkv_proj, layer.q_size) for layer in self.layers]
-        self.kv_weight = by_kind([weight for weight, _ in rows])  # [2 * layers * kv_size, hidden]
-        self.kv_bias = by_kind([bias for _, bias in rows if bias is not None]) if rows[0][1] is not None else None
-        self.k_norm = torch.stack([layer.k_norm.weight for layer in self.layers])[:, None]  # [layers, 1, head_dim]
-        self.norm_epsilon = self.layers[0].k_norm.variance_epsilon
+        layers = [layer.self_attn for layer in runner.model.layers]
+        rows = [kv_rows(runner.spec, layer.qkv_proj, layer.q_size) for layer in layers]
+        kv = KVProjection(
+            layers,
+            weight=by_kind([weight for weight, _ in rows]),
+            bias=by_kind([bias for _, bias in rows if bias is not None]) if rows[0][1] is not None else None,
+            norms=[runner.model.hidden_norm],
+            epsilon=layers[0].k_norm.variance_epsilon,
+            k_norm=torch.stack([layer.k_norm.weight for layer in layers]),
+        )
+        fused = write_entries(runner, kv)
+        # The kernel norms features as it reads them, and a feature then waits as `fc` gave it.
+        self.reduce = runner.model.project_target_hidden if fused is None else runner.model.fc
+        self.write = fused or partial(self.write_layers, kv)
         self.feature_size, self.feature_dtype = runner.spec.hidden_size, runner.model.fc.weight.dtype
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """Captured features [n, captures * hidden] through the drafter's `fc`."""
-        return self.runner.model.project_target_hidden(select_columns(features, self.columns))
+        return self.reduce(select_columns(features, self.columns))
 
     def ingest(self, entries: Entries) -> None:
+        self.write((entries.features,), entries.positions, entries.kv_slots)
+
+    def write_layers(
+        self, kv: KVProjection, parts: Sequence[torch.Tensor], positions: torch.Tensor, kv_slots: torch.Tensor
+    ) -> None:
         # All layers at once, as K and V of each are projections of the same features: few operations, however small.
-        shape = (len(entries.positions), 2, len(self.layers), -1)  # K or V, layer, kv_heads * head_dim
-        k, v = project(entries.features, self.kv_weight, self.kv_bias).view(shape).unbind(1)
-        heads = k.reshape(*k.shape[:2], -1, self.k_norm.shape[-1])
-        k = (rms_norm(heads, heads.shape[-1:], eps=self.norm_epsilon) * self.k_norm).flatten(1)
-        _, k = self.layers[0].rotary_emb(entries.positions, torch.empty_like(k), k)
+        (features,) = parts  # normed already
+        shape = (len(positions), 2, len(kv.layers), -1)  # K or V, layer, kv_heads * head_dim
+        k, v = project(features, kv.weight, kv.bias).view(shape).unbind(1)
+        heads = k.reshape(*k.shape[:2], -1, kv.k_norm.shape[-1])
+        k = (rms_norm(heads, heads.shape[-1:], eps=kv.epsilon) * kv.k_norm[:, None]).flatten(1)
+        _, k = kv.layers[0].rotary_emb(positions, torch.empty_like(k), k)
         k = k.view(v.shape)
-        for i, layer in enumerate(self.layers):
-            self.runner.write_kv(layer.attn, entries.kv_slots, k[:, i], v[:, i])
+        for i, layer in enumerate(kv.layers):
+            self.runner.write_kv(layer.attn, kv_slots, k[:, i], v[:, i])
 
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
         num_rows, block_size = len(rows.slots), self.block.shape[1]

@@ -14,8 +14,12 @@ belong to another branch, which is why SGLang's radix tree is keyed by bigrams w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 
+from whiflash_sglang.drafters.fused import KVProjection, write_entries
 from whiflash_sglang.drafters.runner import (
     DraftBlock,
     DraftRunner,
@@ -37,7 +41,10 @@ class Eagle3Drafter:
         self.columns = None if columns is None else columns.to(runner.device)
         model = runner.model
         self.layer = model.model.layers[0]
-        self.kv_rows = kv_rows(runner.spec, self.layer.self_attn.qkv_proj, self.layer.self_attn.q_size)
+        attention, norms = self.layer.self_attn, [self.layer.input_layernorm, self.layer.hidden_norm]
+        weight, bias = kv_rows(runner.spec, attention.qkv_proj, attention.q_size)
+        kv = KVProjection([attention], weight, bias, norms, self.layer.hidden_norm.variance_epsilon)
+        self.write = write_entries(runner, kv) or partial(self.write_layer, kv)
         self.token_ids = None if model.hot_token_id is None else model.hot_token_id.to(runner.device)  # [draft vocab]
         self.feature_size, self.feature_dtype = runner.spec.hidden_size, model.model.fc.weight.dtype
 
@@ -53,13 +60,19 @@ class Eagle3Drafter:
         return model.fc(features)
 
     def ingest(self, entries: Entries) -> None:
-        layer, attention = self.layer, self.layer.self_attn
         embeds = self.runner.model.model.embed_tokens(entries.next_tokens)
-        x = torch.cat([layer.input_layernorm(embeds), layer.hidden_norm(entries.features)], dim=-1)  # [n, 2 * hidden]
-        k, v = project(x, *self.kv_rows).split([attention.kv_size, attention.kv_size], dim=-1)
+        self.write((embeds, entries.features), entries.positions, entries.kv_slots)
+
+    def write_layer(
+        self, kv: KVProjection, parts: Sequence[torch.Tensor], positions: torch.Tensor, kv_slots: torch.Tensor
+    ) -> None:
+        layer, attention = self.layer, self.layer.self_attn
+        embeds, features = parts
+        x = torch.cat([layer.input_layernorm(embeds), layer.hidden_norm(features)], dim=-1)  # [n, 2 * hidden]
+        k, v = project(x, kv.weight, kv.bias).split([attention.kv_size, attention.kv_size], dim=-1)
         k = k.contiguous()
-        _, k = attention.rotary_emb(entries.positions, torch.empty_like(k), k)
-        self.runner.write_kv(attention.attn, entries.kv_slots, k, v)
+        _, k = attention.rotary_emb(positions, torch.empty_like(k), k)
+        self.runner.write_kv(attention.attn, kv_slots, k, v)
 
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
         tokens, hidden = rows.anchors, last  # [rows], [rows, hidden]
