@@ -253,6 +253,13 @@ CPU_REFUSALS: tuple[Refusal, ...] = (
         fine=("pytorch",),
     ),
     *_rows(
+        "--enable-nccl-nvls --enable-symm-mem --enable-torch-symm-mem --enable-mscclpp --enable-profile-cuda-graph "
+        "--enable-cudagraph-gc --debug-cuda-graph --enable-layerwise-nvtx-marker",
+        "needs CUDA",
+        "leave it out on a CPU",
+        fine=(False,),
+    ),
+    *_rows(
         "--enable-torch-compile",
         "this CPU platform runs uncompiled: compiling takes minutes and gains nothing here",
         "leave it out",

@@ -4,8 +4,9 @@ no disk.
     paths = write_models(folder, QWEN3_8B)      # then serve with --load-format dummy
 
 What is written is `config.json`, the tokenizer of the bundled models (ids beyond it only fill up the vocabulary), and
-safetensors files whose header has every tensor's name and shape and whose data is one hole. The launcher judges drafters
-by headers, so that it judges these as it would the real ones; SGLang fills weights with noise and reads no file.
+safetensors files whose header has every tensor's name and shape and whose data is one hole. The launcher judges
+drafters by headers, so that it judges these as it would the real ones; SGLang fills weights with noise and reads no
+file.
 """
 
 from __future__ import annotations
