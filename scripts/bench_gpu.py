@@ -315,9 +315,16 @@ def train_router(folder: Path, paths: ModelPaths, flags: Sequence[str], logs: Pa
 
 
 def run(*arguments: str) -> None:
-    """A command of this repository; its output is progress."""
+    """A command of this repository; its output is progress. CalledProcessError where it fails."""
     note(f"python {' '.join(arguments[:3])} ...")
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=sys.stderr, check=True)
+    with subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=sys.stderr) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()  # and not kill, as `subprocess.run` would: it has servers of its own to stop
+            raise
+    if status:
+        raise subprocess.CalledProcessError(status, process.args)
 
 
 def acceptance(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, Any]:
