@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,18 @@ from workloads import server
 from workloads.bench import LAUNCHER, Command, finish, in_turns, note, servers
 from workloads.demo.generate import sessions
 from workloads.gpu.forced import Recording
-from workloads.gpu.judge import LIMITS, PARTS, ROUTERS, by_span, criteria, histogram, markdown, round_figures, speeds
+from workloads.gpu.judge import (
+    LIMITS,
+    PARTS,
+    ROUTERS,
+    UPSTREAM,
+    by_span,
+    criteria,
+    histogram,
+    markdown,
+    round_figures,
+    speeds,
+)
 from workloads.gpu.shapes import QWEN3_8B, TINY, ModelShape, write_models
 from workloads.lossless import compare
 from workloads.provenance import provenance
@@ -56,7 +68,8 @@ from workloads.tokens import Streamed, TokenIds, ask, stream, totals
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = ROOT / "workloads" / "gpu" / "acceptance.json"
-FORCED = "workloads.gpu.forced"
+FORCED, UPSTREAM_LAUNCHER = "workloads.gpu.forced", "sglang.launch_server"
+QUIET = ("--skip-server-warmup", "--sleep-on-idle")
 POLICIES = ("off", "fixed:e3", "fixed:df", "entropy", "neural")
 SHAPE_ROUTERS = ("fixed:e3", "fixed:df", "alternate", "entropy", "neural")
 MAX_TOKENS = 220
@@ -95,13 +108,13 @@ def has_accelerator() -> bool:
 
 def upstream_flags(paths: ModelPaths, block: int) -> dict[str, tuple[str, ...]]:
     """SGLang's own algorithms with the same drafters, drafting as many tokens as ours."""
-    chain_flags = (f"--speculative-num-steps={paths.eagle_steps}", "--speculative-eagle-topk=1")
     return {
         "EAGLE3": (
             f"--model-path={paths.target}",
             "--speculative-algorithm=EAGLE3",
             f"--speculative-draft-model-path={paths.eagle3}",
-            *chain_flags,
+            f"--speculative-num-steps={paths.eagle_steps}",
+            "--speculative-eagle-topk=1",
             f"--speculative-num-draft-tokens={1 + paths.eagle_steps}",
         ),
         "DFLASH": (
@@ -132,45 +145,43 @@ def shapes(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, 
     paths = ModelPaths(*folders, WhiFlashConfig.eagle_steps)
     router = logs / "shapes" / "router"
     random_router(router, paths)
-    common = (
-        *(
-            "--load-format=dummy",
-            "--skip-server-warmup",
-            "--sleep-on-idle",
-            f"--max-running-requests={max(setting.batches)}",
-        ),
-        *(f"--context-length={setting.shape.context_length}", *setting.flags, *args.server_flags),
-    )
+    sized = (f"--max-running-requests={max(setting.batches)}", f"--context-length={setting.shape.context_length}")
+    common = ("--load-format=dummy", *QUIET, *sized, *setting.flags, *args.server_flags)
     recording = recorded(args.acceptance, paths.eagle_steps, setting.shape.block_size - 1)
-
-    def ours(name: str, synchronize: bool) -> Command:
-        flags = (*paths.server_flags(), *router_flags(name, router), *common)
-        forced = recording(synchronize).to_environ()
-        return Command(FORCED, flags, forced, START_SECONDS)
-
+    timed = replace(recording, synchronize=True).to_environ()
     rounds = {}
     for name in args.routers:
-        with servers({name: ours(name, True)}, logs) as urls:
+        flags = (*paths.server_flags(), *router_flags(name, router), *common)
+        with servers({name: Command(FORCED, flags, timed, START_SECONDS)}, logs) as urls:
             rounds[name] = {
                 f"{batch} x {context}": cell(urls[name], batch, context, setting)
                 for batch in setting.batches
                 for context in setting.contexts
             }
         note(f"shapes, {name}: measured")
-    speed: dict[str, float] = {}
-    if has_accelerator():
-        simulated = upstream_flags(paths, setting.shape.block_size)
-        commands = {name: ours(name, False) for name in ("fixed:e3", "fixed:df")}
-        for name, drafts in (("EAGLE3", paths.eagle_steps), ("DFLASH", setting.shape.block_size - 1)):
-            length = mean_length(recording(False), drafts)
-            variables = {"SGLANG_SIMULATE_ACC_LEN": f"{length:.3f}", "SGLANG_SIMULATE_ACC_METHOD": "match-expected"}
-            commands[name] = Command("sglang.launch_server", (*simulated[name], *common), variables, START_SECONDS)
-        for name, command in commands.items():
-            with servers({name: command}, logs / "speed") as urls:
-                speed[name] = cell_speed(urls[name], setting)
+    speed = same_acceptance(paths, common, recording, setting, logs / "speed") if has_accelerator() else {}
     ttft = time_to_first_token(paths, common, setting, logs / "ttft")
     sizes = f"{setting.shape.num_layers} layers of width {setting.shape.hidden_size}, no weights"
     return {"models": sizes, "rounds": rounds, "tokens_per_s": speed, "ttft": ttft}
+
+
+def same_acceptance(
+    paths: ModelPaths, common: Sequence[str], recording: Recording, setting: Setting, logs: Path
+) -> dict[str, float]:
+    """Tokens/s of one request where all accept as many drafts: ours by draws, SGLang's own by its own simulation."""
+    commands = {}
+    simulated = upstream_flags(paths, setting.shape.block_size)
+    for ours, drafts in (("fixed:e3", paths.eagle_steps), ("fixed:df", setting.shape.block_size - 1)):
+        flags = (*paths.server_flags(), *router_flags(ours), *common)
+        commands[ours] = Command(FORCED, flags, recording.to_environ(), START_SECONDS)
+        length, theirs = mean_length(recording, drafts), UPSTREAM[ours]
+        variables = {"SGLANG_SIMULATE_ACC_LEN": f"{length:.3f}", "SGLANG_SIMULATE_ACC_METHOD": "match-expected"}
+        commands[theirs] = Command(UPSTREAM_LAUNCHER, (*simulated[theirs], *common), variables, START_SECONDS)
+    speed = {}
+    for name, command in commands.items():
+        with servers({name: command}, logs) as urls:
+            speed[name] = cell_speed(urls[name], setting)
+    return speed
 
 
 def random_router(folder: Path, paths: ModelPaths) -> None:
@@ -183,13 +194,13 @@ def random_router(folder: Path, paths: ModelPaths) -> None:
     save_router(folder, NeuralRouter(network, "e3", 0.0, {}), identity, training={}, metrics={})
 
 
-def recorded(file: Path, *drafts: int) -> Any:
-    """What is forced, made of a recording for chains of so many drafts, EAGLE-3's first; by whether to synchronise."""
+def recorded(file: Path, *drafts: int) -> Recording:
+    """What is forced, made of a recording for chains of so many drafts, EAGLE-3's first."""
     content = json.loads(file.read_text())
     acceptance = dict(zip(drafts, (content["e3"], content["df"]), strict=True))
     if len(acceptance) < len(drafts):
         raise SystemExit("error: both drafters make chains of one length, and could not be told apart; use other sizes")
-    return lambda synchronize: Recording(acceptance, content["e3_share"], content["switch_rate"], synchronize)
+    return Recording(acceptance, content["e3_share"], content["switch_rate"])
 
 
 def mean_length(recording: Recording, drafts: int) -> float:
@@ -272,8 +283,7 @@ def trained(args: argparse.Namespace, setting: Setting, logs: Path) -> Trained:
     """The models of --models, trained now where there are none."""
     folder = args.models or logs / "models"
     paths = ModelPaths(*(folder / name for name in ("target", "dflash", "eagle3")), WhiFlashConfig.eagle_steps)
-    sized = ("--context-length=8192", "--max-total-tokens=65536", "--max-running-requests=16")
-    sized += ("--skip-server-warmup", "--sleep-on-idle")
+    sized = ("--context-length=8192", "--max-total-tokens=65536", "--max-running-requests=16", *QUIET)
     flags = (*sized, "--mem-fraction-static=0.1", *setting.flags, *args.server_flags)  # they stand side by side
     calibration = folder / "calibration.json"
     if not calibration.exists():
@@ -337,7 +347,7 @@ def acceptance(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[s
     notes = []
     if has_accelerator():
         for name, own in upstream_flags(models.paths, models.block).items():
-            commands[name] = Command("sglang.launch_server", (*own, *models.flags), {}, START_SECONDS)
+            commands[name] = Command(UPSTREAM_LAUNCHER, (*own, *models.flags), {}, START_SECONDS)
     else:
         notes.append("SGLang's own EAGLE3 and DFLASH need an accelerator and are left out here.")
     tokenizer = AutoTokenizer.from_pretrained(models.paths.target)
