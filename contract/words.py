@@ -115,6 +115,7 @@ CONTRACT = Words(
         f"{WORKER}.tokenizer": NOTHING,
         f"{RUNNER}.token_to_kv_pool": f"{POOL}.MHATokenToKVPool",
         f"{RUNNER}.attn_backend": f"{SRT}.layers.attention.base_attn_backend.AttentionBackend",
+        f"{RUNNER}.kv_cache_dtype": NOTHING,  # torch's
         f"{RUNNER}.sampler": f"{SRT}.layers.sampler.Sampler",
         f"{POOL}.ReqToTokenPool.req_to_token": NOTHING,
         f"{SCHEDULE}.ScheduleBatch.spec_info": DRAFT_INPUT,

@@ -32,7 +32,7 @@ from whiflash_sglang.training.bundled import gains, replies_to
 from whiflash_sglang.training.router_data import Record
 from whiflash_sglang.training.walk import Walk, by_worth, ceiling, gather, oracle, walk
 from workloads import server
-from workloads.bench import demo_servers, finish, in_turns, note
+from workloads.bench import demo_servers, finish, in_turns, note, route_share
 from workloads.demo.generate import sessions
 from workloads.provenance import provenance
 from workloads.tokens import Answers, TokenIds, ask, totals
@@ -93,12 +93,6 @@ def for_real(
 
 def speed(parts: Sequence[Answers]) -> float:
     return round(sum(part.tokens for part in parts) / sum(part.wall_s for part in parts), 2)
-
-
-def route_share(parts: Sequence[Answers]) -> float:
-    """Routing's share of a round's time."""
-    seconds = [part.totals["seconds"] for part in parts if part.totals is not None]
-    return round(sum(s["route"] for s in seconds) / sum(s["round"] for s in seconds), 5)
 
 
 # ----------------------------------------------------------------------------------------------------------- picture
@@ -163,7 +157,10 @@ def run(args: argparse.Namespace, logs: Path) -> dict[str, Any]:
     best_arm = {size: max(by_policy[arm] for arm in arms) for size, by_policy in batch.items()}
     return {
         "policies": policies,
-        "router_share_of_round": {name: route_share(measured[1][name]) for name in ("entropy", "neural")},
+        "router_share_of_round": {
+            name: route_share([part.totals for part in measured[1][name] if part.totals is not None])
+            for name in ("entropy", "neural")
+        },
         "batch": batch,
         "over_best_arm": {
             size: {name: round(by_policy[name] / best_arm[size], 4) for name in ("entropy", "neural")}

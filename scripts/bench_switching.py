@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from transformers import AutoConfig
 from whiflash_sglang.training.drafters import DrafterShape, Eagle3
 from whiflash_sglang.training.layers import Rope
 from workloads import server
-from workloads.bench import demo_servers, finish, in_turns, note
+from workloads.bench import demo_servers, finish, in_turns, note, switching_share
 from workloads.provenance import provenance
 from workloads.tokens import TOKENIZER, Answers, TokenIds, ask, heldout_histories, totals
 
@@ -60,16 +59,13 @@ def rounds(sessions: list[list[TokenIds]], logs: Path) -> dict[str, Any]:
     note("rounds and prefill: measured")
     speed = {name: sum(p.tokens for p in found) / sum(p.wall_s for p in found) for name, found in parts.items()}
     return {
-        "overhead_share": {name: overhead_share(parts[name]) for name in ("alternate", "entropy")},
+        "overhead_share": {
+            name: switching_share([part.totals for part in parts[name] if part.totals is not None])
+            for name in ("alternate", "entropy")
+        },
         "lazy_over_eager_tokens_per_s": round(speed["entropy"] / speed["eager"], 4),
         "drafters_over_target": prefill,
     }
-
-
-def overhead_share(parts: Sequence[Answers]) -> float:
-    counted = [part.totals for part in parts if part.totals is not None]
-    overhead = sum(c["seconds"]["route"] + c["seconds"]["commit_idle"] + c["catch_up"]["ms"] / 1000 for c in counted)
-    return round(overhead / sum(c["seconds"]["round"] for c in counted), 4)
 
 
 # ----------------------------------------------------------------------------------------------------------- prefill

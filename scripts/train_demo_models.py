@@ -4,6 +4,7 @@
     python scripts/train_demo_models.py --stage target        # one stage: target, eagle3, dflash or evaluate
     python scripts/train_demo_models.py --minutes 30          # a bound on each training stage
     python scripts/train_demo_models.py --go-on               # train the models in --out further
+    python scripts/train_demo_models.py --out DIR --runs DIR --hidden 1024 --num-layers 12 ...   # larger ones
 
 Seeded; a stage that is interrupted goes on from its last checkpoint in .runs/demo (delete it to start anew). Takes
 about an hour on two CPU cores, minutes on a GPU. What a stage reports is kept in training.json and shown in the model
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from whiflash_sglang.training import card, evaluate, replies, text
 from whiflash_sglang.training.distill import EAGLE3_STEPS, load_drafters
 from whiflash_sglang.training.loop import Result, Settings
-from whiflash_sglang.training.target import new_target, save_target, train_target
+from whiflash_sglang.training.target import CONFIG, new_target, save_target, train_target
 from whiflash_sglang.training.train_drafter import Recipe, fit_dflash, fit_eagle3
 from workloads.demo.generate import sessions
 
@@ -36,6 +38,15 @@ DRAFT_VOCAB = 1024
 # Two drafters are worth having where each is better somewhere. So small a target is drafted for by a DFlash that has
 # learned from everything better than by any chain: this one learns from calls and answers, EAGLE-3 from all of it.
 DFLASH_REASONING = 0.1
+# Our arguments for the sizes of the target's config; the demo's stand in training/target.py.
+SIZES = {
+    "hidden_size": "hidden",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate",
+}
 STAGES = ("target", "eagle3", "dflash", "evaluate")
 
 
@@ -56,7 +67,8 @@ def prepare_data(args: argparse.Namespace, invented: float) -> list[text.Example
         )
         text.save_tokenizer(text.train_tokenizer(texts), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return [text.render(session, tokenizer) for session in train_sessions]
+    rendered = [text.render(session, tokenizer) for session in train_sessions]
+    return rendered + [text.document(found, tokenizer) for found in text.local_text(args.documents, args.seed)]
 
 
 def run_target(args: argparse.Namespace, examples: list[text.Example]) -> Result:
@@ -65,12 +77,20 @@ def run_target(args: argparse.Namespace, examples: list[text.Example]) -> Result
     if args.go_on:
         model = load_target(args).train().requires_grad_()
     else:
-        model = new_target(args.seed, tokenizer.eos_token_id, args.device)
+        model = new_target(args.seed, tokenizer.eos_token_id, args.device, **sizes_of(args))
     batches = text.batches(examples, args.batch_tokens, args.length, args.seed)
-    settings = Settings(args.steps, max_seconds=60 * args.minutes)
-    result = train_target(model, batches, settings, args.runs / "target.pt")
+    result = train_target(model, batches, settings_of(args), args.runs / "target.pt")
     save_target(model, folder, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return result
+
+
+def sizes_of(args: argparse.Namespace) -> dict[str, int]:
+    """The target's sizes, as its config names them."""
+    return {name: getattr(args, flag) for name, flag in SIZES.items()}
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    return Settings(args.steps, learning_rate=args.learning_rate, max_seconds=60 * args.minutes)
 
 
 def load_target(args: argparse.Namespace) -> Qwen3ForCausalLM:
@@ -80,21 +100,20 @@ def load_target(args: argparse.Namespace) -> Qwen3ForCausalLM:
 
 def run_eagle3(args: argparse.Namespace, examples: list[text.Example]) -> Result:
     target = load_target(args)
-    recipe = recipe_of(args, EAGLE3_LAYERS, args.seed + 1, "eagle3")
+    recipe = recipe_of(args, args.eagle3_layers, args.seed + 1, "eagle3")
     return fit_eagle3(target, examples, recipe, DRAFT_VOCAB, args.out / "eagle3")
 
 
 def run_dflash(args: argparse.Namespace, examples: list[text.Example]) -> Result:
     target = load_target(args)
     mask_token = AutoTokenizer.from_pretrained(args.out / "target").mask_token_id
-    recipe = recipe_of(args, DFLASH_LAYERS, args.seed + 2, "dflash")._replace(reasoning=args.dflash_reasoning)
-    return fit_dflash(target, examples, recipe, DFLASH_DEPTH, DFLASH_BLOCK, mask_token, args.out / "dflash")
+    recipe = recipe_of(args, args.dflash_layers, args.seed + 2, "dflash")._replace(reasoning=args.dflash_reasoning)
+    return fit_dflash(target, examples, recipe, args.dflash_depth, args.dflash_block, mask_token, args.out / "dflash")
 
 
-def recipe_of(args: argparse.Namespace, layers: tuple[int, ...], seed: int, name: str) -> Recipe:
-    settings = Settings(args.steps, max_seconds=60 * args.minutes)
-    start = args.out / name if args.go_on else None
-    return Recipe(layers, args.batch_tokens, args.length, seed, settings, args.runs / f"{name}.pt", start)
+def recipe_of(args: argparse.Namespace, layers: Sequence[int], seed: int, name: str) -> Recipe:
+    start, checkpoint = args.out / name if args.go_on else None, args.runs / f"{name}.pt"
+    return Recipe(tuple(layers), args.batch_tokens, args.length, seed, settings_of(args), checkpoint, start)
 
 
 def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -125,11 +144,20 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, action="append", help="default: all, in order")
     parser.add_argument("--out", type=Path, default=ROOT / "whiflash_sglang" / "demo_models")
     parser.add_argument("--runs", type=Path, default=ROOT / ".runs" / "demo")
+    for name, argument in SIZES.items():
+        flag = f"--{argument.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=CONFIG[name], help="of the target (default: %(default)s)")
+    parser.add_argument("--eagle3-layers", type=int, nargs="+", default=EAGLE3_LAYERS, help="captured layers")
+    parser.add_argument("--dflash-layers", type=int, nargs="+", default=DFLASH_LAYERS, help="captured layers")
+    parser.add_argument("--dflash-depth", type=int, default=DFLASH_DEPTH, help="layers of the DFlash drafter")
+    parser.add_argument("--dflash-block", type=int, default=DFLASH_BLOCK, help="tokens of a block")
+    parser.add_argument("--documents", type=int, default=0, help="texts of this Python's own files to learn too")
     parser.add_argument("--sessions", type=int, default=12_000)
     parser.add_argument("--invented", type=float, default=0.5, help="share of the target's sessions with made-up names")
     parser.add_argument("--go-on", action="store_true", help="start from the models in --out, not anew")
     parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--learning-rate", type=float, default=Settings(0).learning_rate)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--length", type=int, default=1408)
     parser.add_argument(
@@ -160,7 +188,8 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, stage: str, figures: dict[str, Any]) -> None:
-    card.note(args.out, stage, figures)
+    if sizes_of(args) == {name: CONFIG[name] for name in SIZES}:  # the card tells of the demo models
+        card.note(args.out, stage, figures)
     print(json.dumps({stage: figures}), flush=True)
 
 

@@ -42,6 +42,8 @@ class TargetSpec:
     hidden_size: int
     vocab_size: int
     num_layers: int
+    num_kv_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,31 @@ def load_target_spec(path: str) -> TargetSpec:
     refuse_pickled(FLAG_TARGET, checkpoint.path)
     return TargetSpec(
         path=str(checkpoint.path),
-        hidden_size=checkpoint.integer("hidden_size"),
         vocab_size=checkpoint.integer("vocab_size"),
         num_layers=checkpoint.integer("num_hidden_layers"),
+        **_width(checkpoint),
     )
 
 
 def load_drafter_spec(path: str, kind: str, target: TargetSpec) -> DrafterSpec:
     """Read a drafter of `kind` "df" or "e3" and check that it fits `target`."""
-    checkpoint = open_checkpoint(DRAFTER_FLAGS[kind], path)
-    spec = {"df": _dflash_spec, "e3": _eagle3_spec}[kind](checkpoint, target)
-    _check_sizes(checkpoint, spec, target)
+    checkpoint, spec = _read_drafter(path, kind, target)
     tensors = read_headers(checkpoint.flag, checkpoint.path)
     {"df": _check_dflash_tensors, "e3": _check_eagle3_tensors}[kind](checkpoint, spec, tensors)
     return spec
+
+
+def drafter_tensors(path: str, kind: str, target: TargetSpec) -> dict[str, Shape]:
+    """Name and shape of every tensor that a drafter with the `config.json` in `path` must have; reads no weights."""
+    return {"df": _dflash_tensors, "e3": _eagle3_tensors}[kind](*_read_drafter(path, kind, target))
+
+
+def _read_drafter(path: str, kind: str, target: TargetSpec) -> tuple[Checkpoint, DrafterSpec]:
+    """What `config.json` says of a drafter, checked against `target`."""
+    checkpoint = open_checkpoint(DRAFTER_FLAGS[kind], path)
+    spec = {"df": _dflash_spec, "e3": _eagle3_spec}[kind](checkpoint, target)
+    _check_sizes(checkpoint, spec, target)
+    return checkpoint, spec
 
 
 def check_ranks(flag: str, path: str, num_ranks: int) -> None:
@@ -179,14 +192,20 @@ def _eagle3_spec(checkpoint: Checkpoint, target: TargetSpec) -> DrafterSpec:
 
 
 def _common_fields(checkpoint: Checkpoint, target: TargetSpec) -> dict[str, Any]:
-    num_heads = checkpoint.integer("num_attention_heads")
-    hidden_size = checkpoint.integer("hidden_size")
     return {
         "path": str(checkpoint.path),
-        "hidden_size": hidden_size,
         "target_hidden_size": target.hidden_size,
         "vocab_size": checkpoint.integer("vocab_size"),
         "num_layers": checkpoint.integer("num_hidden_layers", default=1),
+        **_width(checkpoint),
+    }
+
+
+def _width(checkpoint: Checkpoint) -> dict[str, int]:
+    num_heads = checkpoint.integer("num_attention_heads")
+    hidden_size = checkpoint.integer("hidden_size")
+    return {
+        "hidden_size": hidden_size,
         "num_kv_heads": checkpoint.integer("num_key_value_heads", default=num_heads),
         "head_dim": checkpoint.integer("head_dim", default=hidden_size // num_heads),
     }
@@ -235,6 +254,10 @@ def _check_sizes(checkpoint: Checkpoint, spec: DrafterSpec, target: TargetSpec) 
 
 
 def _check_dflash_tensors(checkpoint: Checkpoint, spec: DrafterSpec, tensors: Mapping[str, TensorInfo]) -> None:
+    _check_shapes(checkpoint, _dflash_tensors(checkpoint, spec), tensors)
+
+
+def _dflash_tensors(checkpoint: Checkpoint, spec: DrafterSpec) -> dict[str, Shape]:
     expected: dict[str, Shape] = {
         "fc.weight": (spec.hidden_size, len(spec.layer_ids) * spec.target_hidden_size),
         "hidden_norm.weight": (spec.hidden_size,),
@@ -244,11 +267,23 @@ def _check_dflash_tensors(checkpoint: Checkpoint, spec: DrafterSpec, tensors: Ma
         shapes = _layer_shapes(checkpoint, spec, input_width=spec.hidden_size)
         shapes |= {"self_attn.q_norm.weight": (spec.head_dim,), "self_attn.k_norm.weight": (spec.head_dim,)}
         expected |= {f"layers.{layer}.{name}": shape for name, shape in shapes.items()}
-    _check_shapes(checkpoint, expected, tensors)
+    return expected
 
 
 def _check_eagle3_tensors(checkpoint: Checkpoint, spec: DrafterSpec, tensors: Mapping[str, TensorInfo]) -> None:
     tensors = {_published_eagle3_name(name): info for name, info in tensors.items()}
+    expected = _eagle3_tensors(checkpoint, spec)
+    if "t2d" in tensors:
+        expected["t2d"] = (spec.vocab_size,)
+    _check_shapes(checkpoint, expected, tensors)
+    if "lm_head.weight" in tensors and checkpoint.config.get("tie_word_embeddings"):
+        problem = "config.json: tie_word_embeddings is true, so that SGLang would ignore the drafter's lm_head.weight"
+        raise checkpoint.error(problem, "set it to false")
+    if "d2t" in tensors:
+        _check_draft_vocabulary(checkpoint, spec, tensors["d2t"])
+
+
+def _eagle3_tensors(checkpoint: Checkpoint, spec: DrafterSpec) -> dict[str, Shape]:
     config, hidden, features = checkpoint.config, spec.hidden_size, len(spec.layer_ids) * spec.target_hidden_size
     layer = _layer_shapes(checkpoint, spec, input_width=2 * hidden) | {"hidden_norm.weight": (hidden,)}
     expected: dict[str, Shape] = {
@@ -264,14 +299,7 @@ def _check_eagle3_tensors(checkpoint: Checkpoint, spec: DrafterSpec, tensors: Ma
         expected["lm_head.weight"] = (spec.draft_vocab_size, hidden)
     if spec.draft_vocab_size < spec.vocab_size:
         expected["d2t"] = (spec.draft_vocab_size,)
-    if "t2d" in tensors:
-        expected["t2d"] = (spec.vocab_size,)
-    _check_shapes(checkpoint, expected, tensors)
-    if "lm_head.weight" in tensors and config.get("tie_word_embeddings"):
-        problem = "config.json: tie_word_embeddings is true, so that SGLang would ignore the drafter's lm_head.weight"
-        raise checkpoint.error(problem, "set it to false")
-    if "d2t" in tensors:
-        _check_draft_vocabulary(checkpoint, spec, tensors["d2t"])
+    return expected
 
 
 def _published_eagle3_name(name: str) -> str:

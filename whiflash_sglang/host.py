@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ import torch
 from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
+from whiflash_sglang.accelerator import Memory, check_attention, check_draft_pools, check_room, kv_bytes
 from whiflash_sglang.adjust import open_dead_ends
 from whiflash_sglang.admission import (
     judge_grammars,
@@ -45,6 +47,7 @@ from whiflash_sglang.ending import RefuseWhenEnding, requests_have_ended
 from whiflash_sglang.errors import HintError
 from whiflash_sglang.hints import CONTEXT_FIELD, Asked, context_params, parse
 from whiflash_sglang.ranks import Ranks
+from whiflash_sglang.safetensors_header import weight_bytes
 from whiflash_sglang.spans import (
     TURN_ENDS_AFTER_OUTPUT,
     Markers,
@@ -470,6 +473,36 @@ def drafter_specs(config: WhiFlashConfig, server_args: Any) -> dict[str, Drafter
     """The drafters' checkpoints by name, checked against the target's."""
     target = load_target_spec(server_args.model_path)
     return {name: load_drafter_spec(path, name, target) for name, path in config.draft_paths.items()}
+
+
+def check_accelerator(server_args: Any) -> None:
+    """Refuse what a GPU could not serve, of arguments that SGLang has resolved; nothing is loaded yet."""
+    from sglang.srt.utils import get_device_memory_capacity
+
+    if not server_args.device.startswith("cuda"):
+        return
+    target, config = load_target_spec(server_args.model_path), active_config()
+    drafters = list(drafter_specs(config, server_args).values())
+    drafting = server_args.speculative_draft_attention_backend
+    check_attention({*server_args.get_attention_backends(), drafting} - {None}, target, drafters)
+    capacity = get_device_memory_capacity(server_args.device)  # MiB
+    if capacity is None or server_args.mem_fraction_static is None or server_args.quantization is not None:
+        return  # what weights take is not known
+    ranks = server_args.tp_size
+    paths = {FLAG_TARGET: target.path} | {DRAFTER_FLAGS[spec.kind]: spec.path for spec in drafters}
+    weights = sum(weight_bytes(flag, Path(path)) for flag, path in paths.items()) // ranks
+    memory = Memory(int(capacity * 2**20), server_args.mem_fraction_static, weights)
+    token_bytes = sum(kv_bytes(spec, 1, ranks) for spec in (target, *drafters))  # KV has a byte an element at least
+    check_room(memory, token_bytes, server_args.speculative_num_draft_tokens)
+
+
+def check_draft_memory(runners: Mapping[str, DraftRunner], target_runner: Any, num_tokens: int) -> None:
+    """Refuse where a GPU has no room left for the drafters' pools, before they are allocated."""
+    if not str(target_runner.device).startswith("cuda"):
+        return
+    size = target_runner.kv_cache_dtype.itemsize
+    drafters = {name: kv_bytes(runner.spec, size, tp_ranks().size) for name, runner in runners.items()}
+    check_draft_pools(torch.cuda.mem_get_info()[0], drafters, num_tokens)
 
 
 def tp_ranks() -> Ranks:

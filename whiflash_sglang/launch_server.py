@@ -34,7 +34,7 @@ from whiflash_sglang.config import (
     add_arguments,
 )
 from whiflash_sglang.errors import ConfigError, WhiFlashError
-from whiflash_sglang.refusals import CPU_REFUSALS, FLAG_WIDTH, REFUSALS, Given, refuse
+from whiflash_sglang.refusals import CPU_REFUSALS, CUDA_REFUSALS, FLAG_WIDTH, REFUSALS, Given, refuse
 
 ALGORITHM = "WHIFLASH"
 PROGRAM = "python -m whiflash_sglang.launch_server"
@@ -108,6 +108,8 @@ def refuse_unsupported(argv: Sequence[str]) -> None:
         refuse(REFUSALS, given)
     if activate() is not None:
         refuse(CPU_REFUSALS, given)
+    elif flags.whiflash_router != "off":
+        refuse(CUDA_REFUSALS, given)
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, Given]:
@@ -207,15 +209,18 @@ def serve(sglang_argv: Sequence[str]) -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    is_ours = ENVIRONMENT_VARIABLE in os.environ
     load_plugins()
     try:
         server_args = prepare_server_args(list(sglang_argv))
+        if is_ours:
+            from whiflash_sglang import host
+
+            host.check_accelerator(server_args)
     # Flags that do not go together, by SGLang or by us (host.py, cpu/platform.py).
     except (ValueError, AssertionError, WhiFlashError) as error:
         raise SystemExit(f"error: {error}") from error
-    if ENVIRONMENT_VARIABLE in os.environ:
-        from whiflash_sglang import host
-
+    if is_ours:
         host.install_http(server_args)
     try:
         run_server(server_args)

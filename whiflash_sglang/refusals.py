@@ -5,7 +5,9 @@
 A flag is in the table where WHIFLASH would ignore it, break it, or lose with it what makes drafting worth while without
 a word. `refuse` looks at flags as they were given, before SGLang has resolved any of them, so that nothing is first
 downgraded; and before a checkpoint is fetched or loaded. `--whiflash-router off` serves SGLang as it is and refuses
-nothing here. On a CPU, with or without WHIFLASH, `CPU_REFUSALS` holds as well: what has no CPU implementation here.
+nothing here. On a CPU, with or without WHIFLASH, `CPU_REFUSALS` holds as well: what has no CPU implementation here; on
+a GPU `CUDA_REFUSALS`, with WHIFLASH: what rounds are not made for. (What SGLang chooses where nothing is given, head
+sizes and memory are judged in `accelerator.py`.)
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from whiflash_sglang.config import FLAG_CATCH_UP, FLAG_ROUTER, FLAG_STEPS
 from whiflash_sglang.errors import ConfigError
 
 FLAG_WIDTH = "--speculative-num-draft-tokens"
+FLAG_ATTENTION = "--attention-backend"
+CUDA_BACKENDS = ("triton", "flashinfer", "fa3")
 
 
 class Given(NamedTuple):
@@ -223,9 +227,21 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
 )
 
-CPU_REFUSALS: tuple[Refusal, ...] = (
+_ATTENTION = f"{FLAG_ATTENTION} --prefill-attention-backend --decode-attention-backend"
+
+CUDA_REFUSALS: tuple[Refusal, ...] = (
     *_rows(
-        "--attention-backend --prefill-attention-backend --decode-attention-backend",
+        f"{_ATTENTION} --speculative-draft-attention-backend",
+        "verify windows and blocks have not been tried with it",
+        f"leave it out or use {', '.join(CUDA_BACKENDS)}",
+        fine=CUDA_BACKENDS,
+    ),
+)
+
+CPU_REFUSALS: tuple[Refusal, ...] = (
+    *_rows("--device", "there is no such accelerator in this machine", "leave it out or say cpu", fine=("cpu",)),
+    *_rows(
+        f"{_ATTENTION} --speculative-draft-attention-backend",
         "needs an accelerator",
         "on a CPU leave it out or use torch_native",
         fine=("torch_native", "intel_amx"),
@@ -235,6 +251,13 @@ CPU_REFUSALS: tuple[Refusal, ...] = (
         "needs an accelerator",
         "on a CPU leave it out or use --sampling-backend pytorch",
         fine=("pytorch",),
+    ),
+    *_rows(
+        "--enable-nccl-nvls --enable-symm-mem --enable-torch-symm-mem --enable-mscclpp --enable-profile-cuda-graph "
+        "--enable-cudagraph-gc --debug-cuda-graph --enable-layerwise-nvtx-marker",
+        "needs CUDA",
+        "leave it out on a CPU",
+        fine=(False,),
     ),
     *_rows(
         "--enable-torch-compile",
@@ -260,3 +283,5 @@ if __name__ == "__main__":
     print(markdown(REFUSALS))
     print()
     print(markdown(CPU_REFUSALS))
+    print()
+    print(markdown(CUDA_REFUSALS))

@@ -40,6 +40,11 @@ def read_headers(flag: str, folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def weight_bytes(flag: str, folder: Path) -> int:
+    """Bytes of all tensors in the folder."""
+    return sum(info.end - info.start for info in read_headers(flag, folder).values())
+
+
 def check_file(flag: str, file: Path) -> None:
     """Refuse a file that is no safetensors file or was cut short."""
     _read_header(flag, file)

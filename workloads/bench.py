@@ -11,12 +11,13 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
 from workloads import server
 from workloads.replay import Report, replay
+from workloads.report import Totals
 from workloads.schema import Session
 
 LAUNCHER = "whiflash_sglang.launch_server"
@@ -27,23 +28,39 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class Command(NamedTuple):
+    """A server to be started: `python -m module arguments...`, with more in its environment."""
+
+    module: str
+    arguments: Sequence[str]
+    environment: Mapping[str, str] = {}
+    start_seconds: float = server.START_SECONDS
+
+
 @contextlib.contextmanager
 def demo_servers(flags: Mapping[str, Sequence[str]], logs: Path, at_once: bool = False) -> Iterator[dict[str, str]]:
-    """Base URLs by name, of servers of the bundled models side by side, each with its own `flags`.
+    """As `servers`, of the bundled models, each with its own `flags`."""
+    with servers({name: Command(LAUNCHER, ("--demo", *own)) for name, own in flags.items()}, logs, at_once) as urls:
+        yield urls
+
+
+@contextlib.contextmanager
+def servers(commands: Mapping[str, Command], logs: Path, at_once: bool = False) -> Iterator[dict[str, str]]:
+    """Base URLs by name, of servers side by side.
 
     They are started one after the other, as those that weigh costs measure them when they start and should be alone
     then; or `at_once`, as most of a start is waiting for imports.
     """
     with contextlib.ExitStack() as stack:
         running: dict[str, server.Server] = {}
-        for name, own in flags.items():
+        for name, (module, arguments, environment, seconds) in commands.items():
             log = logs / f"{name.replace(':', '-').replace('/', '-')}.log"
-            running[name] = server.start(LAUNCHER, "--demo", *own, log=log)
+            running[name] = server.start(module, *arguments, log=log, environment=environment)
             stack.callback(running[name].stop)
             if not at_once:
-                running[name].wait_until_ready()
-        for one in running.values():
-            one.wait_until_ready()
+                running[name].wait_until_ready(seconds)
+        for name, one in running.items():
+            one.wait_until_ready(commands[name].start_seconds)
         yield {name: one.base_url for name, one in running.items()}
 
 
@@ -72,6 +89,18 @@ def replay_in_turns(
         if all(len(found) > block for found in parts.values()):
             note(f"block {block + 1} of {num_blocks} replayed")
     return parts
+
+
+def switching_share(counted: Sequence[Totals]) -> float:
+    """What choosing among drafters costs, as a share of the rounds' time: routing, keeping features for drafters that
+    are idle, and catching up with what they had missed (a pass's time by its tokens)."""
+    overhead = sum(c["seconds"]["route"] + c["seconds"]["commit_idle"] + c["catch_up"]["ms"] / 1000 for c in counted)
+    return round(overhead / sum(c["seconds"]["round"] for c in counted), 4)
+
+
+def route_share(counted: Sequence[Totals]) -> float:
+    """Routing's share of the rounds' time."""
+    return round(sum(c["seconds"]["route"] for c in counted) / sum(c["seconds"]["round"] for c in counted), 5)
 
 
 def finish(line: Mapping[str, Any], results: Path | None, failure: str | None) -> None:

@@ -30,7 +30,11 @@ class Difference:
     @property
     def is_tie(self) -> bool:
         """Either text has one of the two best tokens, and they are as good as equal."""
-        return self.gap <= TIE and {self.reference, self.found} == {token for _, token in self.best}
+        return self.is_tie_within(TIE)
+
+    def is_tie_within(self, gap: float) -> bool:
+        """As `is_tie`, where rounding moves logits by as much as `gap`."""
+        return self.gap <= gap and {self.reference, self.found} == {token for _, token in self.best}
 
     @property
     def gap(self) -> float:

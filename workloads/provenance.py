@@ -13,9 +13,10 @@ PACKAGES = ("whiflash-sglang", "sglang", "torch", "transformers", "openai")
 
 
 def provenance() -> dict[str, Any]:
-    """`versions` by package (None where it is not installed), `commit` (None outside a checkout), `hardware`."""
+    """`versions` by package (None where it is not installed), `commit` (None outside a checkout), `hardware` with or
+    without (None) a GPU."""
     versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-    hardware = {"cpu": _cpu_model(), "cores": len(os.sched_getaffinity(0))}
+    hardware = {"cpu": _cpu_model(), "cores": len(os.sched_getaffinity(0)), "gpu": _gpu_model()}
     return {"versions": versions, "commit": _commit(), "hardware": hardware}
 
 
@@ -41,3 +42,12 @@ def _cpu_model() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _gpu_model() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split("\n")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found[0].strip() or None

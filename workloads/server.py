@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,17 +82,27 @@ class Server:
         return self.log.read_text(errors="replace")[-LOG_TAIL:]
 
 
-def start(module: str, *arguments: str, log: Path, port: int | None = None, python: str = sys.executable) -> Server:
-    """`python -m module arguments...` on a local port, a free one unless told; its output goes to `log`."""
+def start(
+    module: str,
+    *arguments: str,
+    log: Path,
+    port: int | None = None,
+    python: str = sys.executable,
+    environment: Mapping[str, str] | None = None,
+) -> Server:
+    """`python -m module arguments...` on a local port, a free one unless told; its output goes to `log`.
+
+    `environment` adds to this process's own.
+    """
     port = port or free_port()
     command = [python, "-m", module, "--host", "127.0.0.1", "--port", str(port), *arguments]
     # Small models gain nothing from a second thread, and servers side by side lose much by it.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    variables = {"OMP_NUM_THREADS": "1", **os.environ, **(environment or {})}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         # A session of its own, so that the processes it starts can be stopped with it.
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
         )
     return Server(process, f"http://127.0.0.1:{port}", log)
 

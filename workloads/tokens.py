@@ -7,6 +7,7 @@ the text; `ask` is what the checks of this repository measure with.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,6 +89,36 @@ def totals(base_url: str) -> Totals | None:
     states = reply.json().get("internal_states") or [{}]
     found = [state["whiflash"] for state in states if "whiflash" in state]  # one of each replica
     return sum_of(found) if found else None
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """One text as it came."""
+
+    tokens: TokenIds
+    arrivals_s: list[float]  # [tokens] since the request; tokens that came at once have the same
+    about: dict[str, Any]  # SGLang's meta_info
+
+
+def stream(base_url: str, prompt: TokenIds, num_tokens: int, sampling: dict[str, Any] | None = None) -> Streamed:
+    """As `ask`, one text, with the time at which each of its tokens came."""
+    params = {"temperature": 0, "max_new_tokens": num_tokens, **(sampling or {})}
+    body = {"input_ids": prompt, "sampling_params": params, "stream": True}
+    tokens: TokenIds = []
+    arrivals: list[float] = []
+    about: dict[str, Any] = {}
+    began = time.perf_counter()
+    with httpx.stream("POST", f"{base_url}/generate", json=body, timeout=TIMEOUT_SECONDS) as reply:
+        reply.raise_for_status()
+        for line in reply.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            piece = json.loads(line.removeprefix("data: "))
+            if "error" in piece:
+                raise httpx.HTTPError(f"{base_url}: {piece['error']}")
+            tokens, about = piece["output_ids"], piece["meta_info"]  # the whole text so far
+            arrivals += [time.perf_counter() - began] * (len(tokens) - len(arrivals))
+    return Streamed(tokens, arrivals, about)
 
 
 async def post(

@@ -64,7 +64,7 @@ def refusal(models: Path, kind: str) -> str:
 
 
 def test_fitting_checkpoints_are_read(tiny: Path) -> None:
-    assert load_target_spec(str(tiny / "target")) == TargetSpec(str(tiny / "target"), 64, 512, 4)
+    assert load_target_spec(str(tiny / "target")) == TargetSpec(str(tiny / "target"), 64, 512, 4, 2, 16)
     dflash, eagle3 = load(tiny, "df"), load(tiny, "e3")
     assert (dflash.layer_ids, dflash.block_size, dflash.mask_token_id, dflash.num_layers) == ((0, 2), 8, 7, 2)
     assert (dflash.hidden_size, dflash.draft_vocab_size, dflash.num_kv_heads, dflash.head_dim) == (64, 512, 2, 16)

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from whiflash_sglang.training.distill import OPEN_NATS, anchor_weights, pick_anchors, reply_weights
 from whiflash_sglang.training.drafters import Verdict
-from whiflash_sglang.training.text import ANSWER, CONTEXT, REASONING
+from whiflash_sglang.training.text import ANSWER, CONTEXT, DOCUMENT_CHARACTERS, REASONING, document, local_text
 
 SPANS = torch.tensor([[CONTEXT, CONTEXT, REASONING, REASONING, REASONING, ANSWER, ANSWER, ANSWER]])
 OPEN_AFTER = 3  # the target was not sure what follows this position
@@ -36,3 +36,17 @@ def test_anchors_of_no_weight_are_not_picked() -> None:
     weights = anchor_weights(found, reply_weights(found), settled=1.0, open_=0.0, reasoning=0.0)
     torch.manual_seed(0)
     assert set(pick_anchors(weights, 200, block=2)[0].tolist()) == {1, 5}
+
+
+def test_local_text_is_all_to_be_said_and_the_same_again() -> None:
+    from transformers import AutoTokenizer
+
+    from whiflash_sglang.launch_server import DEMO_MODELS
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODELS / "target")
+    texts = list(local_text(5, seed=1))
+    assert texts == list(local_text(5, seed=1)) and all(0 < len(text) <= DOCUMENT_CHARACTERS for text in texts)
+    for text in texts:
+        example = document(text, tokenizer)
+        assert example.ids[-1] == tokenizer.eos_token_id and set(example.spans) == {ANSWER}
+        assert tokenizer.decode(example.ids[:-1]) == text

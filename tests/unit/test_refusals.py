@@ -15,7 +15,7 @@ pytest.importorskip("sglang")
 
 from whiflash_sglang import launch_server
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.refusals import CPU_REFUSALS, REFUSALS, Given, Refusal, markdown, refuse
+from whiflash_sglang.refusals import CPU_REFUSALS, CUDA_REFUSALS, REFUSALS, Given, Refusal, markdown, refuse
 
 LIMITS = Path(__file__).parents[2] / "docs" / "limits.md"
 
@@ -58,6 +58,19 @@ def test_a_cpu_refuses_with_and_without_speculation(
         launch_server.refuse_unsupported(argv)
     monkeypatch.setattr("whiflash_sglang.cpu.activate", lambda: None)
     launch_server.refuse_unsupported(argv)
+
+
+@pytest.mark.parametrize("row", CUDA_REFUSALS, ids=lambda row: row.flag)
+def test_a_gpu_refuses_with_speculation_only(
+    row: Refusal, actions: dict[str, argparse.Action], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whiflash_sglang.cpu.activate", lambda: None)
+    given = example(actions[row.flag], row)
+    with pytest.raises(ConfigError, match=f"^{row.flag}.*: {re.escape(row.reason)}; {re.escape(row.mend)}$"):
+        launch_server.refuse_unsupported(["--demo", *given])
+    launch_server.refuse_unsupported(["--demo", "--whiflash-router", "off", *given])
+    for backend in row.fine:
+        launch_server.refuse_unsupported(["--demo", row.flag, str(backend)])
 
 
 @pytest.mark.parametrize(
@@ -103,7 +116,8 @@ def documented(heading: str) -> Iterator[str]:
 
 def test_the_docs_have_the_table_of_the_code() -> None:
     text = LIMITS.read_text()
-    assert markdown(REFUSALS) in text and markdown(CPU_REFUSALS) in text, "python -m whiflash_sglang.refusals"
+    for table in (REFUSALS, CPU_REFUSALS, CUDA_REFUSALS):
+        assert markdown(table) in text, "python -m whiflash_sglang.refusals"
 
 
 def test_every_flag_of_sglang_is_in_one_class(actions: dict[str, argparse.Action]) -> None:

@@ -1,4 +1,4 @@
-"""The demo target: a small, deep Qwen3 that has learned the order desk."""
+"""The demo target, a small, deep Qwen3 that has learned the order desk; or a larger one."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ CONFIG = {
 CONTEXT_WEIGHT = 0.1  # of the loss: what users and tools say is mostly chance, and not for this model to say
 
 
-def new_target(seed: int, eos_token_id: int, device: torch.device) -> Qwen3ForCausalLM:
+def new_target(seed: int, eos_token_id: int, device: torch.device, **sizes: int) -> Qwen3ForCausalLM:
+    """`sizes` stand in for those of CONFIG."""
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(**CONFIG, eos_token_id=eos_token_id)).to(device)
+    return Qwen3ForCausalLM(Qwen3Config(**(CONFIG | sizes), eos_token_id=eos_token_id)).to(device)
 
 
 def train_target(

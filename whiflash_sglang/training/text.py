@@ -7,6 +7,8 @@ the model generated and the next turn's prompt extends the last one: what the ra
 from __future__ import annotations
 
 import json
+import random
+import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>")
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 VOCAB_SIZE = 1280
+DOCUMENTS = (".py", ".rst", ".md")
+DOCUMENT_CHARACTERS = 6000
 # Words with their leading space or sign, single digits, punctuation, line ends, spaces: ids and amounts are then copied
 # digit by digit, as in Qwen's tokenizers.
 PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
@@ -121,6 +125,21 @@ def render(session: dict[str, Any], tokenizer: Any) -> Example:
     text = tokenizer.apply_chat_template(messages, tools=session["tools"], tokenize=False)
     ids = np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
     return Example(ids, span_labels(ids, tokenizer))
+
+
+def local_text(count: int, seed: int) -> Iterator[str]:
+    """Python source and documentation that any Python has: `count` files of its library and its packages, at most."""
+    folders = {sysconfig.get_paths()[name] for name in ("stdlib", "purelib")}
+    files = sorted({file for folder in folders for file in Path(folder).rglob("*") if file.suffix in DOCUMENTS})
+    for file in random.Random(seed).sample(files, min(count, len(files))):
+        if text := file.read_text(errors="replace")[:DOCUMENT_CHARACTERS].strip():
+            yield text
+
+
+def document(text: str, tokenizer: Any) -> Example:
+    """A text that is all the model's own to say, as one long answer."""
+    ids = np.array([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id], dtype=np.int64)
+    return Example(ids, np.full(len(ids), ANSWER, dtype=np.uint8))
 
 
 def histories(session: dict[str, Any], tokenizer: Any) -> Iterator[tuple[int, list[int]]]:

@@ -1,0 +1,518 @@
+"""What drafting with two models costs and yields on a GPU, beside SGLang's own EAGLE3 and DFLASH.
+
+    python scripts/bench_gpu.py --results benchmarks/results/gpu.json [-- SGLang's flags for every server]
+    python scripts/bench_gpu.py --tiny --only shapes      # on a CPU, with tiny models: shows that it runs
+
+Two parts, and criteria that both are judged by; docs/gpu.md says how long they take. The last line is JSON, and with
+--results a page of tables (.md) and a picture (.png) are written beside it.
+
+    shapes       models of Qwen3-8B's shape without weights, acceptance and choices as recorded: milliseconds of a round
+                 by part, for every router, batch size and context; time to the first token of a long prompt, with both
+                 drafters and without; and tokens/s beside SGLang's own algorithms at the same acceptance
+    acceptance   a target of 150M parameters and both drafters, trained here on the order desk and on this Python's own
+                 files, then held-out histories under every policy: tokens/s, by span, and texts against those of `off`
+
+SGLang's own EAGLE3 and DFLASH need an accelerator: on a CPU they are left out, and the criteria about them not judged.
+Parts of a round are timed with the device waited for before and after each; speeds are those of servers without that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import torch
+from transformers import AutoTokenizer
+
+from whiflash_sglang import cpu
+from whiflash_sglang.config import WhiFlashConfig
+from whiflash_sglang.router.artefact import NeuralRouter, save_router
+from whiflash_sglang.router.neural import Network
+from whiflash_sglang.training import bundled
+from whiflash_sglang.training.models import ModelPaths
+from whiflash_sglang.training.replies import Prompt, prompts_of, reply_of
+from whiflash_sglang.training.text import SPANS
+from whiflash_sglang.training.train_drafter import default_layers
+from workloads import server
+from workloads.bench import LAUNCHER, Command, finish, in_turns, note, servers
+from workloads.demo.generate import sessions
+from workloads.gpu.forced import Recording
+from workloads.gpu.judge import (
+    LIMITS,
+    PARTS,
+    ROUTERS,
+    UPSTREAM,
+    by_span,
+    criteria,
+    histogram,
+    markdown,
+    round_figures,
+    speeds,
+)
+from workloads.gpu.shapes import QWEN3_8B, TINY, ModelShape, write_models
+from workloads.lossless import compare
+from workloads.provenance import provenance
+from workloads.report import difference
+from workloads.tokens import Streamed, TokenIds, ask, stream, totals
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDED = ROOT / "workloads" / "gpu" / "acceptance.json"
+FORCED, UPSTREAM_LAUNCHER = "workloads.gpu.forced", "sglang.launch_server"
+QUIET = ("--skip-server-warmup", "--sleep-on-idle")
+POLICIES = ("off", "fixed:e3", "fixed:df", "entropy", "neural")
+SHAPE_ROUTERS = ("fixed:e3", "fixed:df", "alternate", "entropy", "neural")
+MAX_TOKENS = 220
+BLOCKS = 8
+WARM_TOKENS = 8
+TTFT_REPEATS = 8
+START_SECONDS = 900  # large models, and kernels that are compiled when they are first used
+NEAR_TIE = 1e-2  # gap of the two best logits in bfloat16 that is rounding
+ORDINARY = range(300, 1200)  # token ids of ordinary pieces of the bundled tokenizer
+
+# The trained target: 150M parameters in the layers.
+SIZES = {"hidden": 1024, "num-layers": 12, "heads": 16, "kv-heads": 8, "head-dim": 64, "intermediate": 3072}
+DFLASH_DEPTH, DFLASH_BLOCK = 5, 16
+MINUTES = {"target": 0.5, "eagle3": 0.25, "dflash": 0.25}  # shares of --minutes
+DOCUMENTS, SESSIONS, ROUTER_SESSIONS, CALIBRATION_SESSIONS = 20_000, 12_000, 256, 64
+
+
+class Setting(NamedTuple):
+    """What differs between a GPU and the trial on a CPU."""
+
+    shape: ModelShape
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    tokens: int  # of a request
+    long_prompt: int
+    flags: tuple[str, ...]
+
+
+GPU = Setting(QWEN3_8B, (1, 4, 16, 64), (1024, 8192, 32768), 256, 8192, ("--dtype=bfloat16",))
+CPU = Setting(TINY, (1, 4), (64, 512), 48, 1024, ("--dtype=float32", "--sampling-backend=pytorch"))
+
+
+def has_accelerator() -> bool:
+    return cpu.activate() is None
+
+
+def upstream_flags(paths: ModelPaths, block: int) -> dict[str, tuple[str, ...]]:
+    """SGLang's own algorithms with the same drafters, drafting as many tokens as ours."""
+    return {
+        "EAGLE3": (
+            f"--model-path={paths.target}",
+            "--speculative-algorithm=EAGLE3",
+            f"--speculative-draft-model-path={paths.eagle3}",
+            f"--speculative-num-steps={paths.eagle_steps}",
+            "--speculative-eagle-topk=1",
+            f"--speculative-num-draft-tokens={1 + paths.eagle_steps}",
+        ),
+        "DFLASH": (
+            f"--model-path={paths.target}",
+            "--speculative-algorithm=DFLASH",
+            f"--speculative-draft-model-path={paths.dflash}",
+            f"--speculative-num-draft-tokens={block}",
+        ),
+    }
+
+
+def router_flags(router: str, path: Path | None = None, calibration: Path | None = None) -> tuple[str, ...]:
+    """A router by name, with what was learned about the models where it takes that."""
+    flags = [f"--whiflash-router={router}"]
+    if router == "neural" and path is not None:
+        flags.append(f"--whiflash-neural-router-path={path}")
+    if router in ROUTERS and calibration is not None:
+        flags.append(f"--whiflash-calibration={calibration}")
+    return tuple(flags)
+
+
+# ------------------------------------------------------------------------------------------------------------- shapes
+
+
+def shapes(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, Any]:
+    """The part without weights."""
+    folders = write_models(logs / "shapes", setting.shape)
+    paths = ModelPaths(*folders, WhiFlashConfig.eagle_steps)
+    router = logs / "shapes" / "router"
+    random_router(router, paths)
+    sized = (f"--max-running-requests={max(setting.batches)}", f"--context-length={setting.shape.context_length}")
+    common = ("--load-format=dummy", *QUIET, *sized, *setting.flags, *args.server_flags)
+    recording = recorded(args.acceptance, paths.eagle_steps, setting.shape.block_size - 1)
+    timed = replace(recording, synchronize=True).to_environ()
+    rounds = {}
+    for name in args.routers:
+        flags = (*paths.server_flags(), *router_flags(name, router), *common)
+        with servers({name: Command(FORCED, flags, timed, START_SECONDS)}, logs) as urls:
+            rounds[name] = {
+                f"{batch} x {context}": cell(urls[name], batch, context, setting)
+                for batch in setting.batches
+                for context in setting.contexts
+            }
+        note(f"shapes, {name}: measured")
+    speed = same_acceptance(paths, common, recording, setting, logs / "speed") if has_accelerator() else {}
+    ttft = time_to_first_token(paths, common, setting, logs / "ttft")
+    sizes = f"{setting.shape.num_layers} layers of width {setting.shape.hidden_size}, no weights"
+    return {"models": sizes, "rounds": rounds, "tokens_per_s": speed, "ttft": ttft}
+
+
+def same_acceptance(
+    paths: ModelPaths, common: Sequence[str], recording: Recording, setting: Setting, logs: Path
+) -> dict[str, float]:
+    """Tokens/s of one request where all accept as many drafts: ours by draws, SGLang's own by its own simulation."""
+    commands = {}
+    simulated = upstream_flags(paths, setting.shape.block_size)
+    for ours, drafts in (("fixed:e3", paths.eagle_steps), ("fixed:df", setting.shape.block_size - 1)):
+        flags = (*paths.server_flags(), *router_flags(ours), *common)
+        commands[ours] = Command(FORCED, flags, recording.to_environ(), START_SECONDS)
+        length, theirs = mean_length(recording, drafts), UPSTREAM[ours]
+        variables = {"SGLANG_SIMULATE_ACC_LEN": f"{length:.3f}", "SGLANG_SIMULATE_ACC_METHOD": "match-expected"}
+        commands[theirs] = Command(UPSTREAM_LAUNCHER, (*simulated[theirs], *common), variables, START_SECONDS)
+    speed = {}
+    for name, command in commands.items():
+        with servers({name: command}, logs) as urls:
+            speed[name] = cell_speed(urls[name], setting)
+    return speed
+
+
+def random_router(folder: Path, paths: ModelPaths) -> None:
+    """A neural router for these models that has learned nothing."""
+    identity = paths.identity()
+    hidden, width = identity.hidden_size, max(64, identity.hidden_size // 8)
+    dice = torch.Generator().manual_seed(0)
+    weights = torch.randn(width, hidden, generator=dice) / hidden**0.5, torch.randn(1, width, generator=dice) / width
+    network = Network(weights[0], torch.zeros(width), weights[1], torch.zeros(1))
+    save_router(folder, NeuralRouter(network, "e3", 0.0, {}), identity, training={}, metrics={})
+
+
+def recorded(file: Path, *drafts: int) -> Recording:
+    """What is forced, made of a recording for chains of so many drafts, EAGLE-3's first."""
+    content = json.loads(file.read_text())
+    acceptance = dict(zip(drafts, (content["e3"], content["df"]), strict=True))
+    if len(acceptance) < len(drafts):
+        raise SystemExit("error: both drafters make chains of one length, and could not be told apart; use other sizes")
+    return Recording(acceptance, content["e3_share"], content["switch_rate"])
+
+
+def mean_length(recording: Recording, drafts: int) -> float:
+    """Acceptance length, the bonus token included, of chains of so many drafts."""
+    weights = recording.table()[drafts]
+    return 1 + sum(accepted * weight for accepted, weight in enumerate(weights)) / sum(weights)
+
+
+def noise(dice: random.Random, length: int) -> TokenIds:
+    return dice.choices(ORDINARY, k=length)
+
+
+def cell(base_url: str, batch: int, context: int, setting: Setting) -> dict[str, Any]:
+    """Rounds of `batch` requests with `context` tokens before them, or why there were none."""
+    counted = totals(base_url)
+    assert counted is not None
+    each = context + setting.tokens + setting.shape.block_size
+    pool = counted["kv_pool"]["tokens"]
+    if each > setting.shape.context_length:
+        return {"skipped": f"longer than the context of {setting.shape.context_length}"}
+    if batch * each > pool:
+        return {"skipped": f"{batch * each} KV tokens, and the pool holds {pool}"}
+    dice = random.Random(f"{batch} {context}")
+    prompts = [noise(dice, context) for _ in range(batch)]
+    endless = {"ignore_eos": True}
+    ask(base_url, prompts, WARM_TOKENS, batch, endless)  # from here on prompts are cached, and requests start together
+    answers = ask(base_url, prompts, setting.tokens, batch, endless)
+    assert answers.totals is not None
+    return round_figures(answers.totals)
+
+
+def cell_speed(base_url: str, setting: Setting) -> float:
+    """Tokens/s of one request."""
+    prompts = [noise(random.Random(1), setting.contexts[0])]
+    ask(base_url, prompts, WARM_TOKENS, 1, {"ignore_eos": True})
+    answers = ask(base_url, prompts, 4 * setting.tokens, 1, {"ignore_eos": True})
+    return round(answers.tokens / answers.wall_s, 2)
+
+
+def time_to_first_token(paths: ModelPaths, common: Sequence[str], setting: Setting, logs: Path) -> dict[str, Any]:
+    """Medians of prompts that nothing is cached of, given to both servers in turns."""
+    pool = f"--max-total-tokens={4 * setting.long_prompt}"  # both stand on one device
+    commands = {
+        name: Command(LAUNCHER, (*paths.server_flags(), *router_flags(name), *common, pool), {}, START_SECONDS)
+        for name in ("off", "entropy")
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    with servers(commands, logs) as urls:
+        for repeat, name in in_turns(list(urls), 1 + TTFT_REPEATS):
+            prompt = noise(random.Random(repeat), setting.long_prompt)
+            seconds[name].append(stream(urls[name], prompt, 1).arrivals_s[0])
+    note("shapes, first tokens: measured")
+    ms = {name: 1000 * statistics.median(found[1:]) for name, found in seconds.items()}  # the first one warms up
+    return {
+        "prompt_tokens": setting.long_prompt,
+        "ms": {name: round(value, 2) for name, value in ms.items()},
+        "over_off": round(ms["entropy"] / ms["off"], 4),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- acceptance
+
+
+class Trained(NamedTuple):
+    """Models with weights, and what the launcher serves them with."""
+
+    title: str
+    paths: ModelPaths
+    block: int
+    launcher_flags: tuple[str, ...]
+    router: Path | None = None  # None: the bundled one
+    calibration: Path | None = None  # the same
+    flags: tuple[str, ...] = ()  # for servers of SGLang's own
+
+
+DEMO = Trained("the bundled models", bundled.PATHS, 8, ("--demo",))
+
+
+def trained(args: argparse.Namespace, setting: Setting, logs: Path) -> Trained:
+    """The models of --models, trained now where there are none."""
+    folder = args.models or logs / "models"
+    paths = ModelPaths(*(folder / name for name in ("target", "dflash", "eagle3")), WhiFlashConfig.eagle_steps)
+    sized = ("--context-length=8192", "--max-total-tokens=65536", "--max-running-requests=16", *QUIET)
+    flags = (*sized, "--mem-fraction-static=0.1", *setting.flags, *args.server_flags)  # they stand side by side
+    calibration = folder / "calibration.json"
+    if not calibration.exists():
+        train_models(folder, args.minutes)
+        train_router(folder, paths, flags, logs)
+    title = f"{SIZES['num-layers']} layers of width {SIZES['hidden']}, trained {args.minutes:g} minutes"
+    served = (*paths.server_flags(), *flags)
+    return Trained(title, paths, DFLASH_BLOCK, served, folder / "router", calibration, flags)
+
+
+def train_models(folder: Path, minutes: float) -> None:
+    layers = SIZES["num-layers"]
+    sizes = [f"--{name}={value}" for name, value in SIZES.items()]
+    captured = {kind: default_layers(kind, layers) for kind in ("eagle3", "dflash")}
+    for stage, share in MINUTES.items():
+        run(
+            *("scripts/train_demo_models.py", f"--stage={stage}", f"--out={folder}", f"--runs={folder / 'runs'}"),
+            *(*sizes, "--batch-tokens=16384", "--learning-rate=1e-3", "--steps=1000000"),
+            *(f"--sessions={SESSIONS}", f"--documents={DOCUMENTS}", f"--minutes={share * minutes}"),
+            *("--eagle3-layers", *map(str, captured["eagle3"]), "--dflash-layers", *map(str, captured["dflash"])),
+            *(f"--dflash-depth={DFLASH_DEPTH}", f"--dflash-block={DFLASH_BLOCK}"),
+        )
+
+
+def train_router(folder: Path, paths: ModelPaths, flags: Sequence[str], logs: Path) -> None:
+    """Router and calibration by the commands of docs/routers.md."""
+    traces, data, router = folder / "router.jsonl", folder / "data", folder / "router"
+    models = paths.server_flags()
+    number = ROUTER_SESSIONS + CALIBRATION_SESSIONS
+    run("-m", "workloads.demo.generate", "--split=router", f"--sessions={number}", f"--out={traces}")
+    off = Command(LAUNCHER, (*models, "--whiflash-router=off", *flags), {}, START_SECONDS)
+    with servers({"off": off}, logs / "router") as urls:
+        collect = ("-m", "whiflash_sglang.training.collect_router_data", *models, f"--traces={traces}", f"--out={data}")
+        run(*collect, f"--base-url={urls['off']}")
+    train = ("-m", "whiflash_sglang.training.train_router", f"--data={data}", f"--out={router}")
+    run(*train, f"--sessions={ROUTER_SESSIONS}")
+    calibrate = ("-m", "whiflash_sglang.calibrate", *models, f"--data={data}", f"--neural-router={router}")
+    run(*calibrate, f"--out={folder / 'calibration.json'}", "--", *flags)
+
+
+def run(*arguments: str) -> None:
+    """A command of this repository; its output is progress. CalledProcessError where it fails."""
+    note(f"python {' '.join(arguments[:3])} ...")
+    with subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=sys.stderr) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()  # and not kill, as `subprocess.run` would: it has servers of its own to stop
+            raise
+    if status:
+        raise subprocess.CalledProcessError(status, process.args)
+
+
+def acceptance(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, Any]:
+    """The part with weights: every policy on the same held-out histories, in one run."""
+    models = DEMO if args.tiny else trained(args, setting, logs)
+    learned = {name: router_flags(name, models.router, models.calibration) for name in POLICIES}
+    commands = {
+        name: Command(LAUNCHER, (*models.launcher_flags, *flags), {}, START_SECONDS) for name, flags in learned.items()
+    }
+    notes = []
+    if has_accelerator():
+        for name, own in upstream_flags(models.paths, models.block).items():
+            commands[name] = Command(UPSTREAM_LAUNCHER, (*own, *models.flags), {}, START_SECONDS)
+    else:
+        notes.append("SGLang's own EAGLE3 and DFLASH need an accelerator and are left out here.")
+    tokenizer = AutoTokenizer.from_pretrained(models.paths.target)
+    replayed = (prompts_of(session, tokenizer) for session in sessions("heldout", args.prompts))
+    prompts = list(islice(chain.from_iterable(replayed), args.prompts))
+    with servers(commands, logs / "acceptance") as urls:
+        for url in urls.values():
+            ask(url, [prompts[-1].ids], MAX_TOKENS)  # warm
+        before = totals(urls["entropy"])
+        texts = replay(urls, prompts)
+        after = totals(urls["entropy"])
+        assert before is not None and after is not None
+        found = {name: text_figures(own, prompts, tokenizer) for name, own in texts.items()}
+        reference = [text.tokens for text in texts["off"]]
+        for name, own in texts.items():
+            if name != "off":
+                found[name]["texts"] = against_off(urls["off"], prompts, reference, [text.tokens for text in own])
+    counted = difference(after, before)
+    recording = {
+        "e3": histogram(texts["fixed:e3"]),
+        "df": histogram(texts["fixed:df"]),
+        "e3_share": round(counted["rounds_by_drafter"].get("e3", 0) / counted["rounds"], 4),
+        "switch_rate": round(counted["switches"] / counted["rounds"], 4),
+    }
+    return {"models": models.title, "policies": found, "recording": recording, "notes": notes}
+
+
+def replay(urls: Mapping[str, str], prompts: Sequence[Prompt]) -> dict[str, list[Streamed]]:
+    """One text for each prompt from every server, one request at a time, blocks in turns."""
+    texts: dict[str, dict[int, Streamed]] = {name: {} for name in urls}
+    for block, name in in_turns(list(urls), BLOCKS):
+        for number in range(block, len(prompts), BLOCKS):
+            texts[name][number] = stream(urls[name], prompts[number].ids, MAX_TOKENS)
+    return {name: [found[number] for number in sorted(found)] for name, found in texts.items()}
+
+
+def text_figures(texts: Sequence[Streamed], prompts: Sequence[Prompt], tokenizer: Any) -> dict[str, Any]:
+    spent = []
+    for text, prompt in zip(texts, prompts, strict=True):
+        labels = reply_of(prompt, text.tokens, tokenizer).example.spans[len(prompt.ids) :]
+        spent.append(by_span(text, [SPANS[label] for label in labels]))
+    counts = histogram(texts)
+    accepted = sum(number * count for number, count in enumerate(counts))
+    return {
+        "tokens_per_s": round(sum(len(t.tokens) for t in texts) / sum(t.arrivals_s[-1] for t in texts), 2),
+        "acceptance_length": round(1 + accepted / sum(counts), 3) if counts else None,
+        "by_span": speeds(spent),
+    }
+
+
+def against_off(
+    off_url: str, prompts: Sequence[Prompt], reference: Sequence[TokenIds], found: Sequence[TokenIds]
+) -> dict[str, Any]:
+    """How many texts are equal, and which of the others no near tie excuses."""
+    comparison = compare(off_url, [prompt.ids for prompt in prompts], reference, found)
+    unexplained = [d for d in comparison.differences if not d.is_tie_within(NEAR_TIE)]
+    return {
+        "prompts": comparison.prompts,
+        "equal": comparison.prompts - len(comparison.differences),
+        "unexplained": [{"prompt": d.prompt, "position": d.position, "gap": d.gap} for d in unexplained],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ picture
+
+
+def picture(line: Mapping[str, Any], file: Path) -> None:
+    """What was measured: a round by part for every router, tokens/s by span for every policy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    views = {"shapes": draw_rounds, "acceptance": draw_speeds}
+    measured = [name for name in views if line[name] is not None]
+    num_cells = sum(map(len, (line["shapes"] or {}).get("rounds", {}).values()))
+    size = (7 * len(measured), max(5, 0.22 * num_cells))
+    figure, axes = pyplot.subplots(1, len(measured), figsize=size, layout="constrained", squeeze=False)
+    for name, own in zip(measured, axes[0], strict=True):
+        views[name](own, line[name])
+        own.legend(fontsize="small")
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_rounds(axes: Any, shapes: Mapping[str, Any]) -> None:
+    bars = [
+        (f"{router}, {name}", found["ms"])
+        for router, cells in shapes["rounds"].items()
+        for name, found in cells.items()
+        if "ms" in found
+    ]
+    behind = [0.0] * len(bars)
+    for part in (*PARTS, "host"):
+        widths = [ms[part] for _, ms in bars]
+        axes.barh([label for label, _ in bars], widths, left=behind, label=part)
+        behind = [a + b for a, b in zip(behind, widths, strict=True)]
+    axes.set(title="A round by part (router, batch x context)", xlabel="ms")
+    axes.invert_yaxis()
+
+
+def draw_speeds(axes: Any, acceptance: Mapping[str, Any]) -> None:
+    policies = acceptance["policies"]
+    spans = sorted({span for found in policies.values() for span in found["by_span"]})
+    width = 0.8 / len(policies)
+    for i, (name, found) in enumerate(policies.items()):
+        places = [place + i * width for place in range(len(spans))]
+        axes.bar(places, [found["by_span"].get(span, 0) for span in spans], width, label=name)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(spans))], spans)
+    axes.set(title="Trained models, by span", ylabel="tokens/s")
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="tiny and bundled models, as on a CPU")
+    parser.add_argument("--only", choices=("shapes", "acceptance"), help="one part (default: both)")
+    parser.add_argument("--routers", nargs="+", choices=SHAPE_ROUTERS, default=SHAPE_ROUTERS, help="of `shapes`")
+    parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="requests at a time, of `shapes`")
+    parser.add_argument("--contexts", nargs="+", type=int, metavar="TOKENS", help="of `shapes`")
+    parser.add_argument("--acceptance", type=Path, default=RECORDED, metavar="FILE", help="what is forced in `shapes`")
+    parser.add_argument("--prompts", type=int, default=200, help="of `acceptance` (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=40, help="of training (default: %(default)s)")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="keep trained models there, and use those of before")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="write the JSON line, and .md and .png beside it")
+    split = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:split])
+    args.server_flags = list(argv[split + 1 :])
+    if args.prompts < BLOCKS:
+        parser.error(f"argument --prompts: give {BLOCKS} or more")
+    if not args.tiny and not has_accelerator():
+        parser.error("this machine has no accelerator; give --tiny to try the benchmark on a CPU")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    setting = CPU if args.tiny else GPU
+    setting = setting._replace(
+        batches=tuple(args.batches or setting.batches), contexts=tuple(args.contexts or setting.contexts)
+    )
+    server.stop_on_signals()
+    logs = Path(tempfile.mkdtemp(prefix="whiflash-gpu-"))
+    note(f"logs in {logs}")
+    found = {
+        "shapes": None if args.only == "acceptance" else shapes(args, setting, logs),
+        "acceptance": None if args.only == "shapes" else acceptance(args, setting, logs),
+    }
+    judged = criteria(**found)
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    arguments = {name: value for name, value in arguments.items() if name != "results"}
+    line = {"benchmark": "gpu", "arguments": arguments, "criteria": judged, **found, **provenance()}
+    if args.results:
+        args.results.with_suffix(".md").write_text(markdown(line))
+        picture(line, args.results.with_suffix(".png"))
+    # Tiny models say nothing of speed: there only the texts count.
+    binding = [name for name in LIMITS if not args.tiny or "text" in name]
+    failed = [name for name in binding if judged[name]["holds"] is False]
+    finish(line, args.results, f"failed: {'; '.join(failed)}; see the logs in {logs}" if failed else None)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (server.ServerError, httpx.HTTPError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"error: {error}") from error

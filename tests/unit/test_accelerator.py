@@ -1,0 +1,123 @@
+"""What a GPU is refused for, in figures; there need not be one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from whiflash_sglang.accelerator import (
+    GIB,
+    Memory,
+    check_attention,
+    check_draft_pools,
+    check_room,
+    kv_bytes,
+)
+from whiflash_sglang.checkpoints import DrafterSpec, TargetSpec, load_drafter_spec, load_target_spec
+from whiflash_sglang.config import ENVIRONMENT_VARIABLE, WhiFlashConfig
+from whiflash_sglang.errors import CheckpointError, ConfigError
+from workloads.gpu.shapes import QWEN3_8B, write_models
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> tuple[TargetSpec, DrafterSpec, DrafterSpec]:
+    folders = write_models(tmp_path_factory.mktemp("models"), QWEN3_8B)
+    target = load_target_spec(str(folders.target))
+    drafters = {"df": folders.dflash, "e3": folders.eagle3}
+    df, e3 = (load_drafter_spec(str(path), kind, target) for kind, path in drafters.items())
+    return target, df, e3
+
+
+@pytest.mark.parametrize("backend", ["triton", "flashinfer", "fa3"])
+def test_backends_that_rounds_are_made_for(backend: str, specs: tuple[TargetSpec, DrafterSpec, DrafterSpec]) -> None:
+    check_attention([backend], specs[0], specs[1:])
+
+
+def test_another_backend_is_refused_by_name(specs: tuple[TargetSpec, DrafterSpec, DrafterSpec]) -> None:
+    """SGLang takes it on Blackwell where nobody asks for one."""
+    with pytest.raises(ConfigError, match=r"^--attention-backend trtllm_mha: .*; use triton or flashinfer or fa3$"):
+        check_attention(["triton", "trtllm_mha"], specs[0], specs[1:])
+
+
+def test_head_sizes_without_a_kernel(specs: tuple[TargetSpec, DrafterSpec, DrafterSpec]) -> None:
+    target, df, e3 = specs
+    odd = replace(df, head_dim=80)
+    check_attention(["triton", "fa3"], target, [odd, e3])
+    with pytest.raises(CheckpointError) as refusal:
+        check_attention(["flashinfer"], target, [odd, e3])
+    assert re.match(r"^--speculative-draft-model-path \S+: its heads of size 80 are none", str(refusal.value))
+    assert str(refusal.value).endswith("use --attention-backend triton or fa3")
+    with pytest.raises(CheckpointError, match=r"^--model-path .*size 512 .*; serve another model$"):
+        check_attention(["fa3"], replace(target, head_dim=512), [df, e3])
+
+
+def test_bytes_of_a_token(specs: tuple[TargetSpec, DrafterSpec, DrafterSpec]) -> None:
+    """Qwen3-8B: 36 layers, 8 KV heads of 128, K and V of 2 bytes."""
+    assert [kv_bytes(spec, 2) for spec in specs] == [147_456, 5 * 4096, 4096]
+    assert kv_bytes(specs[0], 2, num_ranks=2) == 147_456 // 2
+    assert kv_bytes(specs[0], 2, num_ranks=16) == 147_456 // 8, "a KV head may be on several ranks"
+
+
+def test_room_for_one_window() -> None:
+    check_room(Memory(24 * GIB, 0.85, 18 * GIB), 90_000, 16)
+    with pytest.raises(ConfigError) as refusal:
+        check_room(Memory(16 * GIB, 0.85, 18 * GIB), 90_000, 16)
+    said = str(refusal.value)
+    assert said.startswith("--mem-fraction-static 0.85: of 16.0 GiB that leaves 0.00 beside the weights")
+    assert "--whiflash-drafters" in said and "--tp-size" in said and "\n" not in said
+
+
+def test_room_for_the_draft_pools() -> None:
+    check_draft_pools(3 * GIB, {"df": 20_480, "e3": 4096}, 100_000)
+    with pytest.raises(ConfigError) as refusal:
+        check_draft_pools(GIB, {"df": 20_480, "e3": 4096}, 100_000)
+    said = str(refusal.value)
+    assert said.startswith("--max-total-tokens 100000: the draft pools take df 1.91 and e3 0.38 GiB, and 1.00 are free")
+    assert "give --max-total-tokens 43690 or less" in said and "--mem-fraction-static" in said
+
+
+def test_the_mend_for_the_draft_pools_mends() -> None:
+    check_draft_pools(GIB, {"df": 20_480, "e3": 4096}, 43_690)
+
+
+@pytest.fixture
+def arguments(
+    specs: tuple[TargetSpec, DrafterSpec, DrafterSpec], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[SimpleNamespace]:
+    """What SGLang has resolved on a GPU of 80 GiB, as far as it is looked at."""
+    pytest.importorskip("sglang")
+    target, df, e3 = specs
+    WhiFlashConfig(dflash_draft=df.path, eagle_draft=e3.path).to_environ(os.environ)
+    monkeypatch.setattr("sglang.srt.utils.get_device_memory_capacity", lambda device: 80 * 1024)
+    yield SimpleNamespace(
+        device="cuda",
+        model_path=target.path,
+        get_attention_backends=lambda: ("fa3", "fa3"),
+        speculative_draft_attention_backend=None,
+        mem_fraction_static=0.85,
+        quantization=None,
+        tp_size=1,
+        speculative_num_draft_tokens=16,
+    )
+    del os.environ[ENVIRONMENT_VARIABLE]
+
+
+def test_resolved_arguments_are_judged_before_anything_is_loaded(arguments: SimpleNamespace) -> None:
+    from whiflash_sglang import host
+
+    host.check_accelerator(arguments)
+    arguments.mem_fraction_static = 0.2
+    with pytest.raises(ConfigError, match=r"^--mem-fraction-static 0.2: of 80.0 GiB that leaves 0.00"):
+        host.check_accelerator(arguments)
+    arguments.tp_size = 2
+    host.check_accelerator(arguments)
+    arguments.get_attention_backends = lambda: ("trtllm_mha", "trtllm_mha")
+    with pytest.raises(ConfigError, match=r"^--attention-backend trtllm_mha"):
+        host.check_accelerator(arguments)
+    arguments.device = "cpu"
+    host.check_accelerator(arguments)

@@ -1,0 +1,82 @@
+"""What a GPU must be able to do before anything is loaded on it: run the attention that rounds are made of, at the
+models' head sizes, and hold the target's KV beside a pool for every drafter. Pure: sizes in, refusals out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from whiflash_sglang.checkpoints import DRAFTER_FLAGS, FLAG_TARGET, DrafterSpec, TargetSpec
+from whiflash_sglang.config import FLAG_DRAFTERS
+from whiflash_sglang.errors import CheckpointError, ConfigError
+from whiflash_sglang.refusals import CUDA_BACKENDS, FLAG_ATTENTION
+
+HEAD_SIZES: Mapping[str, Sequence[int]] = {
+    "triton": range(16, 257),
+    "flashinfer": (64, 128, 256),
+    "fa3": range(8, 257, 8),
+}
+"""What each attention backend has kernels for."""
+
+FLAG_FRACTION = "--mem-fraction-static"
+FLAG_POOL = "--max-total-tokens"
+GIB = 2**30
+
+
+def check_attention(backends: Iterable[str], target: TargetSpec, drafters: Iterable[DrafterSpec]) -> None:
+    """Refuse an attention backend that rounds are not made for (ConfigError), and a model with heads of a size that it
+    has no kernel for (CheckpointError)."""
+    specs = list(drafters)
+    heads = [(FLAG_TARGET, target.path, target.head_dim)]
+    heads += [(DRAFTER_FLAGS[spec.kind], spec.path, spec.head_dim) for spec in specs]
+    for backend in backends:
+        if backend not in CUDA_BACKENDS:
+            problem = "verify windows and blocks have not been tried with it"
+            raise ConfigError(FLAG_ATTENTION, backend, problem, f"use {' or '.join(CUDA_BACKENDS)}")
+        for flag, path, size in heads:
+            if size not in HEAD_SIZES[backend]:
+                others = [name for name in CUDA_BACKENDS if size in HEAD_SIZES[name]]
+                mend = f"use {FLAG_ATTENTION} {' or '.join(others)}" if others else "serve another model"
+                raise CheckpointError(flag, path, f"its heads of size {size} are none that {backend} has", mend)
+
+
+class Memory(NamedTuple):
+    """What KV has to be held in, by SGLang's reckoning."""
+
+    total: int  # bytes of the device
+    fraction: float  # of it, for weights and KV
+    weights: int  # bytes, of target and drafters
+
+
+def kv_bytes(spec: TargetSpec | DrafterSpec, element_size: int, num_ranks: int = 1) -> int:
+    """Bytes of K and V of one token; each of `num_ranks` processes holds a part of the heads, or one at least."""
+    return 2 * spec.num_layers * max(1, spec.num_kv_heads // num_ranks) * spec.head_dim * element_size
+
+
+def check_room(memory: Memory, token_bytes: int, num_tokens: int) -> None:
+    """Refuse where KV of `num_tokens` tokens, of `token_bytes` in all pools, does not fit beside the weights."""
+    room = int(memory.total * memory.fraction) - memory.weights
+    needed = num_tokens * token_bytes
+    if needed > room:
+        problem = (
+            f"of {memory.total / GIB:.1f} GiB that leaves {max(0, room) / GIB:.2f} beside the weights of target and "
+            f"drafters ({memory.weights / GIB:.1f}), and one window of KV in every pool takes {needed / GIB:.2f}"
+        )
+        mend = f"raise it, load one drafter ({FLAG_DRAFTERS} df or e3), or use --tp-size"
+        raise ConfigError(FLAG_FRACTION, memory.fraction, problem, mend)
+
+
+def check_draft_pools(free: int, drafters: Mapping[str, int], num_tokens: int) -> None:
+    """Refuse where the drafters' pools do not fit into `free` bytes; `drafters`: bytes of a token, by name.
+
+    SGLang sizes the target's pool for all of them by its own estimate. Where that was too high, allocating would fail
+    with a message about tensors.
+    """
+    needed = num_tokens * sum(drafters.values())
+    if needed > free:
+        fits = int(num_tokens * free / needed)
+        pools = " and ".join(f"{name} {num_tokens * each / GIB:.2f}" for name, each in drafters.items())
+        problem = f"the draft pools take {pools} GiB, and {free / GIB:.2f} are free"
+        mend = f"give {FLAG_POOL} {fits} or less, lower {FLAG_FRACTION}, or load one drafter ({FLAG_DRAFTERS} df or e3)"
+        raise ConfigError(FLAG_POOL, num_tokens, problem, mend)

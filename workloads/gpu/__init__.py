@@ -1,0 +1,1 @@
+"""What `scripts/bench_gpu.py` measures on: models without weights, forced acceptance, and the criteria."""

@@ -1,0 +1,248 @@
+"""What the measurements of `scripts/bench_gpu.py` come to: milliseconds by part, speeds by span, the criteria, and a
+page of tables. Pure: counters and times in, plain data out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from workloads.bench import route_share, switching_share
+from workloads.report import Totals
+from workloads.tokens import Streamed
+
+UPSTREAM = {"fixed:e3": "EAGLE3", "fixed:df": "DFLASH"}  # our policy, and the algorithm of SGLang's that it is held to
+ROUTERS = ("entropy", "neural")
+PARTS = {
+    "route": ("route",),
+    "catch-up": ("catch_up",),
+    "draft": ("draft",),
+    "verify": ("verify",),
+    "commit": ("commit", "commit_idle"),
+}
+"""The parts of a round by the server's steps (`whiflash_sglang/observe.py`); what is left of a round is the host's."""
+
+
+# -------------------------------------------------------------------------------------------------------------- rounds
+
+
+def round_figures(counted: Totals) -> dict[str, Any]:
+    """One cell of the table: `ms` of a round by part, the shares that criteria are about, and what was run."""
+    seconds, steps = counted["seconds"], counted["steps"]
+    ms = {part: 1000 * sum(seconds[step] for step in own) / steps for part, own in PARTS.items()}
+    whole = 1000 * seconds["round"] / steps
+    ms |= {"host": whole - sum(ms.values()), "round": whole}
+    return {
+        "ms": {part: round(value, 4) for part, value in ms.items()},
+        "switching_share": switching_share([counted]),
+        "router_share": route_share([counted]),
+        "rows": round(counted["rounds"] / steps, 2),  # on average: requests end one after the other
+        "acceptance_length": round(1 + counted["accepted_drafts"] / counted["rounds"], 3),
+        "rounds_by_drafter": counted["rounds_by_drafter"],
+        "switches": counted["switches"],
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- texts
+
+
+class Spent(NamedTuple):
+    """Tokens, and the seconds from one arrival to the next that they came with."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def plus(self, tokens: float, seconds: float) -> Spent:
+        return Spent(self.tokens + tokens, self.seconds + seconds)
+
+
+def by_span(streamed: Streamed, spans: Sequence[str]) -> dict[str, Spent]:
+    """What each span of a text took; `spans` [tokens]. What came first is the prefill's, and left out.
+
+    Tokens that came at once share the time since those before: of 6 tokens after 12 ms, 2 of them reasoning, reasoning
+    has 2 tokens and 4 ms.
+    """
+    found: dict[str, Spent] = {}
+    arrivals = streamed.arrivals_s
+    start = 0
+    before: float | None = None
+    while start < len(arrivals):
+        end = start + arrivals[start:].count(arrivals[start])
+        if before is not None:
+            each = (arrivals[start] - before) / (end - start)
+            for span in spans[start:end]:
+                found[span] = found.get(span, Spent()).plus(1, each)
+        before, start = arrivals[start], end
+    return found
+
+
+def speeds(spent: Iterable[Mapping[str, Spent]]) -> dict[str, float]:
+    """Tokens/s by span over many texts."""
+    sums: dict[str, Spent] = {}
+    for text in spent:
+        for span, part in text.items():
+            sums[span] = sums.get(span, Spent()).plus(*part)
+    return {span: round(part.tokens / part.seconds, 2) for span, part in sums.items() if part.seconds}
+
+
+def histogram(texts: Iterable[Streamed]) -> list[int]:
+    """How often 0, 1, .. drafts of a round were accepted, over all texts; nothing where the server does not draft."""
+    counts: list[int] = []
+    for text in texts:
+        own = text.about.get("spec_correct_drafts_histogram") or []
+        counts += [0] * (len(own) - len(counts))
+        for accepted, count in enumerate(own):
+            counts[accepted] += count
+    return counts
+
+
+# ------------------------------------------------------------------------------------------------------------ criteria
+
+
+class Limit(NamedTuple):
+    limit: float
+    at_most: bool = False
+
+    def judge(self, value: float | None) -> dict[str, Any]:
+        if value is None:
+            return {"value": None, "limit": self.limit, "holds": None}
+        holds = value <= self.limit if self.at_most else value >= self.limit
+        return {"value": round(value, 4), "limit": self.limit, "holds": holds}
+
+
+LIMITS = {
+    "tokens/s of fixed:e3 over SGLang's EAGLE3": Limit(0.97),
+    "tokens/s of fixed:df over SGLang's DFLASH": Limit(0.97),
+    "tokens/s of the best router over the better of SGLang's": Limit(1.05),
+    "tokens/s of a router over EAGLE3 in its best span": Limit(1.70),
+    "tokens/s of a router over DFLASH in its best span": Limit(1.37),
+    "switching under entropy, share of a round": Limit(0.03, at_most=True),
+    "switching under alternate, share of a round": Limit(0.07, at_most=True),
+    "routing, share of a round": Limit(0.01, at_most=True),
+    "time to the first token of a long prompt, over off": Limit(1.05, at_most=True),
+    "share of prompts whose greedy text is that of off": Limit(0.99),
+    "texts that differ where no near tie of logits excuses it": Limit(0, at_most=True),
+}
+
+
+def criteria(shapes: Mapping[str, Any] | None, acceptance: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Every criterion by name: `value`, `limit`, and whether it `holds`; None where it was not measured.
+
+    Shares of a round are the largest of all batches and contexts. Speeds are of the trained models.
+    """
+    values = (
+        *(_speed_values((acceptance or {}).get("policies", {}))),
+        *(_round_values((shapes or {}).get("rounds", {}))),
+        ((shapes or {}).get("ttft") or {}).get("over_off"),
+        *(_text_values((acceptance or {}).get("policies", {}))),
+    )
+    return {name: limit.judge(value) for (name, limit), value in zip(LIMITS.items(), values, strict=True)}
+
+
+def _speed_values(policies: Mapping[str, Mapping[str, Any]]) -> list[float | None]:
+    total = {name: figures["tokens_per_s"] for name, figures in policies.items()}
+    held = [_over(total.get(ours), total.get(theirs)) for ours, theirs in UPSTREAM.items()]
+    routed = [total[name] for name in ROUTERS if name in total]
+    theirs = [total[name] for name in UPSTREAM.values() if name in total]
+    best = _over(max(routed, default=None), max(theirs) if len(theirs) == len(UPSTREAM) else None)
+    return [*held, best, *(_best_span(policies, name) for name in UPSTREAM.values())]
+
+
+def _best_span(policies: Mapping[str, Mapping[str, Any]], upstream: str) -> float | None:
+    base = policies.get(upstream, {}).get("by_span", {})
+    ratios = [
+        speed / base[span]
+        for name in ROUTERS
+        for span, speed in policies.get(name, {}).get("by_span", {}).items()
+        if base.get(span)
+    ]
+    return max(ratios, default=None)
+
+
+def _round_values(rounds: Mapping[str, Mapping[str, Any]]) -> list[float | None]:
+    def largest(share: str, *routers: str) -> float | None:
+        cells = (cell for router in routers for cell in rounds.get(router, {}).values() if "ms" in cell)
+        return max((cell[share] for cell in cells), default=None)
+
+    switching = [largest("switching_share", router) for router in ("entropy", "alternate")]
+    return [*switching, largest("router_share", *ROUTERS)]
+
+
+def _text_values(policies: Mapping[str, Mapping[str, Any]]) -> list[float | None]:
+    """SGLang's own algorithms are measured, not judged."""
+    ours = [figures["texts"] for name, figures in policies.items() if "texts" in figures and name[0].islower()]
+    if not ours:
+        return [None, None]
+    return [min(t["equal"] / t["prompts"] for t in ours), sum(len(t["unexplained"]) for t in ours)]
+
+
+def _over(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def markdown(line: Mapping[str, Any]) -> str:
+    """The JSON line as tables for people."""
+    hardware = line["hardware"]
+    parts = [f"# GPU benchmark\n\n{hardware.get('gpu') or 'no GPU'}; {hardware['cpu']}; commit {line['commit']}"]
+    judged = [
+        (name, _shown(found["value"]), _limit(LIMITS[name]), {True: "yes", False: "no", None: "not measured"}[held])
+        for name, found in line["criteria"].items()
+        for held in [found["holds"]]
+    ]
+    parts.append("## Criteria\n\n" + _table(("criterion", "value", "limit", "holds"), judged))
+    if line["shapes"] is not None:
+        parts.append(_rounds_page(line["shapes"]))
+    if line["acceptance"] is not None:
+        parts.append(_speeds_page(line["acceptance"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _rounds_page(shapes: Mapping[str, Any]) -> str:
+    columns = (*PARTS, "host", "round")
+    rows = []
+    for router, cells in shapes["rounds"].items():
+        for cell, found in cells.items():
+            if "ms" in found:
+                times = [f"{found['ms'][part]:.3f}" for part in columns]
+                shares = [f"{found[share]:.2%}" for share in ("switching_share", "router_share")]
+                rows.append((router, cell, *times, *shares, found["acceptance_length"]))
+            else:
+                rows.append((router, cell, *["-"] * len(columns), "-", "-", found["skipped"]))
+    head = ("router", "batch x context", *(f"{part}, ms" for part in columns), "switching", "routing", "AL")
+    text = f"## A round by part, {shapes['models']}\n\n" + _table(head, rows)
+    if shapes.get("tokens_per_s"):
+        text += "\n\n" + _table(("policy", "tokens/s at the same acceptance"), shapes["tokens_per_s"].items())
+    if shapes.get("ttft"):
+        first = ", ".join(f"{name} {ms:.1f} ms" for name, ms in shapes["ttft"]["ms"].items())
+        text += f"\n\nTime to the first token of a prompt of {shapes['ttft']['prompt_tokens']} tokens: {first}."
+    return text
+
+
+def _speeds_page(acceptance: Mapping[str, Any]) -> str:
+    policies = acceptance["policies"]
+    spans = sorted({span for figures in policies.values() for span in figures["by_span"]})
+    rows = []
+    for name, figures in policies.items():
+        texts = figures.get("texts")
+        equal = "-" if texts is None else f"{texts['equal']} of {texts['prompts']}"
+        by_span = (_shown(figures["by_span"].get(span)) for span in spans)
+        rows.append((name, figures["tokens_per_s"], _shown(figures["acceptance_length"]), *by_span, equal))
+    head = ("policy", "tokens/s", "AL", *(f"{span}, tokens/s" for span in spans), "texts as off")
+    title = f"## Trained models, {acceptance['models']}"
+    return "\n\n".join([title, _table(head, rows), *acceptance["notes"]])
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
+
+
+def _limit(limit: Limit) -> str:
+    return f"{'at most' if limit.at_most else 'at least'} {limit.limit:g}"
