@@ -16,6 +16,9 @@ from tests.fakes import VOCAB, FakeDrafter, FakeTarget, World, plain_greedy
 from tests.learned import HIDDEN
 from tests.pretend_device import OnDevice, PretendDevice
 from whiflash_sglang.backlog import Backlog
+from whiflash_sglang.drafters.dflash import DFlashDrafter
+from whiflash_sglang.drafters.eagle3 import Eagle3Drafter
+from whiflash_sglang.drafters.runner import DraftRunner
 from whiflash_sglang.hints import Hints
 from whiflash_sglang.ledger import Trace
 from whiflash_sglang.observe import Totals
@@ -268,3 +271,56 @@ def test_a_round_reads_the_device_once(device: PretendDevice, router: str, lazy:
     for slot in range(num_requests):
         server.round.finish(slot, len(server.world.texts[slot]) - 1)
     assert not device.copies and not device.waits, "the end of a request is no reason to wait either"
+
+
+# ---- drafters
+
+
+class Forwards:
+    """Stands for SGLang's model runner and draft model: keeps the batch of every forward."""
+
+    def __init__(self, device: PretendDevice, hidden: int):
+        self.device = device
+        self.hidden = hidden
+        self.batches: list[Any] = []
+        self.attn_backend = self
+        self.model = self
+
+    def init_forward_metadata(self, batch: Any) -> None:
+        self.batches.append(batch)
+
+    def get_input_embeddings(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda tokens: self.device.give(torch.zeros(len(tokens), self.hidden))
+
+    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: Any, input_embeds: Any) -> Any:
+        shape = (len(input_ids), self.hidden)
+        hidden, logits = self.device.give((torch.randn(shape), torch.randn(shape)))
+        return SimpleNamespace(hidden_states=hidden, next_token_logits=logits)
+
+
+def drafter(kind: type, forwards: Forwards, **parts: Any) -> Any:
+    """A drafter of `kind` around what it is given, without a checkpoint."""
+    made = kind.__new__(kind)
+    worker = SimpleNamespace(model_runner=forwards)
+    vars(made).update(runner=DraftRunner(None, worker, None, forwards), **parts)
+    return made
+
+
+@pytest.mark.parametrize("kind", [Eagle3Drafter, DFlashDrafter])
+def test_a_drafter_reads_nothing_and_gives_backends_the_same_lengths_twice(device: PretendDevice, kind: type) -> None:
+    """SGLang's attention backends plan by `seq_lens_cpu` where ours on a CPU read `seq_lens`: they have to agree."""
+    forwards = Forwards(device, hidden=4)
+    head = SimpleNamespace(best=lambda hidden: hidden.argmax(-1))
+    made = drafter(
+        kind, forwards, num_drafts=3, token_ids=None, block=device.give(torch.zeros(1, 4, dtype=torch.int64)), head=head
+    )
+    world = World(SLOTS, MAX_LEN)
+    world.texts.update({0: [1, 2, 3], 5: [1] * 9})
+    drafts = made.draft(device.give(world.rows([5, 0], WIDTH)), device.give(torch.zeros(2, 4)))
+    assert drafts.tokens.shape == (2, 3)
+    assert not device.copies and not device.waits and not device.sent
+    ends = [batch.seq_lens_cpu.tolist() for batch in forwards.batches]
+    assert ends == ([[8, 2]] if kind is DFlashDrafter else [[7, 1], [8, 2], [9, 3]])
+    for batch in forwards.batches:
+        assert device.take(batch.seq_lens).tolist() == batch.seq_lens_cpu.tolist()
+        assert batch.seq_lens_sum == sum(batch.seq_lens_cpu.tolist())
