@@ -159,7 +159,8 @@ class Server:
             self.requests.append(
                 SimpleNamespace(
                     req_pool_idx=slot,
-                    origin_input_ids=prompt,
+                    # The last request's prompt goes on behind the chunk that is prefilled.
+                    origin_input_ids=[*self.world.texts[slot]] if slot == 4 else prompt,
                     output_ids=[],
                     sampling_params=params,
                     custom_logit_processor=object() if slot == 3 else None,
