@@ -159,7 +159,7 @@ class DecodeRound:
             signals = self.observe(verified.logits, verified.hidden, self.newest(accepted))
         with self.timed("read"):
             read = to_host(proposal.tokens, accepted.tokens, accepted.num_committed, *finite.values(), *signals)
-        window, tokens, num_committed, *others = read
+        window, tokens, num_committed, *others = read  # from here on all is on the host
         told = [figures.tolist() for figures in others]
         self.keep(rows.host.slots, told[len(finite) :])
         committed = [row[:count] for row, count in zip(tokens.tolist(), num_committed.tolist(), strict=True)]
@@ -213,9 +213,8 @@ class DecodeRound:
 
     def propose(self, rows: Rows, plan: Plan, num_drafts: Sequence[int]) -> tuple[Proposal, dict[str, torch.Tensor]]:
         """Let each drafter draft for its rows; one verify width for the batch, the widest that is needed."""
-        tokens = rows.anchors[:, None].repeat(
-            1, 1 + max(num_drafts, default=0)
-        )  # [rows, width]; column 0 is the anchor
+        width = 1 + max(num_drafts, default=0)
+        tokens = rows.anchors[:, None].repeat(1, width)  # [rows, width]; column 0 is the anchor
         finite = {}
         for name, chosen in plan.items():
             index = self.indices.of(chosen)
