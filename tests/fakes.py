@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from whiflash_sglang.backlog import Backlog
-from whiflash_sglang.types import Drafts, Entries, Prefill, Proposal, Rows, Verified
+from whiflash_sglang.types import Drafts, Entries, HostRows, Prefill, Proposal, Rows, Verified
 
 VOCAB = 11
 
@@ -49,11 +49,11 @@ class World:
         self.table = torch.arange(num_slots * max_len).view(num_slots, max_len)
 
     def rows(self, slots: Sequence[int], max_width: int) -> Rows:
-        lens = torch.tensor([len(self.texts[slot]) - 1 for slot in slots])  # the anchor has no KV yet
-        index = torch.tensor(slots)
+        known = HostRows([*slots], [len(self.texts[slot]) - 1 for slot in slots])  # the anchor has no KV yet
+        index, lens = torch.tensor(known.slots), torch.tensor(known.prefix_lens)
         window = lens[:, None] + torch.arange(-1, max_width)
         anchors = torch.tensor([self.texts[slot][-1] for slot in slots])
-        return Rows(index, anchors, lens, self.table[index[:, None], window], None)
+        return Rows(index, anchors, lens, self.table[index[:, None], window], known)
 
     def backlog(self, names: Sequence[str], capacity: int = 16) -> Backlog:
         return Backlog(dict.fromkeys(names, (1, torch.float64)), self.table, capacity)
@@ -75,9 +75,10 @@ class World:
             torch.tensor(following),
             torch.tensor(positions),
             torch.tensor(kv_slots),
-            torch.tensor(slots),
             torch.tensor(last),
-            torch.tensor([len(self.texts[slot]) - 1 for slot in slots]),
+            torch.tensor([self.texts[slot][-1] for slot in slots]),
+            [*slots],
+            [len(self.texts[slot]) - 1 for slot in slots],
         )
 
 

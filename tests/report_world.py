@@ -112,7 +112,7 @@ def totals(turns: list[Turn]) -> Totals | None:
         "rounds_by_drafter": {name: count for name, count in by_drafter.items() if count},
         "accepted_drafts": sum(sum(each.accepted_by_drafter.values()) for each in known),
         "switches": sum(each.switches for each in known),
-        "seconds": dict.fromkeys(("prefill", "prefill_drafters", "catch_up", "draft", "verify"), 1.0),
+        "seconds": dict.fromkeys(("prefill", "prefill_drafters", "catch_up", "draft", "verify", "read"), 1.0),
     }
 
 

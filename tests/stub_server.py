@@ -30,7 +30,15 @@ NO_TOTALS: Json = {
     "drafted": 0,
     "switches": 0,
     "steps": 0,
-    "seconds": {"draft": 0.0, "verify": 0.0, "catch_up": 0.0, "prefill_drafters": 0.0, "prefill": 0.0, "round": 0.0},
+    "seconds": {
+        "draft": 0.0,
+        "verify": 0.0,
+        "catch_up": 0.0,
+        "prefill_drafters": 0.0,
+        "prefill": 0.0,
+        "read": 0.0,
+        "round": 0.0,
+    },
 }
 STALL_SECONDS = 30.0
 

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from whiflash_sglang.transfer import to_device
 from whiflash_sglang.types import Entries
 
 
@@ -46,11 +47,12 @@ class Backlog:
             for name, (hidden, dtype) in features.items()
         }
 
-    def begin(self, name: str, slots: torch.Tensor, lens: torch.Tensor, last: torch.Tensor) -> None:
+    def begin(self, name: str, slots: Sequence[int], lens: Sequence[int], last: torch.Tensor) -> None:
         """The drafter has ingested positions 0 .. lens - 1 of `slots`; `last` [requests, hidden]: the newest ones'."""
-        self.settle(name, slots.tolist(), lens.tolist())
-        self.begin_round(slots.tolist(), lens.tolist())
-        self.features[name].index_copy_(0, self.rows(slots, lens - 1), last)
+        self.settle(name, slots, lens)
+        self.begin_round(slots, lens)
+        rows = [slot * self.capacity + (end - 1) % self.capacity for slot, end in zip(slots, lens, strict=True)]
+        self.features[name].index_copy_(0, to_device(rows, self.device), last)
 
     def rows(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Where `positions` of the requests in `slots` stand in the rings."""
@@ -105,7 +107,7 @@ class Backlog:
             ingested[slot] = end
         if not positions:
             return None
-        index = torch.tensor((rows, positions, kv_rows)).to(self.device)  # one copy to the device
+        index = to_device((rows, positions, kv_rows), self.device)  # one copy to the device
         return Entries(
             features=self.features[name].index_select(0, index[0]),
             next_tokens=self.next_tokens.index_select(0, index[0]),

@@ -104,7 +104,7 @@ class WhiFlashAlgorithm(CustomSpecAlgo):
                 check_ranks(DRAFTER_FLAGS[name], path, server_args.tp_size)
         server_args.speculative_eagle_topk = 1
         server_args.speculative_num_steps = 1
-        # The round reads accept counts on the host between steps; overlap would need them to stay on the device.
+        # A round ends when the host has read what it committed; overlap would need that to stay on the device.
         server_args.disable_overlap_schedule = True
 
 
@@ -589,6 +589,8 @@ def standing_batch(target_worker: Any, kv_table: torch.Tensor, num_rows: int, co
     kv_table[:num_rows, :context] = behind.view(num_rows, context)
     kv_table[:num_rows, context : context + width] = window.view(num_rows, width)
     requests = [Req(f"standing-{row}", "", [0], SamplingParams(temperature=0)) for row in range(num_rows)]
+    for row, request in enumerate(requests):
+        request.req_pool_idx = row
     batch = ScheduleBatch(reqs=requests, model_config=runner.model_config, device=device)
     batch.spec_algorithm = runner.spec_algorithm
     batch.forward_mode = ForwardMode.DECODE

@@ -15,13 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch
-
 from whiflash_sglang.hints import OFF, Hints
 from whiflash_sglang.plans import drafter_by_row
 from whiflash_sglang.priors import Priors
 from whiflash_sglang.spans import Context, Place, SpanReader
-from whiflash_sglang.types import RoundResult, Rows, Standing
+from whiflash_sglang.types import HostRows, RoundResult, Standing
 
 NOBODY = "none"  # a row that was not drafted for
 MAX_TRACED_ROUNDS = 1024  # of a request; what comes later is counted only
@@ -36,7 +34,7 @@ Signals = Mapping[str, Sequence[float]]
 class Explains(Protocol):
     """A router that can say what it will decide by."""
 
-    def signals(self, slots: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def signals(self, slots: Sequence[int]) -> Signals:
         """By kind: a number for each of the request slots, [rows]."""
         ...
 
@@ -134,37 +132,33 @@ class Ledger:
     def begin(self, slot: int, record: Record) -> None:
         self.records[slot] = record
 
-    def stand(self, rows: Rows) -> Rows:
+    def stand(self, rows: HostRows) -> HostRows:
         """The rows with where each request stands. Those that want no drafts may not be drafted for."""
-        standings = tuple([self.records[slot].standing for slot in rows.slots.tolist()])
+        standings = [self.records[slot].standing for slot in rows.slots]
         draftable = rows.draftable
         if any(standing.route == OFF for standing in standings):
-            wanted = torch.tensor([standing.route != OFF for standing in standings], device=rows.slots.device)
-            draftable = wanted if draftable is None else draftable & wanted
+            may_draft = set(rows.may_draft())
+            draftable = [standing.route != OFF and row in may_draft for row, standing in enumerate(standings)]
         return rows._replace(standings=standings, draftable=draftable)
 
-    def signals(self, rows: Rows, router: object) -> Signals:
+    def signals(self, rows: HostRows, router: object) -> Signals:
         """What the router will decide by; nothing where no request of the batch is traced."""
-        traced = any(self.records[slot].trace is not None for slot in rows.slots.tolist())
-        if not (traced and isinstance(router, Explains)):
-            return {}
-        return {kind: values.tolist() for kind, values in router.signals(rows.slots).items()}
+        traced = any(self.records[slot].trace is not None for slot in rows.slots)
+        return router.signals(rows.slots) if traced and isinstance(router, Explains) else {}
 
-    def count(self, rows: Rows, result: RoundResult, signals: Signals) -> None:
+    def count(self, rows: HostRows, result: RoundResult, signals: Signals) -> None:
         """A round has been: texts grow, and their rounds are counted where they began."""
         names = drafter_by_row(result.plan)
-        tokens, lens = result.accepted.tokens.tolist(), result.accepted.num_committed.tolist()
-        for row, slot in enumerate(rows.slots.tolist()):
-            record, committed, drafter = self.records[slot], tokens[row][: lens[row]], names.get(row, NOBODY)
+        for row, (slot, committed) in enumerate(zip(rows.slots, result.committed, strict=True)):
+            record, drafter = self.records[slot], names.get(row, NOBODY)
             standing = record.standing
-            _add(record.counts, (standing.span, drafter), lens[row])
-            _add(self.counts, (standing.context_kind, standing.span, drafter), lens[row])
+            _add(record.counts, (standing.span, drafter), len(committed))
+            _add(self.counts, (standing.context_kind, standing.span, drafter), len(committed))
             if record.trace is not None:
-                num_drafts = int(result.num_drafts[row])
                 entry = {
                     "drafter": drafter,
-                    "drafts": result.window[row, 1 : 1 + num_drafts].tolist(),
-                    "accepted": lens[row] - 1,
+                    "drafts": result.window[row, 1 : 1 + result.num_drafts[row]].tolist(),
+                    "accepted": len(committed) - 1,
                     "tokens": committed,
                     "span": standing.span,
                 }

@@ -8,18 +8,17 @@ Prometheus metrics.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from whiflash_sglang.costs import RoundCosts
 from whiflash_sglang.ledger import NOBODY, Ledger, Record, Signals
+from whiflash_sglang.plans import drafter_by_row
 from whiflash_sglang.priors import Priors
 from whiflash_sglang.router.prior import PriorShare
 from whiflash_sglang.spans import Markers, SpanReader
-from whiflash_sglang.types import CatchUp, RoundResult, Rows
+from whiflash_sglang.types import CatchUp, HostRows, RoundResult
 
 STEPS = (
     "prefill",
@@ -30,10 +29,14 @@ STEPS = (
     "verify",
     "commit",
     "commit_idle",
+    "read",
     "spans",
     "round",
 )
 """`commit` keeps the features of drafters that draft in the round, `commit_idle` those of the others.
+
+`read` is the round's one copy to the host, and a prefill's. On a device that runs asynchronously it is where the host
+waits: the time of all steps before stands there, and what stands at these is launch time.
 
 `spans` follows the texts and counts by span. Half of it stands within `round`, which ends before the counting.
 """
@@ -41,11 +44,14 @@ STEPS = (
 FIELDS = 9
 ROUNDS, DRAFTED, ACCEPTED, SWITCHES, INGESTED, INGESTIONS, MISSED, CATCH_UPS, CATCH_UP_S = range(FIELDS)
 
+Table = list[list[float]]
+"""[names][FIELDS]."""
+
 
 class Totals:
     """Counters of each running request and of all that have been, and the time spent in each step of a round.
 
-    Everything is kept on the host. A float64 counts exactly up to 2**53.
+    Everything is on the host and in plain Python: for some tens of rows this is quicker than tensors.
     """
 
     def __init__(
@@ -63,34 +69,29 @@ class Totals:
         self.pool: dict[str, int] = {}  # KV tokens; each stands in the target's pool and in that of every drafter
         self.costs: RoundCosts | None = None  # of a router that weighs them
         self.prior_share: PriorShare | None = None  # of a router with priors
-        self.running = torch.zeros(num_slots, len(self.names), FIELDS, dtype=torch.float64)
-        self.ended = torch.zeros(len(self.names), FIELDS, dtype=torch.float64)
+        self.sums = self._blank()  # of all requests that have been
+        self.running = [self._blank() for _ in range(num_slots)]  # by request slot, of its newest request
         self.longest = [0] * num_slots  # backlog that a drafter found waiting
         self.longest_ever = 0
-        self.last_choice = torch.full((num_slots,), -1, dtype=torch.int64)  # index into names
+        self.last_choice: list[str | None] = [None] * num_slots
 
-    def start(self, slots: torch.Tensor) -> None:
+    def start(self, slots: Sequence[int]) -> None:
         """A request begins in each of these slots, or goes on with its prompt: it has had no round."""
-        slots = slots.cpu()
-        self.ended += self.running[slots].sum(dim=0)
-        self.running[slots] = 0
-        self.last_choice[slots] = -1
-        for slot in slots.tolist():
+        for slot in slots:
+            self.running[slot] = self._blank()
+            self.last_choice[slot] = None
             self.longest[slot] = 0
 
-    def count(self, rows: Rows, result: RoundResult, signals: Signals) -> None:
+    def count(self, rows: HostRows, result: RoundResult, signals: Signals) -> None:
         """Add one batch's round."""
         with self.timed("spans"):
             self.ledger.count(rows, result, signals)
-        slots = rows.slots.cpu()
-        choice = torch.full_like(slots, len(self.names) - 1)
-        for name, index in result.plan.items():
-            choice[index.cpu()] = self.names.index(name)
-        last = self.last_choice[slots]
-        self.last_choice[slots] = choice
-        accepted = result.accepted.num_committed.cpu() - 1
-        figures = (torch.ones_like(slots), result.num_drafts.cpu(), accepted, (last >= 0) & (last != choice))
-        self.running[slots, choice, : len(figures)] += torch.stack([figure.double() for figure in figures], dim=1)
+        chosen = drafter_by_row(result.plan)
+        for row, slot in enumerate(rows.slots):
+            name, last = chosen.get(row, NOBODY), self.last_choice[slot]
+            accepted = len(result.committed[row]) - 1
+            self._add(slot, name, ROUNDS, (1, result.num_drafts[row], accepted, last not in (None, name)))
+            self.last_choice[slot] = name
         self.steps += 1
         self.count_catch_ups(result.catch_ups)
 
@@ -98,15 +99,14 @@ class Totals:
         """Add passes that brought drafters up to date; a pass's time is shared by the tokens of its requests."""
         for name, (slots, lens, missed, seconds) in catch_ups.items():
             each = seconds / sum(lens)
-            figures = [(n, 1, late, late > 0, late * each) for n, late in zip(lens, missed, strict=True)]
-            self.running[slots, self.names.index(name), INGESTED:] += torch.tensor(figures, dtype=torch.float64)
-            for slot, length in zip(slots, lens, strict=True):
+            for slot, length, late in zip(slots, lens, missed, strict=True):
+                self._add(slot, name, INGESTED, (length, 1, late, late > 0, late * each))
                 self.longest[slot] = max(self.longest[slot], length)
             self.longest_ever = max(self.longest_ever, *lens)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
-        """Add the wall time of the block to `step`. On a device that runs asynchronously this is launch time."""
+        """Add the wall time of the block to `step`."""
         start = time.perf_counter()
         try:
             yield
@@ -116,7 +116,7 @@ class Totals:
     def snapshot(self) -> dict[str, Any]:
         """Totals as plain data: counts of rows, `seconds` by step, `steps` = rounds of whole batches."""
         return {
-            **self._figures(self.ended + self.running.sum(dim=0), self.longest_ever),
+            **self._figures(self.sums, self.longest_ever),
             "steps": self.steps,
             "seconds": {step: round(seconds, 6) for step, seconds in self.seconds.items()},
             "switched_off": dict.fromkeys(self.switched_off, 1),
@@ -130,17 +130,28 @@ class Totals:
         """The figures of the request in `slot` since its prefill, as plain data."""
         return self._figures(self.running[slot], self.longest[slot])
 
-    def _figures(self, table: torch.Tensor, longest: int) -> dict[str, Any]:
-        """Plain data of `table` [names, fields].
+    def _blank(self) -> Table:
+        return [[0] * FIELDS for _ in self.names]
+
+    def _add(self, slot: int, name: str, first: int, figures: Sequence[float]) -> None:
+        """Add `figures` to the fields from `first` on, of the request in `slot` and of all."""
+        drafter = self.names.index(name)
+        for table in (self.sums, self.running[slot]):
+            counts = table[drafter]
+            for field, figure in enumerate(figures, start=first):
+                counts[field] += figure
+
+    def _figures(self, table: Table, longest: int) -> dict[str, Any]:
+        """Plain data of `table`.
 
         A drafter that goes on ingests the last round's tokens. `catch_up` counts only what an idle one had missed
         before, a pass for each request. `backlog_mean` is of what a drafter found waiting, either way.
         """
 
         def by_drafter(field: int) -> dict[str, int]:
-            return {name: int(n) for name, n in zip(self.names, table[:, field].tolist(), strict=True) if n}
+            return {name: int(row[field]) for name, row in zip(self.names, table, strict=True) if row[field]}
 
-        sums = table.sum(dim=0).tolist()
+        sums = [sum(column) for column in zip(*table, strict=True)]
         return {
             "rounds": int(sums[ROUNDS]),
             "rounds_by_drafter": by_drafter(ROUNDS),

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from whiflash_sglang.types import Plan
 
 
 def drafter_by_row(plan: Plan) -> dict[int, str]:
     """Row -> drafter, for the rows that stand in the plan."""
-    return {row: name for name, index in plan.items() for row in index.tolist()}
+    return {row: name for name, rows in plan.items() for row in rows}
 
 
-def plan_of(choice: Mapping[int, str], device: torch.device) -> Plan:
+def plan_of(choice: Mapping[int, str]) -> Plan:
     """The plan that gives each row of `choice` its drafter."""
     groups: dict[str, list[int]] = {}
     for row in sorted(choice):
         groups.setdefault(choice[row], []).append(row)
-    return {name: torch.tensor(index, device=device) for name, index in groups.items()}
+    return {name: tuple(rows) for name, rows in groups.items()}

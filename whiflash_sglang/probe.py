@@ -10,11 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from whiflash_sglang.costs import NONE
 from whiflash_sglang.round import DecodeRound, Router
-from whiflash_sglang.types import Plan, Rows
+from whiflash_sglang.types import HostRows, Plan, Rows
 
 TYPICAL_ROUND = 4  # tokens of the round before, which a drafter that goes on has to ingest
 
@@ -25,8 +23,8 @@ class Everyone(Router):
     def __init__(self, name: str):
         self.name = name
 
-    def route(self, rows: Rows) -> Plan:
-        return {} if self.name == NONE else {self.name: torch.arange(len(rows.slots), device=rows.slots.device)}
+    def route(self, rows: HostRows) -> Plan:
+        return {} if self.name == NONE else {self.name: tuple(range(len(rows.slots)))}
 
 
 class RoundProbe:
@@ -59,9 +57,8 @@ class RoundProbe:
     def run(self, name: str, num_rows: int, context: int) -> tuple[float, float]:
         """Seconds of the drafts, and of the whole round, with all rows given to drafter `name`, or to none."""
         rows = self.make_rows(num_rows, context)
-        slots = rows.slots.tolist()
         for drafter in self.round.drafters:
-            self.round.backlog.settle(drafter, slots, [context - TYPICAL_ROUND] * num_rows)
+            self.round.backlog.settle(drafter, rows.host.slots, [context - TYPICAL_ROUND] * num_rows)
         self.round.router = Everyone(name)
         self.draft_s = 0.0
         self.synchronize()

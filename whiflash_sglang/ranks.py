@@ -21,7 +21,7 @@ and the sums are compared. `corrected` counts tokens that a rank would have chos
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ import torch.distributed as dist
 from whiflash_sglang.ledger import Explains
 from whiflash_sglang.plans import drafter_by_row, plan_of
 from whiflash_sglang.round import DecodeRound, Drafter, Router, Target
-from whiflash_sglang.types import Drafts, Entries, Plan, Proposal, RoundResult, Rows, Verified
+from whiflash_sglang.types import Drafts, Entries, HostRows, Plan, Proposal, RoundResult, Rows, Verified
 
 
 class Ranks:
@@ -81,11 +81,9 @@ class Ranks:
 
         return shared
 
-    def count(self, rows: Rows, result: RoundResult) -> None:
+    def count(self, rows: HostRows, result: RoundResult) -> None:
         """Add a round to the digest."""
-        tokens, lens = result.accepted.tokens.tolist(), result.accepted.num_committed.tolist()
-        committed = [row[:length] for row, length in zip(tokens, lens, strict=True)]
-        done = (rows.slots.tolist(), rows.prefix_lens.tolist(), sorted(drafter_by_row(result.plan).items()), committed)
+        done = (rows.slots, rows.prefix_lens, sorted(drafter_by_row(result.plan).items()), result.committed)
         self.digest = zlib.crc32(repr(done).encode(), self.digest)
 
     def snapshot(self) -> dict[str, Any]:
@@ -107,26 +105,27 @@ class SharedRouter(Router):
         self.ranks = ranks
         self.names = names
 
-    def route(self, rows: Rows) -> Plan:
+    def route(self, rows: HostRows) -> Plan:
         choice = torch.full((len(rows.slots),), -1, dtype=torch.int64)  # index into names; -1: not drafted for
         if self.ranks.is_first:
             for row, name in drafter_by_row(self.inner.route(rows)).items():
                 choice[row] = self.names.index(name)
         dist.broadcast(choice, group=self.ranks.host_group, group_src=0)
         # The first rank reads it too: drafters draft, and ranks exchange what they compute, in the order of the plan.
-        by_row = {row: self.names[index] for row, index in enumerate(choice.tolist()) if index >= 0}
-        return plan_of(by_row, rows.slots.device)
+        return plan_of({row: self.names[index] for row, index in enumerate(choice.tolist()) if index >= 0})
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
-        if self.ranks.is_first:
-            self.inner.observe(slots, logits, hidden, at)
+    def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor | None:
+        return self.inner.observe(logits, hidden, at) if self.ranks.is_first else None
 
-    def learn(self, rows: Rows, result: RoundResult, ms: float) -> None:
+    def keep(self, slots: Sequence[int], signals: Sequence[Sequence[float]]) -> None:
+        self.inner.keep(slots, signals)  # on the first rank: the others observe nothing
+
+    def learn(self, rows: HostRows, result: RoundResult, ms: float) -> None:
         self.ranks.count(rows, result)
         if self.ranks.is_first:
             self.inner.learn(rows, result, ms)
 
-    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+    def signals(self, slots: Sequence[int]) -> Mapping[str, Sequence[float]]:
         """What the first rank decides by; the others' figures of a request are not shown to anybody."""
         return self.inner.signals(slots) if self.ranks.is_first and isinstance(self.inner, Explains) else {}
 

@@ -1,4 +1,7 @@
-"""One decode round: route -> catch up -> draft -> verify -> accept -> commit. Knows no drafter or model by name.
+"""One decode round: route -> catch up -> draft -> verify -> accept -> commit -> read. Knows no model by name.
+
+Who drafts is decided on the host, by what the host knows (`HostRows`) and what the last round's read brought. From the
+plan to the last kernel nothing of the device is read: the round is given to it as a whole, and then read by one copy.
 
 What each part promises is written in its protocol here; `tests/conformance` holds every router to it.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -15,11 +19,13 @@ import torch
 from whiflash_sglang.accept import accept
 from whiflash_sglang.asked import grant
 from whiflash_sglang.backlog import Backlog
+from whiflash_sglang.transfer import Indices, to_host
 from whiflash_sglang.types import (
     Accepted,
     CatchUp,
     Drafts,
     Entries,
+    HostRows,
     Plan,
     Prefill,
     Proposal,
@@ -30,21 +36,31 @@ from whiflash_sglang.types import (
 
 
 class Router(Protocol):
-    """Chooses a drafter for each row, anew every round. A policy that looks at nothing need only `route`."""
+    """Chooses a drafter for each row, anew every round. A policy that looks at nothing need only `route`.
 
-    def route(self, rows: Rows) -> Plan:
-        """Disjoint row indices by drafter. Rows that are not `draftable` stand in none."""
+    plan = router.route(rows)                       on the host
+    signals = router.observe(logits, hidden, at)    on the device, behind a verify or a prefill
+    router.keep(slots, signals)                     the same numbers, when the host has got them
+    """
+
+    def route(self, rows: HostRows) -> Plan:
+        """Disjoint row numbers by drafter. Rows that are not `draftable` stand in none."""
         ...
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
-        """What each request's newest token, the next anchor, was chosen from: `at` [rows] of what a forward gave.
+    def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor | None:
+        """The numbers [rows, k] that each request's next choice is made by, of any floating dtype; None: it needs none.
 
-        `logits` [..., vocab] and `hidden` [..., hidden], final hidden states, of n positions that `at` counts through.
-        Where no router reads hidden states they are of size 0.
+        Its newest token, the next anchor, was chosen at position `at` [rows] int64 of the n that a forward gave:
+        `logits` [..., vocab] and `hidden` [..., hidden], final hidden states, of size 0 where no router reads them.
+        Nothing may be read here: the numbers reach the host with the round's own copy.
         """
         return None
 
-    def learn(self, rows: Rows, result: RoundResult, ms: float) -> None:
+    def keep(self, slots: Sequence[int], signals: Sequence[Sequence[float]]) -> None:
+        """What `observe` returned, [rows][k], for the requests in `slots` [rows]; kept until it comes anew."""
+        return None
+
+    def learn(self, rows: HostRows, result: RoundResult, ms: float) -> None:
         """What a round of `rows` yielded, and its wall time."""
         return None
 
@@ -105,46 +121,63 @@ class DecodeRound:
         self.backlog = backlog
         self.lazy = lazy
         self.timed = timed
-        self.starts: dict[tuple[int, int], torch.Tensor] = {}
+        self.indices = Indices(backlog.device)
         self.max_width = 1 + max(drafter.num_drafts for drafter in drafters.values())
 
-    def prefill(self, prefill: Prefill, logits: torch.Tensor) -> None:
+    def prefill(self, prefill: Prefill, logits: torch.Tensor) -> list[int]:
         """Bring every drafter up to date with prompt positions, so that their KV slots may be shared.
 
-        `logits` [requests, vocab]: those that each request's newest token was chosen from.
+        `logits` [requests, vocab]: those that each request's newest token was chosen from. Returns these tokens,
+        `prefill.sampled`, as the host has got them.
         """
         with self.timed("prefill_drafters"):
             for name, drafter in self.drafters.items():
                 features = drafter.fuse(prefill.features)
                 drafter.ingest(Entries(features, prefill.next_tokens, prefill.positions, prefill.kv_slots))
-                self.backlog.begin(name, prefill.slots, prefill.lens, features[prefill.last])
-        at = torch.arange(len(prefill.slots), device=logits.device)
-        self.router.observe(prefill.slots, logits, prefill.hidden.index_select(0, prefill.last), at)
+                self.backlog.begin(name, prefill.slots, prefill.lens, features.index_select(0, prefill.last))
+        every = self.indices.of(tuple(range(len(prefill.slots))))
+        signals = self.observe(logits, prefill.hidden.index_select(0, prefill.last), every)
+        with self.timed("read"):
+            sampled, *told = [figures.tolist() for figures in to_host(prefill.sampled, *signals)]
+        self.keep(prefill.slots, told)
+        return list(sampled)
 
     def run(self, rows: Rows) -> RoundResult:
+        """One round of all rows. Of the device nothing is read before the end, and then all at once."""
         with self.timed("route"):
-            plan = self.reroute(grant(rows, self.router.route(rows)))
+            plan = self.reroute(grant(rows.host, self.router.route(rows.host)))
         with self.timed("catch_up"):
-            catch_ups = self.catch_up(rows, plan)
+            catch_ups = self.catch_up(rows.host, plan)
         with self.timed("draft"):
-            proposal, finite = self.propose(rows, plan)
+            num_drafts = self.num_drafts(rows.host, plan)
+            proposal, finite = self.propose(rows, plan, num_drafts)
         with self.timed("verify"):
             verified = self.target.verify(rows, proposal)
         accepted = accept(proposal, verified.predictions)
         self.commit(rows, plan, verified, accepted)
-        new_prefix_lens = rows.prefix_lens + accepted.num_committed
-        return RoundResult(plan, proposal.num_drafts, accepted, new_prefix_lens, catch_ups, finite, proposal.tokens)
+        with self.timed("route"):
+            signals = self.observe(verified.logits, verified.hidden, self.newest(accepted))
+        with self.timed("read"):
+            read = to_host(proposal.tokens, accepted.tokens, accepted.num_committed, *finite.values(), *signals)
+        window, tokens, num_committed, *others = read  # from here on all is on the host
+        told = [figures.tolist() for figures in others]
+        self.keep(rows.host.slots, told[len(finite) :])
+        committed = [row[:count] for row, count in zip(tokens.tolist(), num_committed.tolist(), strict=True)]
+        if not self.lazy:
+            self.settle(rows.host, committed)
+        is_finite = {name: bool(flag) for name, flag in zip(finite, told, strict=False)}
+        return RoundResult(plan, num_drafts, window, tokens, committed, is_finite, catch_ups)
 
     def reroute(self, plan: Plan) -> Plan:
         """Rows of a drafter that has been switched off go to one that is left, or are not drafted for."""
         if all(name in self.drafters for name in plan):
             return plan
         left = next(iter(self.drafters), None)
-        return {} if left is None else {left: torch.cat(list(plan.values())).sort().values}
+        return {} if left is None else {left: tuple(sorted(chain(*plan.values())))}
 
-    def catch_up(self, rows: Rows, plan: Plan) -> dict[str, CatchUp]:
+    def catch_up(self, rows: HostRows, plan: Plan) -> dict[str, CatchUp]:
         """Let each drafter ingest what it lacks of its rows, and of those whose backlog is as long as it may be."""
-        slots, committed = rows.slots.tolist(), rows.prefix_lens.tolist()
+        slots, committed = rows.slots, rows.prefix_lens
         done = {}
         for name in self.drafters:
             due = {
@@ -152,8 +185,7 @@ class DecodeRound:
                 for row in range(len(slots))
                 if self.backlog.overdue(name, slots[row], committed[row], self.max_width)
             }
-            if name in plan:
-                due.update(plan[name].tolist())
+            due.update(plan.get(name, ()))
             caught_up = self.ingest(name, [slots[row] for row in due], [committed[row] for row in due])
             if caught_up is not None:
                 done[name] = caught_up
@@ -171,29 +203,35 @@ class DecodeRound:
         self.drafters[name].ingest(entries)
         return CatchUp(slots, lens, missed, time.perf_counter() - began)
 
-    def propose(self, rows: Rows, plan: Plan) -> tuple[Proposal, dict[str, torch.Tensor]]:
+    def num_drafts(self, rows: HostRows, plan: Plan) -> list[int]:
+        """Draft tokens that each row is to have."""
+        counts = [0] * len(rows.slots)
+        for name, chosen in plan.items():
+            for row in chosen:
+                counts[row] = self.drafters[name].num_drafts
+        return counts
+
+    def propose(self, rows: Rows, plan: Plan, num_drafts: Sequence[int]) -> tuple[Proposal, dict[str, torch.Tensor]]:
         """Let each drafter draft for its rows; one verify width for the batch, the widest that is needed."""
-        width = 1 + max((self.drafters[name].num_drafts for name in plan), default=0)
+        width = 1 + max(num_drafts, default=0)
         tokens = rows.anchors[:, None].repeat(1, width)  # [rows, width]; column 0 is the anchor
-        num_drafts = torch.zeros_like(rows.anchors)
         finite = {}
-        for name, index in plan.items():
-            picked = rows if len(index) == len(rows.slots) else rows.pick(index)
+        for name, chosen in plan.items():
+            index = self.indices.of(chosen)
+            picked = rows if len(chosen) == len(num_drafts) else rows.pick(chosen, index)
             last = self.backlog.last(name, picked.slots, picked.prefix_lens)
             drafts, finite[name] = self.drafters[name].draft(picked, last)
             tokens[index, 1 : 1 + drafts.shape[1]] = drafts
-            num_drafts[index] = drafts.shape[1]
-        return Proposal(tokens, num_drafts), finite
+        return Proposal(tokens, self.indices.of(tuple(num_drafts))), finite
 
     def commit(self, rows: Rows, plan: Plan, verified: Verified, accepted: Accepted) -> None:
-        """Keep every drafter's features of the window, and tell the router what the next anchor was chosen from.
+        """Keep every drafter's features of the window.
 
         The whole window is kept, not only what was accepted: shapes stay fixed, and what lies behind the accepted
         tokens is overwritten before it counts as committed.
         """
-        num_rows, width = accepted.tokens.shape
         with self.timed("commit"):
-            window = verified.features.reshape(num_rows * width, -1)
+            window = verified.features.flatten(0, 1)
             # Position prefix_len + j holds window token j; its successor is the target's choice after column j: an
             # accepted draft or, at column num_committed - 1, the bonus token.
             places = self.backlog.push(rows.slots, rows.prefix_lens, accepted.tokens)
@@ -203,18 +241,24 @@ class DecodeRound:
                 self.backlog.store(name, places, features)
                 if not self.lazy:
                     self.ingest_window(drafter, rows, accepted, features)
-        with self.timed("route"):
-            # Window column num_committed - 1 is the last committed position; the bonus token was chosen there.
-            last = self.window_starts(num_rows, width, rows.slots.device) + accepted.num_committed
-            self.router.observe(rows.slots, verified.logits, verified.hidden, last)
 
-    def window_starts(self, num_rows: int, width: int, device: torch.device) -> torch.Tensor:
-        """One before each row's window [rows], in windows that stand one after the other."""
-        starts = self.starts.get((num_rows, width))
-        if starts is None:
-            starts = torch.arange(-1, num_rows * width - 1, width, device=device)
-            self.starts[num_rows, width] = starts
-        return starts
+    def newest(self, accepted: Accepted) -> torch.Tensor:
+        """Where each row's last committed position stands [rows], in windows that stand one after the other.
+
+        It is window column num_committed - 1; the bonus token was chosen there.
+        """
+        num_rows, width = accepted.tokens.shape
+        return self.indices.of(tuple(range(-1, num_rows * width - 1, width))) + accepted.num_committed
+
+    def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> list[torch.Tensor]:
+        """The router's signals on the device, as `Router.observe`; an empty list where it has none."""
+        signals = self.router.observe(logits, hidden, at)
+        return [] if signals is None else [signals]
+
+    def keep(self, slots: Sequence[int], told: Sequence[Sequence[Sequence[float]]]) -> None:
+        """Give the router what became of `observe` on the host."""
+        for signals in told:
+            self.router.keep(slots, signals)
 
     def ingest_window(self, drafter: Drafter, rows: Rows, accepted: Accepted, features: torch.Tensor) -> None:
         """Bring a drafter up to date at once, whether it will be chosen or not.
@@ -227,7 +271,12 @@ class DecodeRound:
         positions = rows.prefix_lens[:, None] + window
         kv_slots = rows.kv_slots[:, 1 : 1 + width]
         drafter.ingest(Entries(features, accepted.tokens.reshape(-1), positions.reshape(-1), kv_slots.reshape(-1)))
-        self.backlog.settle(drafter.name, rows.slots.tolist(), (rows.prefix_lens + accepted.num_committed).tolist())
+
+    def settle(self, rows: HostRows, committed: Sequence[Sequence[int]]) -> None:
+        """Every drafter has ingested the windows: count the tokens of them that were committed."""
+        lens = [length + len(tokens) for length, tokens in zip(rows.prefix_lens, committed, strict=True)]
+        for name in self.drafters:
+            self.backlog.settle(name, rows.slots, lens)
 
     def finish(self, slot: int, committed: int) -> dict[str, CatchUp]:
         """Bring every drafter up to date with a request whose first `committed` positions are about to be shared."""

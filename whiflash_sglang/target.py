@@ -119,12 +119,11 @@ def all_as_tensors(output: LogitsProcessorOutput) -> None:
         output.next_token_token_ids_logprobs_val = [torch.as_tensor(value) for value in values]
 
 
-def draftable(batch: Any) -> torch.Tensor | None:
-    """Rows [rows] bool whose logits can be adjusted at every column; None: all of them."""
+def draftable(batch: Any) -> list[bool] | None:
+    """Of each row [rows] whether its logits can be adjusted at every column; None: all of them can be."""
     if not batch.sampling_info.has_custom_logit_processor:
         return None
-    flags = [request.custom_logit_processor is None for request in batch.reqs]
-    return torch.tensor(flags, device=batch.seq_lens.device)
+    return [request.custom_logit_processor is None for request in batch.reqs]
 
 
 def repeat_sampling(sampling: Any, width: int) -> Any:

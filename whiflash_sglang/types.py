@@ -2,7 +2,7 @@
 
 target          the big model; its greedy or sampled text is what the user gets, exactly
 drafter         a small model that proposes tokens: `e3` (EAGLE-3, a chain of K steps) or `df` (DFlash, one block)
-round           route -> draft -> verify -> accept -> commit
+round           route -> catch up -> draft -> verify -> accept -> commit -> read
 bonus token     the one token a round always yields: the target's own choice after the accepted drafts. It has no KV yet
 anchor          the bonus token of the previous round; the first token of this round's verify window
 committed       positions whose tokens are final and have target KV: 0 .. prefix_len - 1 (without the anchor)
@@ -14,6 +14,7 @@ final hidden state  what the target's head reads at a position: the last layer's
 request slot    row of SGLang's request table; per-request state of ours is keyed by it
 KV slot         index into the KV pool. Every drafter has a pool of its own and uses the target's KV slots
 ingest          write a drafter's K and V for committed positions, from features (KV-only: no query, attention or MLP)
+host, device    where decisions and records are, and where models compute; the round reads from the device once
 span, context kind  what a request's text is in, and what it reacts to: see `spans.py`
 backlog         committed positions that a drafter has not ingested; catch-up ingests them in one batched pass
 
@@ -34,8 +35,8 @@ from typing import NamedTuple
 
 import torch
 
-Plan = Mapping[str, torch.Tensor]
-"""Drafter name -> row indices, int64 [n]. A row that stands in no entry is not drafted for in this round."""
+Plan = Mapping[str, tuple[int, ...]]
+"""Drafter name -> row numbers, ascending. A row that stands in no entry is not drafted for in this round."""
 
 
 class Standing(NamedTuple):
@@ -49,8 +50,23 @@ class Standing(NamedTuple):
     prior: float = 0.0  # what is known to be missing in the router's score there, AL (`priors.py`)
 
 
+class HostRows(NamedTuple):
+    """The rows of a decode batch as the host knows them, without asking the device: who drafts is decided by these."""
+
+    slots: Sequence[int]  # [rows], request slots
+    prefix_lens: Sequence[int]  # [rows], committed positions
+    draftable: Sequence[bool] | None = None  # [rows], or None where all rows may be drafted for
+    standings: Sequence[Standing] | None = None  # [rows], or None where nobody follows the texts
+
+    def may_draft(self) -> list[int]:
+        """Numbers of the rows that may be drafted for, ascending."""
+        if self.draftable is None:
+            return list(range(len(self.slots)))
+        return [row for row, may in enumerate(self.draftable) if may]
+
+
 class Rows(NamedTuple):
-    """The requests of one decode batch, one row each."""
+    """The requests of one decode batch, one row each: on the device, for forwards, and what the host knows of them."""
 
     slots: torch.Tensor  # [rows] int64, request slots
     anchors: torch.Tensor  # [rows] int64, bonus tokens of the last round
@@ -58,15 +74,18 @@ class Rows(NamedTuple):
     kv_slots: (
         torch.Tensor
     )  # [rows, 1 + max_width] int64, KV slots of positions prefix_len - 1 .. prefix_len + max_width - 1
-    draftable: torch.Tensor | None  # [rows] bool, or None where all rows may be drafted for
-    standings: tuple[Standing, ...] | None = None  # [rows], or None where nobody follows the texts
+    host: HostRows
 
-    def pick(self, index: torch.Tensor) -> Rows:
-        """The rows at `index` [n], in that order."""
-        draftable = None if self.draftable is None else self.draftable[index]
-        standings = None if self.standings is None else tuple(self.standings[row] for row in index.tolist())
-        slots, anchors, prefix_lens = self.slots[index], self.anchors[index], self.prefix_lens[index]
-        return Rows(slots, anchors, prefix_lens, self.kv_slots[index], draftable, standings)
+    def pick(self, rows: Sequence[int], index: torch.Tensor) -> Rows:
+        """The rows of these numbers [n], in that order; `index` is the same on the device, int64 [n]."""
+        slots, prefix_lens, draftable, standings = self.host
+        host = HostRows(
+            [slots[row] for row in rows],
+            [prefix_lens[row] for row in rows],
+            None if draftable is None else [draftable[row] for row in rows],
+            None if standings is None else [standings[row] for row in rows],
+        )
+        return Rows(self.slots[index], self.anchors[index], self.prefix_lens[index], self.kv_slots[index], host)
 
 
 class Proposal(NamedTuple):
@@ -101,9 +120,10 @@ class Prefill(NamedTuple):
     next_tokens: torch.Tensor  # [n] int64, the token at position + 1
     positions: torch.Tensor  # [n] int64
     kv_slots: torch.Tensor  # [n] int64
-    slots: torch.Tensor  # [requests] int64, request slots
     last: torch.Tensor  # [requests] int64, index into n of each request's last position
-    lens: torch.Tensor  # [requests] int64, positions that each request now has
+    sampled: torch.Tensor  # [requests] int64, what the target chose behind it
+    slots: Sequence[int]  # [requests], request slots
+    lens: Sequence[int]  # [requests], positions that each request now has
 
 
 class Entries(NamedTuple):
@@ -132,10 +152,12 @@ class CatchUp(NamedTuple):
 
 
 class RoundResult(NamedTuple):
+    """What a round came to, all of it on the host."""
+
     plan: Plan
-    num_drafts: torch.Tensor  # [rows] int64
-    accepted: Accepted
-    new_prefix_lens: torch.Tensor  # [rows] int64
-    catch_ups: Mapping[str, CatchUp]  # by drafter
-    finite: Mapping[str, torch.Tensor]  # by drafter that drafted: [] bool
+    num_drafts: Sequence[int]  # [rows]
     window: torch.Tensor  # [rows, width] int64, what was verified: anchor, drafts, padding
+    tokens: torch.Tensor  # [rows, width] int64, as `Accepted.tokens`
+    committed: Sequence[Sequence[int]]  # [rows], the new tokens of each; their number is its acceptance length
+    finite: Mapping[str, bool]  # by drafter that drafted
+    catch_ups: Mapping[str, CatchUp]  # by drafter

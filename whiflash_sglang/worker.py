@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ from whiflash_sglang.router import Learned, create_router
 from whiflash_sglang.router.prior import TrialRouter
 from whiflash_sglang.router.threshold import ThresholdRouter
 from whiflash_sglang.target import SGLangTarget, all_as_tensors, draftable
-from whiflash_sglang.types import Prefill, RoundResult, Rows
+from whiflash_sglang.transfer import to_device
+from whiflash_sglang.types import HostRows, Prefill, RoundResult, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -177,13 +179,14 @@ class WhiFlashWorker(BaseSpecWorker):
         prefill = prefill_positions(batch, features, hidden, result.next_token_ids)
         logits = logits_output.next_token_logits
         # Sampling turns SGLang's logits into probabilities in place; their logarithms have the same softmax.
-        self.round.prefill(prefill, logits if batch.sampling_info.is_all_greedy else logits.log())
+        sampled = self.round.prefill(prefill, logits if batch.sampling_info.is_all_greedy else logits.log())
         self.totals.start(prefill.slots)
-        self.begin_records(batch, result.next_token_ids.tolist())
+        self.begin_records(batch, sampled)
         all_as_tensors(logits_output)
         logits_output.hidden_states = None  # large, and of no use to the host
         result.new_seq_lens = batch.seq_lens
         result.next_draft_input = host.draft_input(bonus_tokens=result.next_token_ids, new_seq_lens=batch.seq_lens)
+        result.next_token_ids = torch.tensor(sampled)  # SGLang reads it on the host, where it is already
         return result
 
     def begin_records(self, batch: Any, sampled: list[int]) -> None:
@@ -211,15 +214,14 @@ class WhiFlashWorker(BaseSpecWorker):
             self.target.bind(batch)
             rows = decode_rows(batch, self.req_to_token_pool.req_to_token, self.max_width)
             with self.totals.timed("spans"):
-                rows = self.totals.ledger.stand(rows)
-                signals = self.totals.ledger.signals(rows, self.round.router)
+                rows = rows._replace(host=self.totals.ledger.stand(rows.host))
+                signals = self.totals.ledger.signals(rows.host, self.round.router)
             result = self.round.run(rows)
-            result.accepted.num_committed.tolist()  # the round has ended when the device has
         with self.totals.timed("route"):
-            self.round.router.learn(rows, result, 1000 * (time.perf_counter() - began))
-        self.totals.count(rows, result, signals)
-        for name, finite in result.finite.items():
-            if not bool(finite):
+            self.round.router.learn(rows.host, result, 1000 * (time.perf_counter() - began))
+        self.totals.count(rows.host, result, signals)
+        for name, is_finite in result.finite.items():
+            if not is_finite:
                 self.switch_off(name)
         if self.metrics is not None:
             self.metrics.update()
@@ -297,7 +299,13 @@ def decode_rows(batch: Any, req_to_token: torch.Tensor, max_width: int) -> Rows:
     prefix_lens = batch.seq_lens.to(torch.int64)
     window = torch.arange(-1, max_width, device=slots.device)  # from the last committed position on
     kv_slots = req_to_token[slots[:, None], prefix_lens[:, None] + window].to(torch.int64)
-    return Rows(slots, batch.spec_info.bonus_tokens, prefix_lens, kv_slots, draftable(batch))
+    known = HostRows(request_slots(batch), batch.seq_lens_cpu.tolist(), draftable(batch))
+    return Rows(slots, batch.spec_info.bonus_tokens, prefix_lens, kv_slots, known)
+
+
+def request_slots(batch: Any) -> list[int]:
+    """The rows' request slots, as the host knows them."""
+    return [int(request.req_pool_idx) for request in batch.reqs]
 
 
 def prefill_positions(
@@ -309,26 +317,26 @@ def prefill_positions(
     is the one just sampled, or, where a long prompt is prefilled in chunks, the next one of the prompt.
     """
     device = features.device
-    lens = torch.tensor(batch.extend_lens, dtype=torch.int64)
-    starts = torch.tensor(batch.prefix_lens, dtype=torch.int64)
-    ends = lens.cumsum(0)  # [requests], flat end of each request
-    positions = torch.arange(int(ends[-1])) + (starts - ends + lens).repeat_interleave(lens)
+    spans = [range(start, start + count) for start, count in zip(batch.prefix_lens, batch.extend_lens, strict=True)]
+    last = [end - 1 for end in accumulate(map(len, spans))]  # flat, of each request
+    index = to_device(last, device)
+    sampled = next_token_ids.to(torch.int64)
     next_tokens = batch.input_ids.roll(-1).to(torch.int64)
-    last = (ends - 1).to(device)
-    next_tokens[last] = next_token_ids.to(torch.int64)
-    for i, request in enumerate(batch.reqs):
-        following = host.prompt_token(request, batch.prefix_lens[i] + batch.extend_lens[i])
+    next_tokens[index] = sampled
+    for request, span, place in zip(batch.reqs, spans, last, strict=True):
+        following = host.prompt_token(request, span.stop)
         if following is not None:
-            next_tokens[last[i]] = following
+            next_tokens[place] = following
     return Prefill(
         features=features,
         hidden=hidden,
         next_tokens=next_tokens,
-        positions=positions.to(device),
+        positions=to_device(torch.cat([torch.arange(span.start, span.stop) for span in spans]), device),
         kv_slots=batch.out_cache_loc.to(torch.int64),
-        slots=batch.req_pool_indices.to(torch.int64),
-        last=last,
-        lens=(starts + lens).to(device),
+        last=index,
+        sampled=sampled,
+        slots=request_slots(batch),
+        lens=[span.stop for span in spans],
     )
 
 
@@ -337,16 +345,16 @@ def batch_result(rows: Rows, result: RoundResult, requests: Sequence[Any], logpr
 
     What was accepted behind the end of a request's text is left out.
     """
-    tokens = result.accepted.tokens
-    texts = zip(requests, tokens.tolist(), result.accepted.num_committed.tolist(), strict=True)
-    kept = [tokens_to_end(request, accepted[:count]) for request, accepted, count in texts]
-    lens = torch.tensor(kept, device=tokens.device)
-    bonus, new_lens = tokens.gather(1, lens[:, None] - 1)[:, 0], rows.prefix_lens + lens
+    kept = [tokens_to_end(*text) for text in zip(requests, result.committed, strict=True)]
+    bonus = [tokens[count - 1] for tokens, count in zip(result.committed, kept, strict=True)]
+    new_lens = [length + count for length, count in zip(rows.host.prefix_lens, kept, strict=True)]
+    state = to_device((bonus, new_lens), rows.slots.device)  # one copy to the device
+    # What the scheduler reads on the host is there already; it copies what is not.
     return GenerationBatchResult(
         logits_output=logprobs,
-        next_token_ids=tokens.reshape(-1),
-        accept_lens=lens.to(torch.int32),
-        next_draft_input=host.draft_input(bonus_tokens=bonus, new_seq_lens=new_lens),
-        speculative_num_draft_tokens=tokens.shape[1],
-        new_seq_lens=new_lens,
+        next_token_ids=result.tokens.view(-1),
+        accept_lens=torch.tensor(kept, dtype=torch.int32),
+        next_draft_input=host.draft_input(bonus_tokens=state[0], new_seq_lens=state[1]),
+        speculative_num_draft_tokens=result.tokens.shape[1],
+        new_seq_lens=state[1],
     )

@@ -112,8 +112,9 @@ class Report:
 def _counted(totals: Totals, wall_s: float) -> dict[str, Any]:
     rounds = totals["rounds"]
     by_drafter = totals["rounds_by_drafter"]
-    # Seconds in model forwards: the target's prefill and verify, and what the drafters do.
-    steps = ("prefill", "prefill_drafters", "catch_up", "draft", "verify")
+    # Seconds in model forwards: the target's prefill and verify, what the drafters do, and on a device that runs by
+    # itself the read that waits for them.
+    steps = ("prefill", "prefill_drafters", "catch_up", "draft", "verify", "read")
     forwards = sum(totals["seconds"][step] for step in steps)
     return {
         "acceptance_length": round(1 + totals["accepted_drafts"] / rounds, 3) if rounds else None,

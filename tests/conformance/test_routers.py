@@ -14,7 +14,7 @@ from whiflash_sglang.priors import Priors
 from whiflash_sglang.round import Router
 from whiflash_sglang.router import Learned, create_router
 from whiflash_sglang.router.artefact import NeuralRouter
-from whiflash_sglang.types import Accepted, Plan, RoundResult, Rows, Standing
+from whiflash_sglang.types import HostRows, Plan, RoundResult, Standing
 
 SLOTS, VOCAB = 16, 7
 LENGTHS = {"df": 5.0, "e3": 5.0}
@@ -45,19 +45,22 @@ def create(name: str) -> Router:
     return create_router(config, SLOTS, learned, cost_table())
 
 
-def rows(slots: list[int], prefix_lens: list[int], draftable: list[bool] | None) -> Rows:
-    n = len(slots)
-    flags = None if draftable is None else torch.tensor(draftable)
-    zeros = torch.zeros(n, dtype=torch.int64)
-    standings = tuple(STANDINGS[slot % 2] for slot in slots)
-    kv_slots = torch.zeros(n, 9, dtype=torch.int64)
-    return Rows(torch.tensor(slots), zeros, torch.tensor(prefix_lens), kv_slots, flags, standings)
+def rows(slots: list[int], prefix_lens: list[int], draftable: list[bool] | None) -> HostRows:
+    return HostRows(slots, prefix_lens, draftable, [STANDINGS[slot % 2] for slot in slots])
 
 
 def outcome(plan: Plan, n: int) -> RoundResult:
     """A round in which every row committed three tokens."""
-    lengths = torch.full((n,), 3)
-    return RoundResult(plan, lengths, Accepted(lengths[:, None], lengths, lengths), lengths, {}, {}, lengths[:, None])
+    tokens = torch.zeros(n, 4, dtype=torch.int64)
+    return RoundResult(plan, [3] * n, tokens, tokens, [[0, 0, 0]] * n, {}, {})
+
+
+def tell(router: Router, slots: list[int], logits: torch.Tensor, hidden: torch.Tensor, at: list[int]) -> None:
+    """What the round does with a router behind a forward."""
+    signals = router.observe(logits, hidden, torch.tensor(at))
+    if signals is not None:
+        assert signals.shape[0] == len(slots) and signals.dim() == 2 and signals.is_floating_point()
+        router.keep(slots, signals.tolist())
 
 
 @pytest.mark.parametrize("name", [*BY_ROW, *BY_BATCH, *WITH_PRIORS])
@@ -72,12 +75,13 @@ def test_each_draftable_row_has_one_drafter_and_no_other_row_any(name: str, data
         batch = rows(slots, [lens[slot] for slot in slots], flags)
         plan = router.route(batch)
         assert set(plan) <= {"df", "e3"}
-        assert all(len(index) for index in plan.values()), "no drafter is called for no row"
-        chosen = sorted(row for index in plan.values() for row in index.tolist())
+        assert all(isinstance(chosen, tuple) and [*chosen] == sorted(chosen) for chosen in plan.values())
+        assert all(plan.values()), "no drafter is called for no row"
+        chosen = sorted(row for chosen in plan.values() for row in chosen)
         expected = [row for row in range(len(slots)) if flags is None or flags[row]]
         assert chosen == expected or ("costs" in name and not plan), "a batch may go without drafts, but as a whole"
         n = len(slots)
-        router.observe(torch.tensor(slots), torch.randn(n, VOCAB), torch.randn(n, HIDDEN), torch.arange(n))
+        tell(router, slots, torch.randn(n, VOCAB), torch.randn(n, HIDDEN), [*range(n)])
         router.learn(batch, outcome(plan, len(slots)), data.draw(st.floats(1, 50), label="ms"))
         for slot in slots:
             lens[slot] += 2
@@ -91,8 +95,30 @@ def test_a_request_is_routed_the_same_alone_and_among_others(name: str) -> None:
     logits, hidden = torch.randn(3, VOCAB, generator=generator) * 3, torch.randn(3, HIDDEN, generator=generator)
     for _ in range(4):
         plan = together.route(rows(slots, lens, None))
-        of_9 = next(drafter for drafter, index in plan.items() if 1 in index.tolist())
+        of_9 = next(drafter for drafter, index in plan.items() if 1 in index)
         assert list(alone.route(rows([9], [lens[1]], None))) == [of_9]
-        together.observe(torch.tensor(slots), logits, hidden, torch.arange(3))
-        alone.observe(torch.tensor([9]), logits, hidden, torch.tensor([1]))
+        tell(together, slots, logits, hidden, [0, 1, 2])
+        tell(alone, [9], logits, hidden, [1])
         lens, logits, hidden = [n + 3 for n in lens], logits.roll(1, dims=0), hidden.roll(1, dims=0)
+
+
+@pytest.mark.parametrize("name", [*BY_ROW, *BY_BATCH, *WITH_PRIORS])
+def test_windows_are_read_where_they_end(name: str) -> None:
+    """Logits of whole windows [rows, width, vocab] count as one row of positions behind the other."""
+    generator = torch.Generator().manual_seed(2)
+    logits, hidden = torch.randn(3, 4, VOCAB, generator=generator), torch.randn(3, 4, HIDDEN, generator=generator)
+    windows, single = create(name), create(name)
+    found = windows.observe(logits, hidden, torch.tensor([2, 4, 11]))
+    expected = single.observe(logits[[0, 1, 2], [2, 0, 3]], hidden[[0, 1, 2], [2, 0, 3]], torch.arange(3))
+    assert (found is None) == (expected is None)
+    assert found is None or torch.allclose(found, expected)
+
+
+@pytest.mark.parametrize("name", BY_ROW)
+def test_what_is_not_kept_changes_nothing(name: str) -> None:
+    """The numbers of a round count from when the host has got them, and only for the requests that they are of."""
+    told, untold = create(name), create(name)
+    for router in (told, untold):
+        router.observe(torch.zeros(1, VOCAB), torch.ones(1, HIDDEN), torch.arange(1))
+    tell(told, [3], torch.zeros(1, VOCAB), torch.ones(1, HIDDEN), [0])
+    assert told.route(rows([5, 7], [4, 9], None)) == untold.route(rows([5, 7], [4, 9], None))

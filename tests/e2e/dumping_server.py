@@ -32,21 +32,23 @@ def install() -> None:
 
     workers: list[WhiFlashWorker] = []
     seen: dict[int, list[np.ndarray]] = {}  # hidden states by request slot
-    assemble, cache_finished, observe = (
-        WhiFlashWorker.assemble,
-        RadixCache.cache_finished_req,
-        NeuralScore.observe,
-    )
+    newest: list[np.ndarray] = []  # of the last forward, by row
+    assemble, cache_finished = WhiFlashWorker.assemble, RadixCache.cache_finished_req
+    observe, keep = NeuralScore.observe, NeuralScore.keep
 
     def assemble_and_keep(worker: WhiFlashWorker) -> None:
         assemble(worker)
         workers.append(worker)
         seen.clear()  # of the rounds that were timed
 
-    def observe_and_keep(score: NeuralScore, slots: Any, logits: Any, hidden: Any, at: Any) -> None:
-        observe(score, slots, logits, hidden, at)
-        for slot, state in zip(slots.tolist(), hidden.flatten(0, -2)[at].float().numpy(), strict=True):
-            seen.setdefault(slot, []).append(state.copy())
+    def observe_and_see(score: NeuralScore, logits: Any, hidden: Any, at: Any) -> Any:
+        newest[:] = [state.copy() for state in hidden.flatten(0, -2)[at].float().numpy()]
+        return observe(score, logits, hidden, at)
+
+    def keep_and_see(score: NeuralScore, slots: Any, signals: Any) -> None:
+        keep(score, slots, signals)
+        for slot, state in zip(slots, newest, strict=True):
+            seen.setdefault(slot, []).append(state)
 
     def dump_and_cache(tree: RadixCache, request: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         if is_insert:  # not where a request is retracted
@@ -57,7 +59,7 @@ def install() -> None:
 
     WhiFlashWorker.assemble = assemble_and_keep
     RadixCache.cache_finished_req = dump_and_cache
-    NeuralScore.observe = observe_and_keep
+    NeuralScore.observe, NeuralScore.keep = observe_and_see, keep_and_see
     if others := other_threads():
         raise SystemExit(f"the scheduler would be spawned, and not write anything: other threads run ({others})")
 

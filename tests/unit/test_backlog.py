@@ -27,7 +27,7 @@ def test_what_is_taken_is_what_waits(data: st.DataObject, capacity: int) -> None
     backlog = Backlog({"df": (1, torch.float64)}, TABLE, capacity)
     lens = [data.draw(st.integers(1, 30)) for _ in range(SLOTS)]
     first = torch.tensor([[10000.0 * slot + lens[slot] - 1] for slot in range(SLOTS)], dtype=torch.float64)
-    backlog.begin("df", torch.arange(SLOTS), torch.tensor(lens), first)
+    backlog.begin("df", range(SLOTS), lens, first)
     ingested = list(lens)
     for _ in range(data.draw(st.integers(1, 12))):
         slots = data.draw(st.lists(st.integers(0, SLOTS - 1), min_size=1, unique=True))
@@ -54,7 +54,7 @@ def test_what_is_taken_is_what_waits(data: st.DataObject, capacity: int) -> None
 
 def test_missed_is_what_waited_before_the_last_round() -> None:
     backlog = Backlog({"df": (1, torch.float64)}, TABLE, 16)
-    backlog.begin("df", torch.tensor([1]), torch.tensor([10]), torch.zeros(1, 1, dtype=torch.float64))
+    backlog.begin("df", [1], [10], torch.zeros(1, 1, dtype=torch.float64))
     missed = []
     for committed in (10, 14, 17):  # what each round begins with
         missed.append(backlog.missed("df", 1))
@@ -66,7 +66,7 @@ def test_missed_is_what_waited_before_the_last_round() -> None:
 def test_a_new_request_in_a_slot_has_no_backlog() -> None:
     backlog = Backlog({"df": (1, torch.float64)}, TABLE, 16)
     keep(backlog, [2], [5])
-    backlog.begin("df", torch.tensor([2]), torch.tensor([3]), torch.ones(1, 1, dtype=torch.float64))
+    backlog.begin("df", [2], [3], torch.ones(1, 1, dtype=torch.float64))
     assert backlog.take("df", [2], [3]) is None
     assert backlog.last("df", torch.tensor([2]), torch.tensor([3])).item() == 1.0
 

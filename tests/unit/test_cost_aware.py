@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,26 +13,25 @@ from hypothesis import strategies as st
 from tests.learned import cost_table
 from whiflash_sglang.costs import RoundCosts
 from whiflash_sglang.router.cost_aware import EXPLORE_EVERY, CostAwareRouter
-from whiflash_sglang.types import Accepted, Plan, RoundResult, Rows, Standing
+from whiflash_sglang.router.score import Score
+from whiflash_sglang.types import HostRows, Plan, RoundResult, Standing
 
 
-class Gains:
+class Gains(Score):
     """A score whose values the test sets."""
 
     def __init__(self, values: list[float]):
-        self.values = torch.tensor(values)
+        self.values = values
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
+    def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         raise AssertionError("not asked here")
 
-    def read(self, slots: torch.Tensor) -> torch.Tensor:
-        return self.values[slots]
+    def signals(self, slots: Sequence[int]) -> dict[str, list[float]]:
+        raise AssertionError("not asked here")
 
 
-def rows(n: int, draftable: list[bool] | None = None, context: int = 256) -> Rows:
-    zeros = torch.zeros(n, dtype=torch.int64)
-    flags = None if draftable is None else torch.tensor(draftable)
-    return Rows(torch.arange(n), zeros, zeros + context, torch.zeros(n, 9, dtype=torch.int64), flags)
+def rows(n: int, draftable: list[bool] | None = None, context: int = 256) -> HostRows:
+    return HostRows([*range(n)], [context] * n, draftable)
 
 
 def router(gains: list[float], costs: RoundCosts | None = None, base: float = 5.0) -> CostAwareRouter:
@@ -39,13 +39,12 @@ def router(gains: list[float], costs: RoundCosts | None = None, base: float = 5.
 
 
 def chosen(plan: Plan) -> dict[str, list[int]]:
-    return {name: index.tolist() for name, index in plan.items()}
+    return {name: [*chosen] for name, chosen in plan.items()}
 
 
 def result(plan: Plan, committed: list[int]) -> RoundResult:
-    lengths = torch.tensor(committed)
-    zeros = torch.zeros_like(lengths)
-    return RoundResult(plan, zeros, Accepted(zeros[:, None], lengths, zeros), zeros, {}, {}, zeros[:, None])
+    tokens = torch.zeros(len(committed), max(committed), dtype=torch.int64)
+    return RoundResult(plan, [0] * len(committed), tokens, tokens, [[0] * count for count in committed], {}, {})
 
 
 def test_e3_has_to_gain_more_than_its_time_is_worth() -> None:

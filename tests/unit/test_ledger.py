@@ -14,7 +14,7 @@ from whiflash_sglang.ledger import MAX_TRACED_ROUNDS, Ledger, Trace
 from whiflash_sglang.round import DecodeRound
 from whiflash_sglang.router import create_router
 from whiflash_sglang.spans import Context, Markers, Pair, SpanReader
-from whiflash_sglang.types import Accepted, RoundResult, Rows
+from whiflash_sglang.types import HostRows, RoundResult
 
 THINK, CLOSE, CALL, END = range(4)
 MARKERS = Markers(Pair("<think>", "</think>"), Pair("<call>", "</call>"))
@@ -26,20 +26,16 @@ def ledger() -> Ledger:
     return Ledger(SpanReader(MARKERS, PIECES))
 
 
-def rows(slots: list[int], draftable: list[bool] | None = None) -> Rows:
-    zeros = torch.zeros(len(slots), dtype=torch.int64)
-    mask = None if draftable is None else torch.tensor(draftable)
-    return Rows(torch.tensor(slots), zeros, zeros, torch.zeros(len(slots), 5, dtype=torch.int64), mask)
+def rows(slots: list[int], draftable: list[bool] | None = None) -> HostRows:
+    return HostRows(slots, [0] * len(slots), draftable)
 
 
 def result(plan: dict[str, list[int]], window: list[list[int]], drafts: list[int], tokens: list[list[int]]):
     """`window` and `tokens` are filled up to one width here."""
     width = max(map(len, [*window, *tokens]))
-    lens = torch.tensor([len(row) for row in tokens])
-    committed = torch.tensor([row + [99] * (width - len(row)) for row in tokens])
-    padded = torch.tensor([row + [99] * (width - len(row)) for row in window])
-    by_name = {name: torch.tensor(index) for name, index in plan.items()}
-    return RoundResult(by_name, torch.tensor(drafts), Accepted(committed, lens, lens), lens, {}, {}, padded)
+    padded, verified = (torch.tensor([row + [99] * (width - len(row)) for row in part]) for part in (tokens, window))
+    by_name = {name: tuple(chosen) for name, chosen in plan.items()}
+    return RoundResult(by_name, drafts, verified, padded, tokens, {}, {})
 
 
 def test_a_round_counts_for_the_span_in_which_it_began(ledger: Ledger) -> None:
@@ -111,7 +107,7 @@ def test_rows_that_want_no_drafts_may_not_be_drafted_for(
     for slot, route in enumerate(routes):
         ledger.begin(slot, ledger.record(Hints(route=route), Context(), [], [], 5, None))
     found = ledger.stand(rows(list(range(len(routes))), draftable)).draftable
-    assert (found if found is None else found.tolist()) == expected
+    assert found == expected
 
 
 def test_a_trace_is_every_round_as_it_was(ledger: Ledger) -> None:
@@ -166,7 +162,7 @@ def test_a_trace_is_bounded(ledger: Ledger) -> None:
 
 def test_signals_are_asked_for_only_where_a_request_is_traced(ledger: Ledger) -> None:
     router = create_router(WhiFlashConfig(dflash_draft="d", eagle_draft="e"), 4)
-    router.observe(torch.tensor([1]), torch.tensor([[1.0, 1.0]]), torch.zeros(1, 0), torch.tensor([0]))
+    router.keep([1], router.observe(torch.tensor([[1.0, 1.0]]), torch.zeros(1, 0), torch.tensor([0])).tolist())
     ledger.begin(0, ledger.record(Hints(), Context(), [], [], 5, None))
     ledger.begin(1, ledger.record(Hints(trace=True), Context(), [], [], 5, Trace()))
     assert ledger.signals(ledger.stand(rows([0])), router) == {}
@@ -196,15 +192,15 @@ def test_every_router_gives_requests_the_drafter_that_they_want(router: str, swi
     shuffle = random.Random(router)
     for _ in range(12):
         batch = shuffle.sample(slots, shuffle.randint(1, len(slots)))
-        rows_ = ledger.stand(world.rows(batch, 8))
+        rows_ = world.rows(batch, 8)
+        rows_ = rows_._replace(host=ledger.stand(rows_.host))
         found = decode.run(rows_)
-        ledger.count(rows_, found, {})
-        drafter = {batch[row]: name for name, index in found.plan.items() for row in index.tolist()}
+        ledger.count(rows_.host, found, {})
+        drafter = {batch[row]: name for name, chosen in found.plan.items() for row in chosen}
         for row, slot in enumerate(batch):
             asked = "df" if switched_off and routes[slot] == "e3" else routes[slot]
             assert drafter.get(slot, "off") == asked or asked == "auto"
-            count = int(found.accepted.num_committed[row])
-            world.texts[slot] += found.accepted.tokens[row, :count].tolist()
+            world.texts[slot] += found.committed[row]
     for slot in slots:
         text = world.texts[slot][3:]
         assert text == plain_greedy(prompts[slot], len(text))

@@ -12,13 +12,11 @@ import torch
 from whiflash_sglang.hints import Hints
 from whiflash_sglang.ledger import Record
 from whiflash_sglang.observe import RequestFigures, Totals
-from whiflash_sglang.types import Accepted, CatchUp, RoundResult, Rows
+from whiflash_sglang.types import CatchUp, HostRows, RoundResult
 
 
-def rows(slots: list[int]) -> Rows:
-    n = len(slots)
-    zeros = torch.zeros(n, dtype=torch.int64)
-    return Rows(torch.tensor(slots), zeros, zeros, torch.zeros(n, 9, dtype=torch.int64), None)
+def rows(slots: list[int]) -> HostRows:
+    return HostRows(slots, [0] * len(slots))
 
 
 def record(totals: Totals) -> Record:
@@ -26,19 +24,16 @@ def record(totals: Totals) -> Record:
 
 
 def result(plan: dict[str, list[int]], drafts: list[int], committed: list[int], **catch_ups: CatchUp) -> RoundResult:
-    accepted = Accepted(
-        torch.zeros(len(drafts), 8, dtype=torch.int64), torch.tensor(committed), torch.zeros(len(drafts))
-    )
-    by_name = {name: torch.tensor(index) for name, index in plan.items()}
-    window = torch.zeros(len(drafts), 8, dtype=torch.int64)
-    return RoundResult(by_name, torch.tensor(drafts), accepted, torch.tensor(committed), catch_ups, {}, window)
+    by_name = {name: tuple(chosen) for name, chosen in plan.items()}
+    tokens = torch.zeros(len(drafts), 8, dtype=torch.int64)
+    return RoundResult(by_name, drafts, tokens, tokens, [[0] * count for count in committed], {}, catch_ups)
 
 
 @pytest.fixture
 def totals() -> Totals:
     """Slot 2: df, df, e3. Slot 5: e3, then not drafted for."""
     totals = Totals(("df", "e3"), 8)
-    totals.start(torch.tensor([2, 5]))
+    totals.start([2, 5])
     for slot in (2, 5):
         totals.ledger.begin(slot, record(totals))
     totals.count(rows([2, 5]), result({"df": [0], "e3": [1]}, [7, 5], [8, 1]), {})
@@ -67,7 +62,7 @@ def test_a_request_is_counted_by_itself_and_stays_in_the_totals(totals: Totals) 
     assert totals.request(2)["rounds_by_drafter"] == {"df": 2, "e3": 1}
     assert totals.request(2)["switches"] == 1
     assert totals.request(5)["backlog_max"] == 2
-    totals.start(torch.tensor([2]))
+    totals.start([2])
     assert totals.request(2)["rounds"] == totals.request(2)["backlog_max"] == 0
     assert totals.snapshot() == before
     totals.count(rows([2]), result({"e3": [0]}, [5], [1]), {})
@@ -96,7 +91,7 @@ totals = Totals(("df", "e3"), 4)
 totals.pool = {"tokens": 100, "lost_to_draft_pools": 40}
 metrics = Metrics(totals, {"model_name": "m"})
 for rounds in (3, 5):
-    totals.running[0, 0, 0] = rounds
+    totals.sums[0][0] = rounds
     totals.seconds["draft"] = rounds / 2
     totals.ledger.counts[("user", "reasoning", "df")] = [rounds, 4 * rounds]
     metrics.write(totals.snapshot())

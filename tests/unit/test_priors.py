@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.learned import cost_table, identity, record
 from tests.unit.test_cost_aware import Gains, chosen, result, rows
@@ -23,7 +22,7 @@ from whiflash_sglang.router.threshold import ThresholdRouter
 from whiflash_sglang.spans import Context, Markers, SpanReader
 from whiflash_sglang.training.fit_priors import biases, fit_priors, margin_of
 from whiflash_sglang.training.walk import walk
-from whiflash_sglang.types import Standing
+from whiflash_sglang.types import HostRows, Standing
 
 ANSWER = Place("tool_output", "answer", None)
 LOOKUP = ANSWER._replace(tool="lookup")
@@ -234,7 +233,7 @@ def test_a_request_carries_the_prior_of_where_it_stands() -> None:
     priors.settle(margin=0.25)
     ledger = Ledger(SpanReader(Markers(), {}), priors)
     ledger.begin(3, ledger.record(Hints(prior=0.5), Context("tool_output", "lookup"), [], [], None, None))
-    (found,) = ledger.stand(rows(4).pick(torch.tensor([3]))).standings or ()
+    (found,) = ledger.stand(HostRows([3], [256])).standings or ()
     assert (found.prior, found.asked_prior) == (priors.bias(*LOOKUP), 0.5)
 
 
@@ -304,5 +303,5 @@ def test_a_drafter_that_was_switched_off_is_not_judged() -> None:
     batch = rows(1)._replace(standings=(standing(),))
     for _ in range(20 * TRY_EVERY):
         router.route(batch)
-        router.learn(batch, result({"df": torch.tensor([0])}, [4]), 10.0)  # e3 is gone
+        router.learn(batch, result({"df": (0,)}, [4]), 10.0)  # e3 is gone
     assert 0 < priors.places[LOOKUP].trials < 20

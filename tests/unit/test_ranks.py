@@ -56,12 +56,12 @@ def rounds(rank: int, ranks: Ranks, rounds_: int = ROUNDS) -> dict[str, Any]:
     for _ in range(rounds_):
         rows = world.rows(range(len(PROMPTS)), 8)
         result = decode.run(rows)
-        for row, count in enumerate(result.accepted.num_committed.tolist()):
-            world.texts[row] += result.accepted.tokens[row, :count].tolist()
-        decode.router.learn(rows, result, 1.0 + rank)
+        for row, tokens in enumerate(result.committed):
+            world.texts[row] += tokens
+        decode.router.learn(rows.host, result, 1.0 + rank)
         if not isinstance(decode.router, SharedRouter):
-            ranks.count(rows, result)
-        plans.append({name: index.tolist() for name, index in sorted(result.plan.items())})
+            ranks.count(rows.host, result)
+        plans.append({name: [*chosen] for name, chosen in sorted(result.plan.items())})
     return {"plans": plans, "texts": [world.texts[slot] for slot in range(len(PROMPTS))], "ranks": ranks.snapshot()}
 
 

@@ -50,7 +50,15 @@ TOTALS = {
     "drafted": 50,
     "switches": 3,
     "steps": 10,
-    "seconds": {"draft": 1.0, "verify": 2.0, "catch_up": 0.5, "prefill_drafters": 0.0, "prefill": 0.5, "round": 4.0},
+    "seconds": {
+        "draft": 1.0,
+        "verify": 2.0,
+        "catch_up": 0.5,
+        "prefill_drafters": 0.0,
+        "prefill": 0.5,
+        "read": 0.0,
+        "round": 4.0,
+    },
 }
 
 

@@ -17,21 +17,45 @@ BEFORE: Totals = {
     "rounds_by_drafter": {"df": 10},
     "accepted_drafts": 20,
     "switches": 1,
-    "seconds": {"prefill": 1.0, "verify": 1.0, "draft": 0.5, "catch_up": 0.5, "prefill_drafters": 0.0, "round": 4.0},
+    "seconds": {
+        "prefill": 1.0,
+        "verify": 1.0,
+        "draft": 0.5,
+        "catch_up": 0.5,
+        "prefill_drafters": 0.0,
+        "read": 0.0,
+        "round": 4.0,
+    },
 }
 AFTER: Totals = {
     "rounds": 30,
     "rounds_by_drafter": {"df": 15, "e3": 15},
     "accepted_drafts": 70,
     "switches": 5,
-    "seconds": {"prefill": 1.5, "verify": 3.0, "draft": 1.5, "catch_up": 1.0, "prefill_drafters": 0.0, "round": 9.0},
+    "seconds": {
+        "prefill": 1.5,
+        "verify": 3.0,
+        "draft": 1.5,
+        "catch_up": 1.0,
+        "prefill_drafters": 0.0,
+        "read": 0.0,
+        "round": 9.0,
+    },
 }
 MEANWHILE: Totals = {
     "rounds": 20,
     "rounds_by_drafter": {"df": 5, "e3": 15},
     "accepted_drafts": 50,
     "switches": 4,
-    "seconds": {"prefill": 0.5, "verify": 2.0, "draft": 1.0, "catch_up": 0.5, "prefill_drafters": 0.0, "round": 5.0},
+    "seconds": {
+        "prefill": 0.5,
+        "verify": 2.0,
+        "draft": 1.0,
+        "catch_up": 0.5,
+        "prefill_drafters": 0.0,
+        "read": 0.0,
+        "round": 5.0,
+    },
 }
 
 

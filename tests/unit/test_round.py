@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.fakes import FakeDrafter, FakeTarget, World, feature, plain_greedy
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.round import DecodeRound, Router
 from whiflash_sglang.router import create_router
-from whiflash_sglang.types import Plan, RoundResult, Rows
+from whiflash_sglang.types import HostRows, Plan, RoundResult
 
 SLOTS, MAX_LEN = 8, 160
 ROUTERS = ["fixed:e3", "fixed:df", "alternate", "random:3", "entropy"]
@@ -47,11 +48,8 @@ def serve(
         rows = world.rows(slots, 8)
         result = decode.run(rows)
         for row, slot in enumerate(slots):
-            count = int(result.accepted.num_committed[row])
-            assert 1 <= count <= 1 + int(result.num_drafts[row])
-            world.texts[slot] += result.accepted.tokens[row, :count].tolist()
-            assert world.texts[slot][-1] == int(result.accepted.bonus[row])
-            assert int(result.new_prefix_lens[row]) == len(world.texts[slot]) - 1
+            assert 1 <= len(result.committed[row]) <= 1 + result.num_drafts[row]
+            world.texts[slot] += result.committed[row]
             prompt = prompts[running[slot]]
             if len(world.texts[slot]) >= len(prompt) + num_tokens:
                 outputs[running.pop(slot)] = world.texts[slot][len(prompt) :][:num_tokens]
@@ -78,8 +76,8 @@ def decode_round(world: World, router: Router, names: list[str], slots: list[int
 
 
 def commit(world: World, slots: list[int], result: RoundResult) -> None:
-    for row, slot in enumerate(slots):
-        world.texts[slot] += result.accepted.tokens[row, : int(result.accepted.num_committed[row])].tolist()
+    for slot, tokens in zip(slots, result.committed, strict=True):
+        world.texts[slot] += tokens
 
 
 def test_perfect_drafts_commit_the_whole_window() -> None:
@@ -87,18 +85,22 @@ def test_perfect_drafts_commit_the_whole_window() -> None:
     world.texts[0] = [1, 2, 3]
     decode = decode_round(world, create_router(config("fixed:df"), SLOTS), ["df"], [0])
     result = decode.run(world.rows([0], 8))
-    assert result.accepted.num_committed.tolist() == [8]
-    assert result.accepted.tokens[0].tolist() == plain_greedy([1, 2, 3], 8)
+    assert result.committed == [plain_greedy([1, 2, 3], 8)]
+    assert result.window.tolist() == [[3, *plain_greedy([1, 2, 3], 7)]]
 
 
 class Mixed(Router):
-    """Row 0 to `df`, row 1 to `e3`, row 2 to nobody."""
+    """Row 0 to `df`, row 1 to `e3`, row 2 to nobody. Its signals: the best token of every position, and twice that."""
 
-    def route(self, rows: Rows) -> Plan:
-        return {"df": torch.tensor([0]), "e3": torch.tensor([1])}
+    def route(self, rows: HostRows) -> Plan:
+        return {"df": (0,), "e3": (1,)}
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
-        self.logits = logits.flatten(0, -2)[at]
+    def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        best = logits.flatten(0, -2)[at].argmax(-1).float()
+        return torch.stack([best, 2 * best], dim=1)
+
+    def keep(self, slots: Sequence[int], signals: Sequence[Sequence[float]]) -> None:
+        self.kept = dict(zip(slots, signals, strict=True))
 
 
 def test_one_width_a_batch_and_each_row_its_own_drafter() -> None:
@@ -110,8 +112,8 @@ def test_one_width_a_batch_and_each_row_its_own_drafter() -> None:
     result = decode.run(world.rows([0, 1, 2], 8))
     assert decode.target.widths == [8]
     # Row 1 has 4 drafts: the padding behind them is not accepted even where it happens to be right. Row 2 has none.
-    assert result.accepted.num_committed.tolist() == [8, 5, 1]
-    assert router.logits.argmax(-1).tolist() == result.accepted.bonus.tolist()
+    assert [len(tokens) for tokens in result.committed] == [8, 5, 1]
+    assert router.kept == {slot: [tokens[-1], 2 * tokens[-1]] for slot, tokens in enumerate(result.committed)}
 
 
 def test_width_is_no_more_than_the_batch_needs() -> None:
@@ -131,7 +133,7 @@ def test_a_drafter_that_is_not_chosen_ingests_nothing_until_its_backlog_is_full(
         result = decode.run(world.rows([0], 8))
         passes.append(result.catch_ups["df"].lens[0] if "df" in result.catch_ups else 0)
         commit(world, [0], result)
-        lengths.append(decode.backlog.length("df", 0, int(result.new_prefix_lens[0])))
+        lengths.append(decode.backlog.length("df", 0, len(world.texts[0]) - 1))
     assert passes == [0, 0, 0, 0, 0, 25, 0, 0, 0, 0, 25, 0]
     assert max(lengths) <= 32
 
@@ -145,7 +147,7 @@ def test_eager_leaves_no_backlog() -> None:
         assert not result.catch_ups
         commit(world, [0], result)
         for name in ("df", "e3"):
-            assert decode.backlog.length(name, 0, int(result.new_prefix_lens[0])) == 0
+            assert decode.backlog.length(name, 0, len(world.texts[0]) - 1) == 0
 
 
 def test_a_request_that_ends_is_ingested_up_to_what_is_shared() -> None:
@@ -171,14 +173,14 @@ def test_rows_of_a_drafter_that_is_switched_off_go_to_the_other_one(router: str)
         world, create_router(config(router, 0.0 if router == "entropy" else None), SLOTS), ["df", "e3"], [0, 1, 2]
     )
     decode.drafters["e3"].broken = True
-    finite = {name: bool(ok) for name, ok in decode.run(world.rows([0, 1, 2], 8)).finite.items()}
-    assert finite.get("df", True)
+    finite = decode.run(world.rows([0, 1, 2], 8)).finite
+    assert finite == {name: name == "df" for name in finite}
     decode.switch_off("e3")
     for _ in range(4):
         result = decode.run(world.rows([0, 1, 2], 8))
         assert [*result.plan] == ["df"]
-        assert result.num_drafts.tolist() == [7, 7, 7]
+        assert result.num_drafts == [7, 7, 7]
     decode.switch_off("df")
     result = decode.run(world.rows([0, 1, 2], 8))
     assert not result.plan
-    assert result.accepted.num_committed.tolist() == [1, 1, 1]
+    assert [len(tokens) for tokens in result.committed] == [1, 1, 1]

@@ -11,24 +11,22 @@ import torch
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.router import create_router
 from whiflash_sglang.router.entropy import EntropyGain, entropy
-from whiflash_sglang.types import Plan, Rows
+from whiflash_sglang.types import HostRows, Plan
 
 
 def config(router: str, threshold: float | None = None) -> WhiFlashConfig:
     return WhiFlashConfig(dflash_draft="d", eagle_draft="e", router=router, entropy_threshold=threshold)
 
 
-def rows(slots: list[int], lens: list[int]) -> Rows:
-    n = len(slots)
-    zeros = torch.zeros(n, dtype=torch.int64)
-    return Rows(torch.tensor(slots), zeros, torch.tensor(lens), torch.zeros(n, 9, dtype=torch.int64), None)
+def rows(slots: list[int], lens: list[int]) -> HostRows:
+    return HostRows(slots, lens)
 
 
 def choices(plan: Plan, n: int) -> list[str]:
     names = ["none"] * n
     for name, index in plan.items():
         assert len(index) > 0
-        for row in index.tolist():
+        for row in index:
             assert names[row] == "none", "a row may stand in one entry only"
             names[row] = name
     return names
@@ -61,7 +59,7 @@ def test_random_is_fair_and_repeats_itself() -> None:
 def test_entropy_splits_a_batch_at_the_threshold() -> None:
     router = create_router(config("entropy", threshold=0.5), 8)
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])  # ln 4 nats and about 0
-    router.observe(torch.tensor([6, 2]), logits, torch.zeros(2, 0), torch.arange(2))
+    router.keep([6, 2], router.observe(logits, torch.zeros(2, 0), torch.arange(2)).tolist())
     assert choices(router.route(rows([2, 6], [3, 3])), 2) == ["df", "e3"]
 
 
@@ -83,5 +81,13 @@ def test_entropy_gain_is_a_step_function_of_entropy() -> None:
     two, four = math.log(2), math.log(4)  # nats of an even choice
     logits = torch.tensor([[9.0, -9.0, -9.0, -9.0], [5.0, 5.0, -30.0, -30.0], [0.0, 0.0, 0.0, 0.0]])
     assert entropy(logits).tolist() == pytest.approx([0.0, two, four], abs=1e-4)
-    score.observe(torch.tensor([5, 0, 3]), logits, torch.zeros(3, 0), torch.arange(3))
-    assert score.read(torch.tensor([0, 3, 5])).tolist() == [0.5, 3.0, -2.0]
+    score.keep([5, 0, 3], score.observe(logits, torch.zeros(3, 0), torch.arange(3)).tolist())
+    assert score.read([0, 3, 5]) == [0.5, 3.0, -2.0]
+
+
+@pytest.mark.parametrize("edge", [0.1, 0.30000001192092896, 0.7])
+def test_an_entropy_on_an_edge_belongs_above_it(edge: float) -> None:
+    """Edges are compared as exactly as an entropy is kept: 0.7 as float32 is less than 0.7."""
+    score = EntropyGain(1, edges=(edge,), gains=(-1.0, 1.0))
+    score.keep([0], torch.tensor([[edge]]).tolist())
+    assert score.read([0]) == [1.0]

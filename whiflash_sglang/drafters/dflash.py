@@ -88,6 +88,7 @@ class DFlashDrafter:
                 positions=positions.reshape(-1),
                 kv_slots=rows.kv_slots[:, 1 : 1 + block_size].reshape(-1),
                 prefix_lens=rows.prefix_lens,
+                ahead=0,
                 input_embeds=self.runner.target_model.get_input_embeddings()(block.reshape(-1)),
             ),
         )

@@ -87,6 +87,7 @@ class Eagle3Drafter:
                     positions=entry,
                     kv_slots=rows.kv_slots[:, step].contiguous(),
                     prefix_lens=entry,
+                    ahead=step - 1,
                     hidden_states=hidden,
                 ),
             )

@@ -40,7 +40,7 @@ class DraftRunner(NamedTuple):
         attention layers say); their own KV is written to `block.kv_slots`.
         """
         # The mode that every attention backend implements as "a few queries behind a cached prefix".
-        seq_lens_cpu = block.prefix_lens.cpu()
+        lens = [length + block.ahead for length in rows.host.prefix_lens]
         batch = ForwardBatch(
             forward_mode=ForwardMode.TARGET_VERIFY,
             batch_size=len(rows.slots),
@@ -48,8 +48,8 @@ class DraftRunner(NamedTuple):
             req_pool_indices=rows.slots,
             seq_lens=block.prefix_lens,
             out_cache_loc=block.kv_slots,
-            seq_lens_sum=int(seq_lens_cpu.sum()),
-            seq_lens_cpu=seq_lens_cpu,
+            seq_lens_sum=sum(lens),
+            seq_lens_cpu=torch.tensor(lens, dtype=torch.int64),
             positions=block.positions,
             spec_algorithm=self.algorithm,
             spec_info=BlockInfo(block.input_ids, block.positions, block.size, hidden_states=block.hidden_states),
@@ -106,6 +106,7 @@ class DraftBlock(NamedTuple):
     positions: torch.Tensor  # [rows * size] int64
     kv_slots: torch.Tensor  # [rows * size] int64
     prefix_lens: torch.Tensor  # [rows] int64, cached entries that the block attends to
+    ahead: int  # of these, how many more than the row's committed positions
     input_embeds: torch.Tensor | None = None  # [rows * size, hidden], for models without an embedding of their own
     hidden_states: torch.Tensor | None = None  # [rows * size, hidden], EAGLE-3's features
 

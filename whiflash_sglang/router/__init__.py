@@ -1,8 +1,8 @@
 """Routing policies: one a file, made by name.
 
 A policy is asked once a round for the whole batch and decides for every row by itself, or, where costs are weighed,
-for the batch as a whole. State it keeps is keyed by request slot, in tensors sized at construction, so that a decision
-costs a handful of vectorised operations.
+for the batch as a whole. It decides on the host, by plain numbers that it keeps by request slot; what it computes from
+the target's logits or hidden states is computed on the device, and comes with the round's own copy.
 """
 
 from __future__ import annotations

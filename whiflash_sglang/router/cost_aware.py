@@ -13,6 +13,7 @@ and one round without any drafts: with many rows a round's time goes with its wi
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 
@@ -20,12 +21,11 @@ from whiflash_sglang.costs import RoundCosts
 from whiflash_sglang.round import Router
 from whiflash_sglang.router.prior import PriorShare, added, asked_priors, learned_priors
 from whiflash_sglang.router.score import Score
-from whiflash_sglang.types import Plan, RoundResult, Rows
+from whiflash_sglang.types import HostRows, Plan, RoundResult
 
 EXPLORE_EVERY = 128  # rounds of one batch size without drafts, until one with drafts is tried again
 LEARN_EVERY = 16  # rounds: learning from each would cost as much as routing does
 _MEMORY = 0.1  # weight of the newest round in the running means
-_INDICES = 256  # tensors of row numbers that are kept
 _CONTEXT_STEP = 64  # tokens; contexts that differ by less cost the same
 
 
@@ -43,11 +43,10 @@ class CostAwareRouter(Router):
         self.is_trying = False  # whether the round in flight drafts only to see whether that pays again
         self.gains: list[float] = []  # of the rows of the round in flight: scores and what is known to be missing
         self.rounds = 0
-        self.indices: dict[tuple[int, ...], torch.Tensor] = {}
         self.known: dict[tuple[int, int, int], tuple[list[float], float]] = {}  # see `worths`; until it learns again
 
-    def route(self, rows: Rows) -> Plan:
-        scores, learned = self.score.read(rows.slots).tolist(), learned_priors(rows)
+    def route(self, rows: HostRows) -> Plan:
+        scores, learned = self.score.read(rows.slots), learned_priors(rows)
         self.gains = added(scores, learned)
         asked = asked_priors(rows)  # a wish, and no evidence: nothing is learned from it
         plan, pays = self.best_plan(rows, added(self.gains, asked))
@@ -59,29 +58,17 @@ class CostAwareRouter(Router):
         self.is_trying = not pays and self.without_drafts[num_rows] % EXPLORE_EVERY == 0
         return plan if pays or self.is_trying else {}
 
-    def best_plan(self, rows: Rows, gains: list[float]) -> tuple[Plan, bool]:
+    def best_plan(self, rows: HostRows, gains: list[float]) -> tuple[Plan, bool]:
         """Who drafts, given what `e3` gains for each row; and whether that is worth more than no drafts at all."""
-        drafted = list(range(len(gains)))
-        if rows.draftable is not None:
-            drafted = [row for row, may in enumerate(rows.draftable.tolist()) if may]
+        drafted = rows.may_draft()
         ranked = sorted(drafted, key=gains.__getitem__, reverse=True)
         if not ranked:
             return {}, True
-        context = mean(rows.prefix_lens.tolist())
+        context = mean(rows.prefix_lens)
         num_e3, pays = self.best_split([gains[row] for row in ranked], len(gains), context)
         if num_e3 in (0, len(ranked)):
-            return {"e3" if num_e3 else "df": self.index_of(drafted, rows.slots.device)}, pays
-        parts = {"df": sorted(ranked[num_e3:]), "e3": sorted(ranked[:num_e3])}
-        return {name: self.index_of(index, rows.slots.device) for name, index in parts.items()}, pays
-
-    def index_of(self, rows: list[int], device: torch.device) -> torch.Tensor:
-        """Row numbers as a tensor; remembered, as small batches are split in few ways."""
-        key = tuple(rows)
-        if key not in self.indices:
-            if len(self.indices) >= _INDICES:
-                self.indices.clear()
-            self.indices[key] = torch.tensor(rows, device=device)
-        return self.indices[key]
+            return {"e3" if num_e3 else "df": tuple(drafted)}, pays
+        return {"df": tuple(sorted(ranked[num_e3:])), "e3": tuple(sorted(ranked[:num_e3]))}, pays
 
     def best_split(self, gains: list[float], num_rows: int, context: float) -> tuple[int, bool]:
         """How many of the rows with the descending `gains` go to `e3`, the others to `df`; and whether that is worth
@@ -95,8 +82,8 @@ class CostAwareRouter(Router):
                 best, best_worth = num_e3, gained + worths[num_e3]
         return best, without <= best_worth
 
-    def margin(self, rows: Rows) -> float:
-        n, context = len(rows.slots), mean(rows.prefix_lens.tolist())
+    def margin(self, rows: HostRows) -> float:
+        n, context = len(rows.slots), mean(rows.prefix_lens)
         chained, drafted = (self.costs.round_ms({name: n}, n, context) for name in ("e3", "df"))
         return self.rate(n, context) * (chained - drafted) / n
 
@@ -124,29 +111,32 @@ class CostAwareRouter(Router):
         chained = self.base * num_rows / self.costs.round_ms({"e3": num_rows}, num_rows, context)
         return max(drafted, chained, num_rows / self.costs.round_ms({}, num_rows, context))
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
-        self.score.observe(slots, logits, hidden, at)
+    def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return self.score.observe(logits, hidden, at)
 
-    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+    def keep(self, slots: Sequence[int], signals: Sequence[Sequence[float]]) -> None:
+        self.score.keep(slots, signals)
+
+    def signals(self, slots: Sequence[int]) -> dict[str, list[float]]:
         return self.score.signals(slots)
 
-    def learn(self, rows: Rows, result: RoundResult, ms: float) -> None:
+    def learn(self, rows: HostRows, result: RoundResult, ms: float) -> None:
         self.rounds += 1
         if self.rounds % LEARN_EVERY and not self.is_trying:
             return
         self.known.clear()
         num_rows = len(self.gains)
-        counts = {name: len(index) for name, index in result.plan.items()}
-        context = mean(rows.prefix_lens.tolist())
+        counts = {name: len(chosen) for name, chosen in result.plan.items()}
+        context = mean(rows.prefix_lens)
         self.costs.observe(counts, num_rows, context, ms)
-        committed = result.accepted.num_committed.tolist()
+        committed = [len(tokens) for tokens in result.committed]
         if not self.is_trying:
             self.tokens = running(self.tokens, sum(committed) / num_rows)
             self.par = running(self.par, self.best_single(num_rows, context) * ms / num_rows)
         as_df = [
             committed[row] - (self.gains[row] if name == "e3" else 0.0)
-            for name, index in result.plan.items()
-            for row in index.tolist()
+            for name, chosen in result.plan.items()
+            for row in chosen
         ]
         if as_df:
             self.base = max(1.0, running(self.base, sum(as_df) / len(as_df)))
@@ -157,5 +147,5 @@ def running(mean_so_far: float, value: float) -> float:
     return mean_so_far + _MEMORY * (value - mean_so_far)
 
 
-def mean(values: list[int]) -> float:
+def mean(values: Sequence[int]) -> float:
     return sum(values) / len(values)

@@ -7,27 +7,23 @@ chosen from. High H: the text is open, and the autoregressive drafter `e3` is th
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
 
+from whiflash_sglang.router.score import Score
 
-class EntropyScore:
+
+class EntropyScore(Score):
     """H of each request, in nats."""
 
     in_tokens = False
 
-    def __init__(self, num_slots: int):
-        self.values = torch.zeros(num_slots)
+    def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return entropy(logits.flatten(0, -2).index_select(0, at))[:, None]
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
-        self.values = self.values.to(logits.device)
-        self.values.index_copy_(0, slots, entropy(logits.flatten(0, -2).index_select(0, at)))
-
-    def read(self, slots: torch.Tensor) -> torch.Tensor:
-        return self.values.index_select(0, slots)
-
-    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+    def signals(self, slots: Sequence[int]) -> dict[str, list[float]]:
         return {"entropy": EntropyScore.read(self, slots)}
 
 
@@ -41,17 +37,13 @@ class EntropyGain(EntropyScore):
 
     def __init__(self, num_slots: int, edges: Sequence[float], gains: Sequence[float]):
         super().__init__(num_slots)
-        self.edges = torch.tensor(edges, dtype=torch.float32)
-        self.gains = torch.tensor(gains, dtype=torch.float32)
+        self.edges: list[float] = torch.tensor(edges, dtype=torch.float32).tolist()  # as exact as H is
+        self.gains = tuple(gains)
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
-        super().observe(slots, logits, hidden, at)
-        self.edges, self.gains = self.edges.to(logits.device), self.gains.to(logits.device)
+    def read(self, slots: Sequence[int]) -> list[float]:
+        return [self.gains[bisect_right(self.edges, value)] for value in super().read(slots)]
 
-    def read(self, slots: torch.Tensor) -> torch.Tensor:
-        return self.gains.index_select(0, torch.bucketize(super().read(slots), self.edges, right=True))
-
-    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+    def signals(self, slots: Sequence[int]) -> dict[str, list[float]]:
         return {**super().signals(slots), "score": self.read(slots)}
 
 

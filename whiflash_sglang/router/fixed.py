@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from whiflash_sglang.round import Router
 from whiflash_sglang.router.split import split
-from whiflash_sglang.types import Plan, Rows
+from whiflash_sglang.types import HostRows, Plan
 
 
 class FixedRouter(Router):
     def __init__(self, name: str):
         self.name = name
 
-    def route(self, rows: Rows) -> Plan:
-        return split(rows, (self.name,), torch.zeros_like(rows.slots))
+    def route(self, rows: HostRows) -> Plan:
+        return split(rows, (self.name,), [0] * len(rows.slots))

@@ -8,10 +8,13 @@ drafter is part of the router's own file (`artefact.py`).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from whiflash_sglang.router.score import Score
 
 
 class Network(NamedTuple):
@@ -57,22 +60,19 @@ class Folded(NamedTuple):
         return Folded(*(tensor.to(device) for tensor in self))
 
 
-class NeuralScore:
+class NeuralScore(Score):
     """What `e3` is expected to accept more than `df`, in tokens; `network` has `e3` as its positive drafter."""
 
     in_tokens = True
 
     def __init__(self, network: Network, num_slots: int):
+        super().__init__(num_slots)
         self.network = Folded.of(network)
-        self.values = torch.zeros(num_slots, dtype=network.weight_in.dtype)
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
-        if self.values.device != hidden.device:
-            self.values, self.network = self.values.to(hidden.device), self.network.to(hidden.device)
-        self.values.index_copy_(0, slots, self.network(hidden.flatten(0, -2).index_select(0, at)))
+    def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        if self.network.weight_in.device != hidden.device:
+            self.network = self.network.to(hidden.device)
+        return self.network(hidden.flatten(0, -2).index_select(0, at))[:, None]
 
-    def read(self, slots: torch.Tensor) -> torch.Tensor:
-        return self.values.index_select(0, slots)
-
-    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+    def signals(self, slots: Sequence[int]) -> dict[str, list[float]]:
         return {"score": self.read(slots)}

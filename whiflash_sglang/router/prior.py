@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,20 +17,20 @@ from whiflash_sglang.plans import drafter_by_row, plan_of
 from whiflash_sglang.priors import Place, Priors
 from whiflash_sglang.round import Router
 from whiflash_sglang.router.score import Score
-from whiflash_sglang.types import Plan, RoundResult, Rows, Standing
+from whiflash_sglang.types import HostRows, Plan, RoundResult, Standing
 
 LOOK_EVERY = 16  # rounds: planning each of them twice, to see what priors change, would cost as much as routing does
 TRY_EVERY = 64  # requests' rounds, of which one is a trial, where nothing is known
 HALF_KNOWN = 256  # rounds seen at a place by which its trials have become half as frequent
 
 
-def learned_priors(rows: Rows) -> list[float] | None:
+def learned_priors(rows: HostRows) -> list[float] | None:
     """What is known to be missing in the requests' scores, in tokens [rows]; None where nothing is."""
     values = [standing.prior for standing in rows.standings or ()]
     return values if any(values) else None
 
 
-def asked_priors(rows: Rows) -> list[float] | None:
+def asked_priors(rows: HostRows) -> list[float] | None:
     """What requests ask to be added to their scores, in tokens [rows]; None where none does."""
     values = [standing.asked_prior for standing in rows.standings or ()]
     return values if any(values) else None
@@ -52,7 +52,7 @@ class PriorShare:
         self.seen: Counter[tuple[str, str]] = Counter()  # by context kind and span
         self.decided: Counter[tuple[str, str]] = Counter()
 
-    def look(self, rows: Rows, plan: Plan, without: Callable[[], Plan]) -> None:
+    def look(self, rows: HostRows, plan: Plan, without: Callable[[], Plan]) -> None:
         """Compare a round's plan, now and then, with what it would have been `without` priors."""
         self.rounds += 1
         if self.rounds % LOOK_EVERY or not rows.standings:
@@ -77,11 +77,11 @@ class ScoredRouter(Router, Protocol):
     score: Score
     share: PriorShare
 
-    def margin(self, rows: Rows) -> float:
+    def margin(self, rows: HostRows) -> float:
         """What `e3` must be expected to gain over `df`, in tokens, to be chosen for rows like these."""
         ...
 
-    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+    def signals(self, slots: Sequence[int]) -> dict[str, list[float]]:
         """As `score.Score.signals`."""
         ...
 
@@ -103,7 +103,7 @@ class TrialRouter(Router):
         self.due = 0  # requests' rounds since the last trial
         self.trial: tuple[int, float, str] | None = None  # of the round in flight: row, score, drafter
 
-    def route(self, rows: Rows) -> Plan:
+    def route(self, rows: HostRows) -> Plan:
         plan = self.inner.route(rows)
         self.trial = None
         self.due += len(rows.slots)
@@ -118,15 +118,18 @@ class TrialRouter(Router):
         known = self.priors.rounds(place_of(rows.standings[row]))
         if self.coin.random() * (HALF_KNOWN + known) > HALF_KNOWN:
             return plan
-        self.trial = (row, float(self.inner.score.read(rows.slots[row : row + 1])), drafter)
+        self.trial = (row, self.inner.score.read([rows.slots[row]])[0], drafter)
         if choice[row] == drafter:
             return plan
-        return plan_of({**choice, row: drafter}, rows.slots.device)
+        return plan_of({**choice, row: drafter})
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
-        self.inner.observe(slots, logits, hidden, at)
+    def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor | None:
+        return self.inner.observe(logits, hidden, at)
 
-    def learn(self, rows: Rows, result: RoundResult, ms: float) -> None:
+    def keep(self, slots: Sequence[int], signals: Sequence[Sequence[float]]) -> None:
+        self.inner.keep(slots, signals)
+
+    def learn(self, rows: HostRows, result: RoundResult, ms: float) -> None:
         self.inner.learn(rows, result, ms)
         if self.trial is None or rows.standings is None:
             return
@@ -134,9 +137,9 @@ class TrialRouter(Router):
         if drafter_by_row(result.plan).get(row) != drafter:  # it has been switched off
             return
         place = place_of(rows.standings[row])
-        tokens = int(result.accepted.num_committed[row])
+        tokens = len(result.committed[row])
         self.priors.add_trial(place, gain, drafter, tokens, self.usual_tokens)
         self.priors.settle(self.inner.margin(rows), place)
 
-    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+    def signals(self, slots: Sequence[int]) -> dict[str, list[float]]:
         return self.inner.signals(slots)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from whiflash_sglang.round import Router
 from whiflash_sglang.router.split import split
-from whiflash_sglang.types import Plan, Rows
+from whiflash_sglang.types import HostRows, Plan
 
 
 class AlternateRouter(Router):
@@ -16,12 +14,12 @@ class AlternateRouter(Router):
 
     def __init__(self, names: Sequence[str], num_slots: int):
         self.names = tuple(names)
-        self.turns = torch.zeros(num_slots, dtype=torch.int64)
+        self.turns = [0] * num_slots
 
-    def route(self, rows: Rows) -> Plan:
-        self.turns = self.turns.to(rows.slots.device)
-        self.turns[rows.slots] += 1
-        return split(rows, self.names, self.turns[rows.slots] % len(self.names))
+    def route(self, rows: HostRows) -> Plan:
+        for slot in rows.slots:
+            self.turns[slot] += 1
+        return split(rows, self.names, [self.turns[slot] % len(self.names) for slot in rows.slots])
 
 
 class RandomRouter(Router):
@@ -31,7 +29,11 @@ class RandomRouter(Router):
         self.names = tuple(names)
         self.salt = seed * 97 & 0xFFFFFFFF  # however long a number the seed is
 
-    def route(self, rows: Rows) -> Plan:
-        mixed = (rows.prefix_lens * 2654435761 + rows.slots * 40503 + self.salt) & 0xFFFFFFFF
+    def route(self, rows: HostRows) -> Plan:
+        coins = [self.coin(slot, length) for slot, length in zip(rows.slots, rows.prefix_lens, strict=True)]
+        return split(rows, self.names, [coin % len(self.names) for coin in coins])
+
+    def coin(self, slot: int, length: int) -> int:
+        mixed = (length * 2654435761 + slot * 40503 + self.salt) & 0xFFFFFFFF
         mixed = ((mixed ^ (mixed >> 16)) * 73244475) & 0xFFFFFFFF
-        return split(rows, self.names, (mixed ^ (mixed >> 16)) % len(self.names))
+        return mixed ^ (mixed >> 16)

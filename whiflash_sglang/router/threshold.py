@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from whiflash_sglang.round import Router
-from whiflash_sglang.router.prior import PriorShare, asked_priors, learned_priors
+from whiflash_sglang.router.prior import PriorShare, added, asked_priors, learned_priors
 from whiflash_sglang.router.score import Score
 from whiflash_sglang.router.split import split
-from whiflash_sglang.types import Plan, Rows
+from whiflash_sglang.types import HostRows, Plan
 
 
 class ThresholdRouter(Router):
@@ -19,27 +21,30 @@ class ThresholdRouter(Router):
         self.threshold = threshold
         self.share = PriorShare()
 
-    def route(self, rows: Rows) -> Plan:
+    def route(self, rows: HostRows) -> Plan:
         scores = self.score.read(rows.slots)
         if not self.score.in_tokens:
-            return split(rows, self.names, scores > self.threshold)
+            return self.plan(rows, scores)
         asked, learned = asked_priors(rows), learned_priors(rows)
         plan = self.plan(rows, scores, asked, learned)
         if learned is not None:
             self.share.look(rows, plan, lambda: self.plan(rows, scores, asked))
         return plan
 
-    def plan(self, rows: Rows, scores: torch.Tensor, *priors: list[float] | None) -> Plan:
+    def plan(self, rows: HostRows, scores: list[float], *priors: list[float] | None) -> Plan:
         """Who drafts, with `priors` [rows] added to the scores [rows]."""
         for prior in priors:
-            scores = scores if prior is None else scores + torch.tensor(prior, device=scores.device)
-        return split(rows, self.names, scores > self.threshold)
+            scores = added(scores, prior)
+        return split(rows, self.names, [score > self.threshold for score in scores])
 
-    def margin(self, rows: Rows) -> float:
+    def margin(self, rows: HostRows) -> float:
         return self.threshold
 
-    def observe(self, slots: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> None:
-        self.score.observe(slots, logits, hidden, at)
+    def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return self.score.observe(logits, hidden, at)
 
-    def signals(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+    def keep(self, slots: Sequence[int], signals: Sequence[Sequence[float]]) -> None:
+        self.score.keep(slots, signals)
+
+    def signals(self, slots: Sequence[int]) -> dict[str, list[float]]:
         return self.score.signals(slots)

@@ -1,0 +1,139 @@
+"""A device without a device: tensors that compute on the CPU, and tell every time the host would have waited for them.
+
+    with PretendDevice() as device:
+        x = device.give(torch.arange(3))    # a tensor of the device
+        y = x + 1                           # so is what comes of it
+        y.cpu()                             # device.copies: one, with who asked for it
+        if y.sum() > 0: ...                 # device.waits: one; so does `y[y > 1]`, as a mask is counted first
+
+It is called `meta`, which torch knows and no machine has to have. Its tensors are not tensors of the CPU to anybody:
+operations on both kinds raise, as they do on a GPU. So do operations on what `torch.tensor(..., device=...)` makes: on
+a GPU the host would have waited for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+DEVICE = torch.device("meta")
+# Their results, or the shapes of these, are known when the device has finished.
+WAITING = {
+    "_local_scalar_dense",
+    "_unique2",
+    "bincount",
+    "equal",
+    "histc",
+    "masked_select",
+    "nonzero",
+    "nonzero_static",
+    "unique_consecutive",
+    "unique_dim",
+}
+INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+
+
+class OnDevice(torch.Tensor):
+    """`held`: the numbers, as a tensor of the CPU. Views hold views."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> OnDevice:
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=DEVICE,
+        )
+
+    def __init__(self, held: torch.Tensor):
+        self.held = held
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"OnDevice({tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} outside of the pretended device")
+
+
+class PretendDevice(TorchDispatchMode):
+    """`copies`, `waits` and `sent` name the functions that led to each: copies to the host, other waits for the device,
+    and copies from the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[list[str]] = []
+        self.waits: list[str] = []
+        self.sent: list[list[str]] = []
+
+    def forget(self) -> None:
+        for told in (self.copies, self.waits, self.sent):
+            told.clear()
+
+    def give(self, tree: Any) -> Any:
+        """`tree` with its tensors on the device; nobody waits for this."""
+        return tree_map_only(torch.Tensor, lambda one: one if isinstance(one, OnDevice) else OnDevice(one), tree)
+
+    def take(self, tree: Any) -> Any:
+        """`tree` with its tensors as their numbers: for what stands for the device's own work."""
+        return tree_map_only(OnDevice, lambda one: one.held, tree)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            with self:  # made of others: `cpu` of a copy, `item` of a read
+                return func.decompose(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        ours = [one for one in tree_leaves((args, kwargs)) if isinstance(one, OnDevice)]
+        if name == "_to_copy" and kwargs.get("device") not in (None, DEVICE) and ours:
+            self.copies.append([*callers()])
+            return func(*self.take(args), **kwargs)
+        wanted = kwargs.get("device") == DEVICE
+        if wanted:
+            kwargs["device"] = torch.device("cpu")
+            if name == "_to_copy" and not ours:
+                self.sent.append([*callers()])
+        elif ours:
+            self.check(name, func, args, kwargs)
+        result = func(*self.take(args), **self.take(kwargs))
+        if name.endswith("_") and isinstance(args[0], OnDevice):
+            return args[0]
+        return self.give(result) if (ours or wanted) else result
+
+    def check(self, name: str, func: Any, args: Any, kwargs: Any) -> None:
+        """Note what the host would wait for, and refuse what a device refuses."""
+        place = f"{name} in {' < '.join([*callers()][:4])}"
+        counted = name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name in WAITING or counted:
+            self.waits.append(place)
+        others = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor) and one.dim() > 0]
+        others = [one for one in others if not isinstance(one, OnDevice)]
+        if name in INDEXED:
+            indices = [one for one in args[1] if one is not None]
+            if any(one.dtype in (torch.bool, torch.uint8) for one in indices):
+                self.waits.append(place)  # how many it is true for
+            if any(not isinstance(one, OnDevice) for one in indices):
+                self.waits.append(place)  # it is copied to the device first
+            others = [one for one in others if not any(one is index for index in indices)]
+        if name == "copy_" and isinstance(args[0], OnDevice) and others:
+            self.sent.append([*callers()])
+        elif others:
+            raise RuntimeError(f"{place}: tensors on the device and on the host")
+
+
+def callers() -> Iterator[str]:
+    """Functions that are running, the innermost first, without those of torch and of this file."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename != __file__ and "/torch/" not in frame.f_code.co_filename:
+            yield frame.f_code.co_name
+        frame = frame.f_back  # type: ignore[assignment]

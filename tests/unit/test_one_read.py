@@ -1,0 +1,327 @@
+"""A round reads the device once: a pretended device tells every other time that the host would have waited for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from tests.conformance.test_routers import BY_BATCH, BY_ROW, WITH_PRIORS, create
+from tests.fakes import VOCAB, FakeDrafter, FakeTarget, World, plain_greedy
+from tests.learned import HIDDEN
+from tests.pretend_device import OnDevice, PretendDevice
+from whiflash_sglang.backlog import Backlog
+from whiflash_sglang.drafters.dflash import DFlashDrafter
+from whiflash_sglang.drafters.eagle3 import Eagle3Drafter
+from whiflash_sglang.drafters.runner import DraftRunner
+from whiflash_sglang.hints import Hints
+from whiflash_sglang.ledger import Trace
+from whiflash_sglang.observe import Totals
+from whiflash_sglang.round import DecodeRound
+from whiflash_sglang.router.prior import TRY_EVERY
+from whiflash_sglang.transfer import to_device, to_host
+from whiflash_sglang.types import Drafts, Entries, Proposal, Rows, Verified
+from whiflash_sglang.worker import batch_result, decode_rows, prefill_positions
+
+SLOTS, MAX_LEN, WIDTH = 8, 600, 8
+
+
+@pytest.fixture
+def device() -> Iterator[PretendDevice]:
+    with torch.inference_mode(), PretendDevice() as pretended:
+        yield pretended
+
+
+# ---- the pretended device
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: bool((x > 1).any()),
+        lambda x: int(x[0]),
+        lambda x: float(x.sum()),
+        lambda x: x[1].item(),
+        lambda x: [0, 1, 2][x[0]],
+        lambda x: "more" if x.sum() > 1 else "less",
+        lambda x: x[x > 1],
+        lambda x: x.masked_fill_(x > 1, 0)[x == 0],
+        lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 1),
+        lambda x: x.unique(),
+        lambda x: x.repeat_interleave(x),
+        lambda x: torch.equal(x, x),
+        lambda x: x[torch.tensor([0])],
+        lambda x: x[[0, 2]],
+        lambda x: x.index_put_((x == 1,), x[0]),
+        lambda x: torch.where(x > 1),
+        lambda x: torch.bincount(x),
+        lambda x: torch.zeros(5)[: x[1]],
+    ],
+)
+def test_what_waits_for_the_device_is_told(device: PretendDevice, read: Callable[[torch.Tensor], Any]) -> None:
+    x = device.give(torch.arange(3))
+    read(x)
+    assert device.waits and not device.copies
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.tolist, torch.Tensor.numpy, lambda x: x + torch.arange(3)])
+def test_what_a_device_does_not_do_is_refused(device: PretendDevice, read: Callable[[torch.Tensor], Any]) -> None:
+    with pytest.raises((RuntimeError, TypeError)):
+        read(device.give(torch.arange(3)))
+
+
+def test_copies_either_way_are_told_and_work_on_the_device_is_not(device: PretendDevice) -> None:
+    x = device.give(torch.arange(6)).view(2, 3)
+    x[:, 0] = 7
+    x[torch.arange(1, device=x.device), 1:] = x[:1, 1:] * 2
+    y = torch.cat([x, torch.ones_like(x)]).index_select(0, torch.zeros(1, dtype=torch.int64, device=x.device))
+    assert isinstance(y, OnDevice) and not device.copies and not device.waits
+    assert y.cpu().tolist() == [[7, 2, 4]] and len(device.copies) == 1
+    assert to_device([1, 2], x.device).to("cpu").tolist() == [1, 2]
+    assert [*map(len, (device.copies, device.waits))] == [2, 0]
+
+
+# ---- copies
+
+
+def test_one_copy_keeps_every_value_and_shape(device: PretendDevice) -> None:
+    values = (
+        torch.tensor([[2**62 + 1, -5]]),
+        torch.tensor(True),
+        torch.tensor([[0.1], [float("nan")]]),
+        torch.tensor([1 / 3, -torch.inf], dtype=torch.float64),
+        torch.zeros(0, 3),
+        torch.tensor([[7, 8], [9, 10]]).t(),
+        torch.tensor([1.5], dtype=torch.bfloat16),
+    )
+    found = to_host(*device.give(values))
+    assert len(device.copies) == 1 and not device.waits
+    for value, one in zip(values, found, strict=True):
+        assert one.shape == value.shape and not isinstance(one, OnDevice)
+        assert torch.equal(one, value.to(one.dtype)) or torch.allclose(one, value.double(), equal_nan=True)
+    assert found[0].tolist() == [[2**62 + 1, -5]] and found[3].tolist() == [1 / 3, float("-inf")]
+
+
+# ---- the round
+
+
+class DeviceTarget(FakeTarget):
+    """The fake target's work is the device's own."""
+
+    def __init__(self, world: World, device: PretendDevice):
+        super().__init__(world)
+        self.device = device
+
+    def verify(self, rows: Rows, proposal: Proposal) -> Verified:
+        verified = super().verify(self.device.take(rows), self.device.take(proposal))
+        hidden = torch.randn(*verified.predictions.shape, HIDDEN)
+        return self.device.give(verified._replace(logits=verified.logits * torch.rand(()), hidden=hidden))
+
+
+class DeviceDrafter(FakeDrafter):
+    def __init__(self, name: str, num_drafts: int, world: World, device: PretendDevice):
+        super().__init__(name, num_drafts, world, 0.7)
+        self.device = device
+
+    def ingest(self, entries: Entries) -> None:
+        super().ingest(self.device.take(entries))
+
+    def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
+        return self.device.give(super().draft(self.device.take(rows), self.device.take(last)))
+
+
+class Server:
+    """What SGLang and the worker around a round do, with requests 0, 1, ... that stand in those slots."""
+
+    def __init__(self, router: str, num_requests: int, device: PretendDevice, lazy: bool = True):
+        self.device = device
+        self.world = World(SLOTS, MAX_LEN)
+        self.table = device.give(self.world.table)
+        self.totals = Totals(("df", "e3"), SLOTS)
+        drafters = {name: DeviceDrafter(name, drafts, self.world, device) for name, drafts in (("df", 7), ("e3", 4))}
+        backlog = Backlog(dict.fromkeys(drafters, (1, torch.float64)), self.table, 24)
+        target = DeviceTarget(self.world, device)
+        policy = create(router)
+        # A network's weights go to the device with the first forward, once.
+        policy.observe(*device.give((torch.zeros(1, VOCAB), torch.zeros(1, HIDDEN), torch.zeros(1, dtype=torch.int64))))
+        self.round = DecodeRound(policy, drafters, target, backlog, lazy=lazy, timed=self.totals.timed)
+        params = SimpleNamespace(max_new_tokens=500, ignore_eos=True, stop_strs=[], stop_regex_strs=[])
+        self.requests = []
+        for slot in range(num_requests):
+            prompt = [slot, 5, 7]
+            self.world.texts[slot] = [*prompt, *plain_greedy(prompt, 1)]
+            self.requests.append(
+                SimpleNamespace(
+                    req_pool_idx=slot,
+                    # The last request's prompt goes on behind the chunk that is prefilled.
+                    origin_input_ids=[*self.world.texts[slot]] if slot == 4 else prompt,
+                    output_ids=[],
+                    sampling_params=params,
+                    custom_logit_processor=object() if slot == 3 else None,
+                )
+            )
+
+    def prefill(self) -> None:
+        slots = range(len(self.requests))
+        given = self.world.prefill(slots)
+        lens = [length - 1 for length in given.lens]  # one token of each prompt was cached
+        computed = [row for row, position in enumerate(given.positions.tolist()) if position > 0]
+        batch = SimpleNamespace(
+            reqs=self.requests,
+            prefix_lens=[1] * len(slots),
+            extend_lens=lens,
+            input_ids=torch.cat([torch.tensor(self.world.texts[slot][1:-1]) for slot in slots]),
+            out_cache_loc=given.kv_slots[computed],
+        )
+        batch.input_ids, batch.out_cache_loc = self.device.give((batch.input_ids, batch.out_cache_loc))
+        features, hidden, sampled = self.device.give(
+            (given.features[computed], torch.randn(len(computed), HIDDEN), given.sampled)
+        )
+        for slot in slots:  # what the drafters know of the cached token
+            first = given.positions.tolist().index(0, sum(given.lens[:slot]))
+            for drafter in self.round.drafters.values():
+                FakeDrafter.ingest(drafter, one(given, first))
+        self.device.forget()
+        prefill = prefill_positions(batch, features, hidden, sampled)
+        tokens = self.round.prefill(prefill, self.device.give(torch.randn(len(slots), VOCAB)))
+        self.totals.start(prefill.slots)
+        assert tokens == given.sampled.tolist()
+        assert self.device.take(prefill.next_tokens).tolist() == given.next_tokens[computed].tolist()
+        assert self.device.take(prefill.positions).tolist() == given.positions[computed].tolist()
+        for slot, route in zip(slots, ("auto", "auto", "off", "auto", "e3"), strict=False):
+            trace = Trace() if slot == 1 else None
+            record = self.totals.ledger.record(Hints(route=route, trace=slot == 1), None, [], [], tokens[slot], trace)
+            self.totals.ledger.begin(slot, record)
+
+    def decode(self) -> list[Any]:
+        """A round, as `WhiFlashWorker.decode` does it."""
+        lens = [len(self.world.texts[slot]) - 1 for slot in range(len(self.requests))]
+        anchors = [self.world.texts[slot][-1] for slot in range(len(self.requests))]
+        batch = SimpleNamespace(
+            reqs=self.requests,
+            seq_lens_cpu=torch.tensor(lens),
+            sampling_info=SimpleNamespace(has_custom_logit_processor=len(self.requests) > 3),
+            spec_info=SimpleNamespace(bonus_tokens=self.device.give(torch.tensor(anchors))),
+        )
+        slots = torch.arange(len(self.requests))
+        batch.req_pool_indices, batch.seq_lens = self.device.give((slots, torch.tensor(lens)))
+        self.device.forget()
+        rows = decode_rows(batch, self.table, WIDTH)
+        rows = rows._replace(host=self.totals.ledger.stand(rows.host))
+        signals = self.totals.ledger.signals(rows.host, self.round.router)
+        result = self.round.run(rows)
+        self.round.router.learn(rows.host, result, 12.0)
+        self.totals.count(rows.host, result, signals)
+        given = batch_result(rows, result, self.requests, None)
+        # What SGLang's scheduler reads next is on the host; what its next forward reads is on the device.
+        flat, counts, stride = (
+            given.next_token_ids.tolist(),
+            given.accept_lens.tolist(),
+            given.speculative_num_draft_tokens,
+        )
+        for slot, count in enumerate(counts):
+            self.world.texts[slot] += flat[slot * stride : slot * stride + count]
+        state = self.device.take((given.next_draft_input.bonus_tokens, given.new_seq_lens))
+        assert state[0].tolist() == [self.world.texts[slot][-1] for slot in range(len(counts))]
+        assert state[1].tolist() == [length + count for length, count in zip(lens, counts, strict=True)]
+        assert isinstance(given.new_seq_lens, OnDevice) and given.new_seq_lens.is_contiguous()
+        return [result, signals]
+
+
+def one(given: Any, place: int) -> Entries:
+    """One position of a prefill, as a drafter keeps it."""
+    part = slice(place, place + 1)
+    return Entries(-given.features[part], given.next_tokens[part], given.positions[part], given.kv_slots[part])
+
+
+def assert_read_once(device: PretendDevice) -> None:
+    assert len(device.copies) == 1 and "to_host" in device.copies[0], device.copies
+    assert not device.waits
+    assert all("to_device" in callers for callers in device.sent), device.sent
+
+
+@pytest.mark.parametrize("num_requests", [1, 5])
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("router", [*BY_ROW, *BY_BATCH, *WITH_PRIORS])
+def test_a_round_reads_the_device_once(device: PretendDevice, router: str, lazy: bool, num_requests: int) -> None:
+    """Also where drafts are caught up with, requests are traced or want no drafts, and a drafter was switched off."""
+    server = Server(router, num_requests, device, lazy)
+    server.prefill()
+    assert_read_once(device)
+    caught_up, traced = 0, 0
+    for number in range(2 * TRY_EVERY // num_requests if "priors" in router else 14):
+        if number == 10:
+            server.round.switch_off("e3")
+        if max(map(len, server.world.texts.values())) > MAX_LEN - 2 * WIDTH:
+            break
+        result, signals = server.decode()
+        assert_read_once(device)
+        caught_up += len(result.catch_ups)
+        traced += bool(signals)
+    assert caught_up or not lazy
+    assert traced or num_requests == 1 or router not in ("entropy", "neural", *BY_BATCH, *WITH_PRIORS)
+    for slot, text in server.world.texts.items():
+        assert text[3:] == plain_greedy([slot, 5, 7], len(text) - 3)
+    device.forget()
+    for slot in range(num_requests):
+        server.round.finish(slot, len(server.world.texts[slot]) - 1)
+    assert not device.copies and not device.waits, "the end of a request is no reason to wait either"
+
+
+# ---- drafters
+
+
+class Forwards:
+    """Stands for SGLang's model runner and draft model: keeps the batch of every forward."""
+
+    def __init__(self, device: PretendDevice, hidden: int):
+        self.device = device
+        self.hidden = hidden
+        self.batches: list[Any] = []
+        self.attn_backend = self
+        self.model = self
+
+    def init_forward_metadata(self, batch: Any) -> None:
+        self.batches.append(batch)
+
+    def get_input_embeddings(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda tokens: self.device.give(torch.zeros(len(tokens), self.hidden))
+
+    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: Any, input_embeds: Any) -> Any:
+        shape = (len(input_ids), self.hidden)
+        hidden, logits = self.device.give((torch.randn(shape), torch.randn(shape)))
+        return SimpleNamespace(hidden_states=hidden, next_token_logits=logits)
+
+
+def drafter(kind: type, forwards: Forwards, **parts: Any) -> Any:
+    """A drafter of `kind` around what it is given, without a checkpoint."""
+    made = kind.__new__(kind)
+    worker = SimpleNamespace(model_runner=forwards)
+    vars(made).update(runner=DraftRunner(None, worker, None, forwards), **parts)
+    return made
+
+
+@pytest.mark.parametrize("kind", [Eagle3Drafter, DFlashDrafter])
+def test_a_drafter_reads_nothing_and_gives_backends_the_same_lengths_twice(device: PretendDevice, kind: type) -> None:
+    """SGLang's attention backends plan by `seq_lens_cpu` where ours on a CPU read `seq_lens`: they have to agree."""
+    forwards = Forwards(device, hidden=4)
+    head = SimpleNamespace(best=lambda hidden: hidden.argmax(-1))
+    made = drafter(
+        kind, forwards, num_drafts=3, token_ids=None, block=device.give(torch.zeros(1, 4, dtype=torch.int64)), head=head
+    )
+    world = World(SLOTS, MAX_LEN)
+    world.texts.update({0: [1, 2, 3], 5: [1] * 9})
+    drafts = made.draft(device.give(world.rows([5, 0], WIDTH)), device.give(torch.zeros(2, 4)))
+    assert drafts.tokens.shape == (2, 3)
+    assert not device.copies and not device.waits and not device.sent
+    ends = [batch.seq_lens_cpu.tolist() for batch in forwards.batches]
+    assert ends == ([[8, 2]] if kind is DFlashDrafter else [[7, 1], [8, 2], [9, 3]])
+    for batch in forwards.batches:
+        assert device.take(batch.seq_lens).tolist() == batch.seq_lens_cpu.tolist()
+        assert batch.seq_lens_sum == sum(batch.seq_lens_cpu.tolist())
