@@ -118,6 +118,14 @@ def test_drafters_are_chosen_and_kept_as_recorded() -> None:
     assert float((chosen[1:] != chosen[:-1]).float().mean()) == pytest.approx(RECORDING.switch_rate, abs=0.02)
 
 
+def test_one_drafter_in_every_round() -> None:
+    """A recording in which a router never chose the other one."""
+    for share, always in ((1.0, True), (0.0, False)):
+        choices = ForcedChoices(replace(RECORDING, e3_share=share, switch_rate=0.0))
+        drawn = [choices.draw(torch.arange(5), 5).tolist() for _ in range(5)]
+        assert drawn == [[always] * 5] * 5
+
+
 def test_scores_of_the_rows_are_drawn_before_the_round() -> None:
     score = SimpleNamespace(values=torch.zeros(4))
     rows = SimpleNamespace(slots=torch.tensor([1, 3]))
@@ -341,6 +349,12 @@ def test_the_bundled_recording_is_forced_on_chains_of_either_length(script: Any)
     assert 1 < script.mean_length(recording, 5) < 6 and 1 < script.mean_length(recording, 15) < 16
     with pytest.raises(SystemExit, match="could not be told apart"):
         script.recorded(script.RECORDED, 7, 7)
+
+
+def test_results_are_a_recording_too(script: Any, tmp_path: Path) -> None:
+    recording = {"e3": [1, 2], "df": [3], "e3_share": 0.4, "switch_rate": 0.1}
+    (tmp_path / "gpu.json").write_text(json.dumps({"shapes": None, "acceptance": {"recording": recording}}))
+    assert script.recorded(tmp_path / "gpu.json", 5, 15) == Recording({5: [1, 2], 15: [3]}, 0.4, 0.1)
 
 
 def test_a_random_router_fits_its_models(script: Any, tmp_path: Path) -> None:

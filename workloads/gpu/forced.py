@@ -64,6 +64,8 @@ class Recording:
 
     def turns(self) -> tuple[float, float]:
         """Chances in a round of leaving `e3`, and of leaving `df`: those of a two-state chain in balance."""
+        if not 0 < self.e3_share < 1:  # one drafter in every round
+            return 1.0 - self.e3_share, self.e3_share
         leave_e3 = self.switch_rate / (2 * self.e3_share)
         leave_df = self.switch_rate / (2 * (1 - self.e3_share))
         return min(1.0, leave_e3), min(1.0, leave_df)
