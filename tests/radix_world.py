@@ -281,9 +281,10 @@ class RadixWorld(World):
             next_tokens=torch.tensor([texts[request][place + 1] for request, place in positions]),
             positions=torch.tensor([place for _, place in positions]),
             kv_slots=torch.tensor([int(self.table[request.row, place]) for request, place in positions]),
-            slots=torch.tensor([request.row for request, _ in batch]),
             last=(lens - torch.tensor([start for _, start in batch])).cumsum(0) - 1,
-            lens=lens,
+            sampled=torch.tensor([next_token(request.text) for request, _ in batch]),
+            slots=[request.row for request, _ in batch],
+            lens=[request.allocated for request, _ in batch],
         )
 
     def stash(self) -> None:
@@ -322,12 +323,12 @@ class RadixWorld(World):
             return
         for request in requests:
             self.allocate(request, request.committed + width)
-        draftable = torch.tensor([request.draftable for request in requests])
+        draftable = [request.draftable for request in requests]
         rows = self.rows([request.row for request in requests], width)
-        result = self.decode.run(rows._replace(draftable=None if draftable.all() else draftable))
+        known = rows.host._replace(draftable=None if all(draftable) else draftable)
+        result = self.decode.run(rows._replace(host=known))
         self.seen["caught up on missed rounds"] += any(max(done.missed) > 0 for done in result.catch_ups.values())
-        for i, request in enumerate(requests):
-            tokens = result.accepted.tokens[i, : int(result.accepted.num_committed[i])].tolist()
+        for request, tokens in zip(requests, result.committed, strict=True):
             request.output += tokens
             request.committed += len(tokens)
             self.texts[request.row] = request.text

@@ -22,11 +22,10 @@ def accept(proposal: Proposal, predictions: torch.Tensor) -> Accepted:
     """
     width = proposal.tokens.shape[1]
     if width == 1:
-        return Accepted(predictions, torch.ones_like(proposal.num_drafts), predictions[:, 0])
+        return Accepted(predictions, torch.ones_like(proposal.num_drafts))
     columns = torch.arange(1, width, device=predictions.device)
     matches = proposal.tokens[:, 1:] == predictions[:, :-1]  # [rows, width - 1]; draft j against the choice before it
     matches &= columns <= proposal.num_drafts[:, None]  # padding is never accepted, even if it happens to match
     accepted_drafts = matches.to(torch.int64).cumprod(dim=1).sum(dim=1)  # [rows]
     # Accepted drafts equal the target's choices, so the choices themselves are the committed tokens.
-    bonus = predictions.gather(1, accepted_drafts[:, None])[:, 0]
-    return Accepted(predictions, accepted_drafts + 1, bonus)
+    return Accepted(predictions, accepted_drafts + 1)

@@ -108,8 +108,7 @@ class Accepted(NamedTuple):
     """What a round commits."""
 
     tokens: torch.Tensor  # [rows, width] int64; columns 0 .. num_committed - 1 are the new tokens, the rest is padding
-    num_committed: torch.Tensor  # [rows] int64, acceptance length, 1 .. width
-    bonus: torch.Tensor  # [rows] int64, the last committed token of each row
+    num_committed: torch.Tensor  # [rows] int64, acceptance length, 1 .. width; the last of them is the bonus token
 
 
 class Prefill(NamedTuple):

@@ -19,7 +19,6 @@ def test_worked_example_of_the_glossary() -> None:
     accepted = accept(proposal([[sat, on, a, mat]], [3]), torch.tensor([[on, the, mat, dot]]))
     assert accepted.num_committed.tolist() == [2]
     assert accepted.tokens[0, :2].tolist() == [on, the]
-    assert accepted.bonus.tolist() == [the]
 
 
 @given(st.data())
@@ -36,7 +35,6 @@ def test_against_a_loop(data: st.DataObject) -> None:
             expected += 1
         assert int(accepted.num_committed[row]) == expected + 1
         assert accepted.tokens[row, : expected + 1].tolist() == predictions[row][: expected + 1]
-        assert int(accepted.bonus[row]) == predictions[row][expected]
 
 
 def test_sampled_text_keeps_its_distribution() -> None:

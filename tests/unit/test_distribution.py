@@ -131,7 +131,7 @@ def one_column_late(proposal: Proposal, predictions: torch.Tensor) -> Accepted:
     bonus = predictions.gather(1, column)
     is_rejection = (right.num_committed <= proposal.num_drafts)[:, None]
     tokens = predictions.scatter(1, column - 1, torch.where(is_rejection, bonus, predictions.gather(1, column - 1)))
-    return Accepted(tokens, right.num_committed, tokens.gather(1, right.num_committed[:, None] - 1)[:, 0])
+    return Accepted(tokens, right.num_committed)
 
 
 @pytest.fixture(scope="module")
