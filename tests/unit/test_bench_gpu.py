@@ -17,8 +17,9 @@ from tests.scripts import load_script
 from whiflash_sglang.accept import accept
 from whiflash_sglang.checkpoints import load_drafter_spec, load_target_spec
 from whiflash_sglang.observe import STEPS
+from whiflash_sglang.router.entropy import EntropyScore
 from whiflash_sglang.safetensors_header import read_headers, weight_bytes
-from whiflash_sglang.types import CatchUp, Proposal
+from whiflash_sglang.types import CatchUp, HostRows, Proposal
 from workloads.gpu import forced, judge
 from workloads.gpu.forced import ForcedAcceptance, ForcedChoices, Recording
 from workloads.gpu.shapes import QWEN3_8B, TINY, ModelShape, write_models
@@ -101,19 +102,18 @@ def test_lengths_are_drawn_as_recorded_and_the_same_again() -> None:
     assert set(chains.tolist()) == {1, 6} and 0.68 < float((chains == 6).float().mean()) < 0.82
     assert set(blocks.tolist()) == {3, 4} and 0.43 < float((blocks == 4).float().mean()) < 0.57
     assert none.tolist() == [1] * 5
-    assert found.bonus.tolist() == [16 * row + n - 1 for row, n in enumerate(found.num_committed.tolist())]
+    assert torch.equal(found.tokens, predictions), "the target's own choices"
     assert torch.equal(drawn().num_committed, found.num_committed)
 
 
 def test_a_round_without_drafts_has_one_column() -> None:
     found = ForcedAcceptance(RECORDING, accept)(proposal([0, 0], width=1), torch.tensor([[7], [8]]))
-    assert found.num_committed.tolist() == [1, 1] and found.bonus.tolist() == [7, 8]
+    assert found.num_committed.tolist() == [1, 1] and found.tokens.tolist() == [[7], [8]]
 
 
 def test_drafters_are_chosen_and_kept_as_recorded() -> None:
     choices = ForcedChoices(RECORDING)
-    slots = torch.arange(50)
-    chosen = torch.stack([choices.draw(slots, 50) for _ in range(400)])[50:]
+    chosen = torch.tensor([[choices.draw(slot) for slot in range(50)] for _ in range(400)])[50:]
     assert float(chosen.float().mean()) == pytest.approx(RECORDING.e3_share, abs=0.02)
     assert float((chosen[1:] != chosen[:-1]).float().mean()) == pytest.approx(RECORDING.switch_rate, abs=0.02)
 
@@ -122,20 +122,19 @@ def test_one_drafter_in_every_round() -> None:
     """A recording in which a router never chose the other one."""
     for share, always in ((1.0, True), (0.0, False)):
         choices = ForcedChoices(replace(RECORDING, e3_share=share, switch_rate=0.0))
-        drawn = [choices.draw(torch.arange(5), 5).tolist() for _ in range(5)]
+        drawn = [[choices.draw(slot) for slot in range(5)] for _ in range(5)]
         assert drawn == [[always] * 5] * 5
 
 
 def test_scores_of_the_rows_are_drawn_before_the_round() -> None:
-    score = SimpleNamespace(values=torch.zeros(4))
-    rows = SimpleNamespace(slots=torch.tensor([1, 3]))
-    seen = []
-    run = forced.forced_run(lambda decode_round, rows: seen.append(score.values.clone()), RECORDING)
+    score = EntropyScore(4)
+    rows = SimpleNamespace(host=HostRows(slots=[1, 3], prefix_lens=[9, 9]))
+    seen: list[list[float]] = []
+    run = forced.forced_run(lambda decode_round, rows: seen.append([*score.values]), RECORDING)
     for _ in range(30):
         run(SimpleNamespace(router=SimpleNamespace(score=score)), rows)
-    values = torch.stack(seen)
-    assert bool((values[:, [0, 2]] == 0).all())
-    assert set(values[:, [1, 3]].flatten().tolist()) == {forced.FOR_E3, forced.FOR_DF}
+    assert all(values[0] == values[2] == 0 for values in seen)
+    assert {values[slot] for values in seen for slot in (1, 3)} == {forced.FOR_E3, forced.FOR_DF}
     run(SimpleNamespace(router=SimpleNamespace()), rows)
     assert len(seen) == 31, "a router without a score is left alone"
 

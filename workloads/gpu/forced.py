@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ class ForcedAcceptance:
             self.generator = torch.Generator(predictions.device).manual_seed(self.seed)
         weights = self.weights.index_select(0, proposal.num_drafts)
         drafts = torch.multinomial(weights, 1, generator=self.generator)  # [rows, 1]
-        return accepted._replace(num_committed=drafts[:, 0] + 1, bonus=predictions.gather(1, drafts)[:, 0])
+        return accepted._replace(num_committed=drafts[:, 0] + 1)
 
 
 class ForcedChoices:
@@ -99,22 +100,15 @@ class ForcedChoices:
 
     def __init__(self, recording: Recording):
         self.leave_e3, self.leave_df = recording.turns()
-        self.seed = recording.seed
-        self.is_e3: torch.Tensor | None = None  # [request slots] bool
-        self.generator: torch.Generator | None = None
+        self.random = random.Random(recording.seed)
+        self.is_e3: dict[int, bool] = {}  # by request slot
 
-    def draw(self, slots: torch.Tensor, num_slots: int) -> torch.Tensor:
-        """Whether `e3` drafts next, for each of `slots` [rows]; bool."""
-        import torch
-
-        if self.is_e3 is None:
-            self.is_e3 = torch.zeros(num_slots, dtype=torch.bool, device=slots.device)
-            self.generator = torch.Generator(slots.device).manual_seed(self.seed)
-        was_e3 = self.is_e3.index_select(0, slots)
-        leaves = torch.rand(len(slots), generator=self.generator, device=slots.device)
-        is_e3 = torch.where(was_e3, leaves >= self.leave_e3, leaves < self.leave_df)
-        self.is_e3.index_copy_(0, slots, is_e3)
-        return is_e3
+    def draw(self, slot: int) -> bool:
+        """Whether `e3` drafts next for the request in `slot`."""
+        was_e3 = self.is_e3.get(slot, False)
+        leaves = self.random.random() < (self.leave_e3 if was_e3 else self.leave_df)
+        self.is_e3[slot] = was_e3 != leaves
+        return self.is_e3[slot]
 
 
 def forced_run(run: Callable[..., Any], recording: Recording) -> Any:
@@ -126,12 +120,9 @@ def forced_run(run: Callable[..., Any], recording: Recording) -> Any:
 
     @functools.wraps(run)
     def draw_and_run(decode_round: Any, rows: Any) -> Any:
-        import torch
-
         score = getattr(decode_round.router, "score", None)  # routers that look at nothing have none
         if score is not None:
-            is_e3 = choices.draw(rows.slots, len(score.values))
-            score.values.index_copy_(0, rows.slots, torch.where(is_e3, FOR_E3, FOR_DF).to(score.values.dtype))
+            score.keep(rows.host.slots, [[FOR_E3 if choices.draw(slot) else FOR_DF] for slot in rows.host.slots])
         return run(decode_round, rows)
 
     return draw_and_run
