@@ -361,6 +361,7 @@ class TestFromTheInstalledPackage(RegexConstrainedMixin, EBNFConstrainedMixin, A
     within 128 tokens, which the bundled model does not know how to do."""
 
     test_regex_generate_complex_json = test_ebnf_generate_complex_json = None
+    test_regex_generate_custom_log_format = test_ebnf_generate_custom_log_format = None
 
     abort_all_num_requests, abort_all_max_new_tokens, abort_all_sleep = 12, 4000, 1
 
