@@ -9,9 +9,10 @@ pytest.importorskip("sglang")
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang.srt.mem_cache.allocation import get_last_loc_torch
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 
-from whiflash_sglang.cpu.pages import CpuPagedAllocator, allocator, last_slot, pages
+from whiflash_sglang.cpu.pages import CpuPagedAllocator, allocator
 
 POOL_PAGES = 12
 
@@ -73,6 +74,10 @@ def test_slots_are_those_of_whole_pages(page_size: int, steps: list[tuple[list[i
         assert pool.available_size() == (POOL_PAGES - len(owned)) * page_size, "none is lost"
 
 
+def pages(lens: torch.Tensor, page_size: int) -> torch.Tensor:
+    return (lens + page_size - 1) // page_size
+
+
 def test_single_slots_are_sglangs() -> None:
     pool = allocator(8, page_size=1, dtype=torch.float32, device="cpu", kvcache=None, need_sort=False)
     assert type(pool) is TokenToKVPoolAllocator
@@ -80,4 +85,4 @@ def test_single_slots_are_sglangs() -> None:
 
 def test_the_last_slot_of_a_text() -> None:
     table = torch.tensor([[5, 6, 7], [8, 9, 10]], dtype=torch.int32)
-    assert last_slot(table, torch.tensor([1, 0, 0]), torch.tensor([2, 0, 3])).tolist() == [9, -1, 7]
+    assert get_last_loc_torch(table, torch.tensor([1, 0, 0]), torch.tensor([2, 0, 3])).tolist() == [9, -1, 7]

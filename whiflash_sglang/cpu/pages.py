@@ -7,13 +7,13 @@ page holds consecutive positions of one request. The radix tree shares whole pag
 from __future__ import annotations
 
 import torch
-from sglang.srt.mem_cache.allocation import get_last_loc_torch
 from sglang.srt.mem_cache.allocator import (
     BaseTokenToKVPoolAllocator,
     PagedTokenToKVPoolAllocator,
     TokenToKVPoolAllocator,
     alloc_extend_naive,
 )
+from sglang.srt.utils import get_num_new_pages
 
 
 def allocator(
@@ -42,7 +42,7 @@ class CpuPagedAllocator(PagedTokenToKVPoolAllocator):
         left of the page that holds `last_loc`, the slot of position prefix - 1 (-1: none)."""
         needed = num_new_pages
         if needed is None:
-            needed = int((pages(seq_lens_cpu, self.page_size) - pages(prefix_lens_cpu, self.page_size)).sum())
+            needed = get_num_new_pages(seq_lens_cpu, self.page_size, prefix_lens_cpu)
         if not self._have(needed):
             return None
         slots = torch.empty(extend_num_tokens, dtype=torch.int64)
@@ -67,13 +67,3 @@ class CpuPagedAllocator(PagedTokenToKVPoolAllocator):
         if num_pages > len(self.free_pages):
             self.merge_and_sort_free()
         return num_pages <= len(self.free_pages)
-
-
-def pages(lens: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Pages that texts of `lens` tokens take."""
-    return (lens + page_size - 1) // page_size
-
-
-def last_slot(req_to_token: torch.Tensor, rows: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
-    """The slot of the last of `lens` positions of every request; -1 where there is none."""
-    return get_last_loc_torch(req_to_token, rows, lens)

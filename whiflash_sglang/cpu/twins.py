@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 import torch
 import xgrammar
+from sglang.srt.mem_cache.allocation import get_last_loc_torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from whiflash_sglang.cpu import layers, pages, processes
+from whiflash_sglang.cpu import layers, processes
 from whiflash_sglang.cpu.platform import DISPATCH_KEY
 
 LINEAR = "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod"
@@ -170,8 +171,9 @@ TWINS: tuple[tuple[str, Callable, HookType], ...] = (
         assign_extend_cache_locs,
         HookType.REPLACE,
     ),
-    # The same for where a request's open page ends (`pages.py` has the allocator).
-    ("sglang.srt.mem_cache.allocation.get_last_loc", pages.last_slot, HookType.REPLACE),
+    # The same for where a request's open page ends (`pages.py` has the allocator); SGLang takes its torch version for
+    # backends of other names only.
+    ("sglang.srt.mem_cache.allocation.get_last_loc", get_last_loc_torch, HookType.REPLACE),
     # Raises for a CPU tensor; the overlapped scheduler calls it on request indices.
     ("torch.Tensor.record_stream", record_stream, HookType.AROUND),
     # Grammars: pinned memory and Triton kernels, without which a request with a JSON schema ended the scheduler.
