@@ -40,6 +40,7 @@ SERVER_ARGS = f"{SRT}.server_args.ServerArgs"
 WORKER = f"{SRT}.managers.tp_worker.TpModelWorker"
 RUNNER = f"{SRT}.model_executor.model_runner.ModelRunner"
 TARGET = f"{SRT}.models.qwen3.Qwen3ForCausalLM"  # stands for all targets
+DECODE_GRAPHS = f"{SRT}.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 DFLASH = f"{SRT}.models.dflash"
 EAGLE = f"{SRT}.models.llama_eagle3"
 ROTARY = f"{SRT}.layers.rotary_embedding.base.RotaryEmbedding"
@@ -95,6 +96,7 @@ CONTRACT = Words(
         "host.py:_tell_context.adapted": f"{IO}.GenerateReqInput",
         # The drafters' models as SGLang loads them.
         "host.py:_share_embedding.draft_model": f"{EAGLE}.LlamaForCausalLMEagle3",
+        "model_runner": RUNNER,
         "drafters/fused.py:lacking.pool": f"{POOL}.MHATokenToKVPool",
         "drafters/fused.py:lacking.rotary": ROTARY,
         "drafters/runner.py:self.model": f"{DFLASH}.DFlashDraftModel",
@@ -108,6 +110,9 @@ CONTRACT = Words(
         "KVProjection.layers": f"[{DFLASH}.DFlashAttention]",  # or of EAGLE-3, in the same words
         "KVProjection.norms": f"[{NORM}]",
         "DraftRunner.worker": WORKER,
+        "VerifyWidth.attention": f"{SRT}.layers.attention.base_attn_backend.AttentionBackend",
+        "VerifyWidth.graphs": DECODE_GRAPHS,
+        f"{RUNNER}.decode_cuda_graph_runner": DECODE_GRAPHS,
         "DraftRunner.algorithm": NOTHING,
         "DraftRunner.target_model": TARGET,
         f"{TARGET}.lm_head": f"{SRT}.layers.vocab_parallel_embedding.ParallelLMHead",

@@ -63,6 +63,11 @@ class DrafterSpec:
     block_size: int | None  # DFlash: tokens of a block, the anchor included
     mask_token_id: int | None  # DFlash
 
+    @property
+    def num_queries(self) -> int:
+        """Queries that a forward of the drafter has for each request: a block, or a step of a chain."""
+        return self.block_size or 1
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -702,15 +702,18 @@ def print_start_block(
     specs: dict[str, DrafterSpec],
     target_worker: Any,
     runners: dict[str, DraftRunner],
-    width: int,
+    widths: Iterable[int],
     router: str,
 ) -> None:
-    """One block that says what is being served, and what it costs."""
+    """One block that says what is being served, and what it costs. `widths`: those that rounds verify."""
     runner = target_worker.model_runner
     tokens, lost = kv_tokens_lost(runner, runners.values())
     drafters = "; ".join(f"{name} {spec.path} (layers {list(spec.layer_ids)})" for name, spec in specs.items())
     backends = {"target": runner.server_args.attention_backend}
     backends |= {name: r.worker.model_runner.server_args.attention_backend for name, r in runners.items()}
+    *others, width = sorted(widths)
+    largest = max(max(r.graph_sizes, default=0) for r in runners.values())
+    captured = f"widths {', '.join(map(str, others))} and {width}, and drafts, for batches of up to {largest}"
     lines = {
         "target": runner.server_args.model_path,
         "drafters": drafters,
@@ -719,6 +722,7 @@ def print_start_block(
         "catch-up": f"{config.catch_up}, a drafter lags at most {config.max_backlog} tokens behind",
         "KV tokens": f"{tokens}, and {lost} more would fit without the draft pools",
         "attention": ", ".join(f"{name} {backend}" for name, backend in backends.items()),
+        "CUDA graphs": captured if largest else "none",
     }
     print("WhiFlash\n" + "\n".join(f"  {key:<13}{value}" for key, value in lines.items()), flush=True)
 

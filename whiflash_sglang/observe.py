@@ -32,6 +32,7 @@ STEPS = (
     "read",
     "spans",
     "round",
+    "between",
 )
 """`commit` keeps the features of drafters that draft in the round, `commit_idle` those of the others.
 
@@ -39,6 +40,9 @@ STEPS = (
 waits: the time of all steps before stands there, and what stands at these is launch time.
 
 `spans` follows the texts and counts by span. Half of it stands within `round`, which ends before the counting.
+
+`between` is from the end of a round to the beginning of the next, where no prefill came between: our counting, and
+SGLang's own work on results, requests and the next batch. A device has nothing to do meanwhile.
 """
 
 FIELDS = 9
@@ -65,6 +69,7 @@ class Totals:
         self.ledger = Ledger(SpanReader(Markers(), {}) if reader is None else reader, priors)
         self.seconds = dict.fromkeys(STEPS, 0.0)
         self.steps = 0
+        self.round_ended: float | None = None  # when the last step did, if it was a round
         self.switched_off: list[str] = []
         self.pool: dict[str, int] = {}  # KV tokens; each stands in the target's pool and in that of every drafter
         self.costs: RoundCosts | None = None  # of a router that weighs them
@@ -77,6 +82,7 @@ class Totals:
 
     def start(self, slots: Sequence[int]) -> None:
         """A request begins in each of these slots, or goes on with its prompt: it has had no round."""
+        self.round_ended = None
         for slot in slots:
             self.running[slot] = self._blank()
             self.last_choice[slot] = None
@@ -112,6 +118,15 @@ class Totals:
             yield
         finally:
             self.seconds[step] += time.perf_counter() - start
+
+    @contextmanager
+    def timed_round(self) -> Iterator[None]:
+        """Add the wall time of the block to `round`, and what has passed since the round before to `between`."""
+        if self.round_ended is not None:
+            self.seconds["between"] += time.perf_counter() - self.round_ended
+        with self.timed("round"):
+            yield
+        self.round_ended = time.perf_counter()
 
     def snapshot(self) -> dict[str, Any]:
         """Totals as plain data: counts of rows, `seconds` by step, `steps` = rounds of whole batches."""

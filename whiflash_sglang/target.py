@@ -6,6 +6,7 @@ The only code that fills SGLang's batch for a verify forward, and the only one t
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,17 +18,20 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 
 from whiflash_sglang.adjust import adjust
 from whiflash_sglang.types import Proposal, Rows, Verified
+from whiflash_sglang.widths import VerifyWidth
 
 
 class SGLangTarget:
     """Verifies on an SGLang target worker. `bind` names the batch that the next call is about.
 
     `feature_size` is captures * hidden: what a forward returns behind these columns are the final hidden states.
+    `widths`: what windows of each width are verified with.
     """
 
-    def __init__(self, worker: Any, feature_size: int):
+    def __init__(self, worker: Any, feature_size: int, widths: Mapping[int, VerifyWidth]):
         self.worker = worker
         self.feature_size = feature_size
+        self.widths = widths
         self.batch: Any = None
         self.logprobs: LogitsProcessorOutput | None = None  # of the last verify, where the batch wants them
 
@@ -59,10 +63,11 @@ class SGLangTarget:
         info = DFlashVerifyInput(
             tokens.reshape(-1), positions.reshape(-1), width, capture_hidden_mode=CaptureHiddenMode.FULL
         )
-        forward_batch, _ = info.prepare_for_verify(batch, self.worker)
-        forward_batch.mark_forward_metadata_ready()
-        batch.seq_lens_cpu, batch.seq_lens_sum = committed, int(committed.sum())
-        return self.worker.forward_batch_generation(None, forward_batch=forward_batch, is_verify=True).logits_output
+        with self.widths[width].in_place(self.worker.model_runner):
+            forward_batch, _ = info.prepare_for_verify(batch, self.worker)
+            forward_batch.mark_forward_metadata_ready()
+            batch.seq_lens_cpu, batch.seq_lens_sum = committed, int(committed.sum())
+            return self.worker.forward_batch_generation(None, forward_batch=forward_batch, is_verify=True).logits_output
 
     def predict(self, logits: torch.Tensor, positions: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
         """The target's choice at every position of the window, as SGLang would make it there; [rows, width] int64.

@@ -36,6 +36,7 @@ from whiflash_sglang.router.threshold import ThresholdRouter
 from whiflash_sglang.target import SGLangTarget, all_as_tensors, draftable
 from whiflash_sglang.transfer import to_device
 from whiflash_sglang.types import HostRows, Prefill, RoundResult, Rows
+from whiflash_sglang.widths import graph_sizes, made_for, verify_widths
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +79,16 @@ class WhiFlashWorker(BaseSpecWorker):
 
     def init_attention_backends(self) -> None:
         for runner in self.runners.values():
-            runner.worker.init_attention_backends()
+            with made_for(runner.spec.num_queries):
+                runner.worker.init_attention_backends()
 
     def init_cuda_graphs(self) -> None:
-        for runner in self.runners.values():
-            runner.worker.init_cuda_graphs()
+        target_runner = self._target_worker.model_runner
+        sizes = graph_sizes(target_runner)
+        for name, runner in self.runners.items():
+            # What SGLang would capture is a forward of one kind of drafter; ours are captured with their drafts.
+            runner.worker.init_cuda_graphs(capture_decode_cuda_graph=False)
+            self.runners[name] = runner._replace(graph_sizes=sizes)
         self.assemble()
 
     def assemble(self) -> None:
@@ -95,13 +101,14 @@ class WhiFlashWorker(BaseSpecWorker):
         self.totals.pool = {"tokens": tokens, "lost_to_draft_pools": lost}
         self.metrics = Metrics(self.totals, host.metric_labels(self.server_args)) if self.shows_metrics else None
         hidden_size = next(iter(self.specs.values())).target_hidden_size
-        self.target = SGLangTarget(self._target_worker, len(captured) * hidden_size)
         drafters = {
             name: DRAFTERS[name](runner, captured=captured, num_drafts=self.config.eagle_steps)
             for name, runner in self.runners.items()
         }
         widths = {name: 1 + drafter.num_drafts for name, drafter in drafters.items()}
         self.max_width = max(widths.values())
+        verify = verify_widths(self._target_worker.model_runner, {1, *widths.values()})
+        self.target = SGLangTarget(self._target_worker, len(captured) * hidden_size, verify)
         costs = self.cost_table(widths) if self.config.weighs_costs else None
         backlog = Backlog(
             {name: (drafter.feature_size, drafter.feature_dtype) for name, drafter in drafters.items()},
@@ -125,7 +132,9 @@ class WhiFlashWorker(BaseSpecWorker):
             router += f", costs of rounds measured in {seconds:.1f} s"
             self.totals.costs = costs
         if self.show_start_block:
-            host.print_start_block(self.config, self.specs, self._target_worker, self.runners, self.max_width, router)
+            host.print_start_block(
+                self.config, self.specs, self._target_worker, self.runners, self.target.widths, router
+            )
 
     def cost_table(self, widths: dict[str, int]) -> RoundCosts:
         """A table for as many rows and as long contexts as this server has room for, within reason."""
@@ -210,7 +219,7 @@ class WhiFlashWorker(BaseSpecWorker):
     def decode(self, batch: Any) -> GenerationBatchResult:
         """One round for every request of the batch."""
         began = time.perf_counter()
-        with self.totals.timed("round"):
+        with self.totals.timed_round():
             self.target.bind(batch)
             rows = decode_rows(batch, self.req_to_token_pool.req_to_token, self.max_width)
             with self.totals.timed("spans"):

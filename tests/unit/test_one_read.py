@@ -18,6 +18,7 @@ from tests.pretend_device import OnDevice, PretendDevice
 from whiflash_sglang.backlog import Backlog
 from whiflash_sglang.drafters.dflash import DFlashDrafter
 from whiflash_sglang.drafters.eagle3 import Eagle3Drafter
+from whiflash_sglang.drafters.graphs import runs
 from whiflash_sglang.drafters.runner import DraftRunner
 from whiflash_sglang.hints import Hints
 from whiflash_sglang.ledger import Trace
@@ -304,6 +305,7 @@ def drafter(kind: type, forwards: Forwards, **parts: Any) -> Any:
     made = kind.__new__(kind)
     worker = SimpleNamespace(model_runner=forwards)
     vars(made).update(runner=DraftRunner(None, worker, None, forwards), **parts)
+    made.fill = made.chain = runs(made.runner, made.propose, num_queries=1, num_entries=1)
     return made
 
 
@@ -313,7 +315,13 @@ def test_a_drafter_reads_nothing_and_gives_backends_the_same_lengths_twice(devic
     forwards = Forwards(device, hidden=4)
     head = SimpleNamespace(best=lambda hidden: hidden.argmax(-1))
     made = drafter(
-        kind, forwards, num_drafts=3, token_ids=None, block=device.give(torch.zeros(1, 4, dtype=torch.int64)), head=head
+        kind,
+        forwards,
+        num_drafts=3,
+        link=3,
+        token_ids=None,
+        block=device.give(torch.zeros(1, 4, dtype=torch.int64)),
+        head=head,
     )
     world = World(SLOTS, MAX_LEN)
     world.texts.update({0: [1, 2, 3], 5: [1] * 9})

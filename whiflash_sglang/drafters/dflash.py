@@ -15,9 +15,11 @@ import torch
 from torch.nn.functional import rms_norm
 
 from whiflash_sglang.drafters.fused import KVProjection, write_entries
+from whiflash_sglang.drafters.graphs import Begin, runs
 from whiflash_sglang.drafters.runner import (
     DraftBlock,
     DraftRunner,
+    Plan,
     TargetHead,
     columns_of,
     kv_rows,
@@ -53,6 +55,8 @@ class DFlashDrafter:
         self.reduce = runner.model.project_target_hidden if fused is None else runner.model.fc
         self.write = fused or partial(self.write_layers, kv)
         self.feature_size, self.feature_dtype = runner.spec.hidden_size, runner.model.fc.weight.dtype
+        block_size = self.block.shape[1]
+        self.fill = runs(runner, self.propose, num_queries=block_size, num_entries=block_size)
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """Captured features [n, captures * hidden] through the drafter's `fc`."""
@@ -76,24 +80,32 @@ class DFlashDrafter:
             self.runner.write_kv(layer.attn, kv_slots, k[:, i], v[:, i])
 
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
-        num_rows, block_size = len(rows.slots), self.block.shape[1]
+        block_size = self.block.shape[1]
+        begin = Begin(rows.slots, rows.anchors, rows.prefix_lens, rows.kv_slots[:, 1 : 1 + block_size])
+        tokens, finite = self.fill(begin, rows.host.prefix_lens)
+        return Drafts(tokens, finite.all())
+
+    def propose(self, begin: Begin, plan: Plan) -> tuple[torch.Tensor, ...]:
+        """Drafts [rows, block - 1] of a block at `begin`; and [rows], whether what they were made of was finite."""
+        num_rows, block_size = begin.kv_slots.shape
         block = self.block.repeat(num_rows, 1)  # [rows, block]
-        block[:, 0] = rows.anchors
-        positions = rows.prefix_lens[:, None] + torch.arange(block_size, device=block.device)
+        block[:, 0] = begin.tokens
+        positions = begin.cached[:, None] + torch.arange(block_size, device=block.device)
         output = self.runner.forward(
-            rows,
             DraftBlock(
                 size=block_size,
+                slots=begin.slots,
                 input_ids=block.reshape(-1),
                 positions=positions.reshape(-1),
-                kv_slots=rows.kv_slots[:, 1 : 1 + block_size].reshape(-1),
-                prefix_lens=rows.prefix_lens,
+                kv_slots=begin.kv_slots.reshape(-1),
+                prefix_lens=begin.cached,
                 ahead=0,
                 input_embeds=self.runner.target_model.get_input_embeddings()(block.reshape(-1)),
             ),
+            plan,
         )
         hidden = output.hidden_states.view(num_rows, block_size, -1)[:, 1:]  # row 0 stands for the anchor itself
-        return Drafts(self.head.best(hidden), hidden.isfinite().all())  # tokens [rows, block - 1]
+        return self.head.best(hidden), hidden.isfinite().flatten(1).all(dim=1)
 
 
 def by_kind(kv: list[torch.Tensor]) -> torch.Tensor:

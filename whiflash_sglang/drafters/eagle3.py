@@ -20,9 +20,11 @@ from functools import partial
 import torch
 
 from whiflash_sglang.drafters.fused import KVProjection, write_entries
+from whiflash_sglang.drafters.graphs import Begin, is_one_graph, runs
 from whiflash_sglang.drafters.runner import (
     DraftBlock,
     DraftRunner,
+    Plan,
     columns_of,
     kv_rows,
     project,
@@ -47,6 +49,9 @@ class Eagle3Drafter:
         self.write = write_entries(runner, kv) or partial(self.write_layer, kv)
         self.token_ids = None if model.hot_token_id is None else model.hot_token_id.to(runner.device)  # [draft vocab]
         self.feature_size, self.feature_dtype = runner.spec.hidden_size, model.model.fc.weight.dtype
+        # Drafts of one `propose`: all of them, or one where attention has to be told of each forward by the host.
+        self.link = num_drafts if is_one_graph(runner) else 1
+        self.chain = runs(runner, self.propose, num_queries=1, num_entries=self.link, hidden_size=self.feature_size)
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """Captured features [n, captures * hidden] through the drafter's `fc`, and the norms some put before it."""
@@ -76,25 +81,39 @@ class Eagle3Drafter:
 
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
         tokens, hidden = rows.anchors, last  # [rows], [rows, hidden]
+        drafts = tokens.new_empty(len(tokens), self.num_drafts)
+        for first in range(0, self.num_drafts, self.link):
+            links = slice(first, first + self.link)
+            begin = Begin(rows.slots, tokens, rows.prefix_lens - 1 + first, rows.kv_slots[:, links], hidden)
+            lens = [length - 1 + first for length in rows.host.prefix_lens]
+            drafts[:, links], hidden, finite = self.chain(begin, lens)
+            tokens = drafts[:, links.stop - 1]
+        # Each step is made of the one before it: a NaN in any shows in the last logits.
+        return Drafts(drafts, finite.all())
+
+    def propose(self, begin: Begin, plan: Plan) -> tuple[torch.Tensor, ...]:
+        """A chain of drafts [rows, n], one for each of the entries; the hidden state [rows, hidden] that the next would
+        be made of; and [rows], whether the last logits were finite."""
+        tokens, hidden = begin.tokens, begin.hidden
         drafts = []
-        for step in range(self.num_drafts):
-            entry = rows.prefix_lens - 1 + step  # [rows]; entries 0 .. entry - 1 are cached
+        for step, kv_slots in enumerate(begin.kv_slots.unbind(dim=1)):
+            entry = begin.cached + step  # [rows]; entries 0 .. entry - 1 are cached
             output = self.runner.forward(
-                rows,
                 DraftBlock(
                     size=1,
+                    slots=begin.slots,
                     input_ids=tokens,
                     positions=entry,
-                    kv_slots=rows.kv_slots[:, step].contiguous(),
+                    kv_slots=kv_slots.contiguous(),
                     prefix_lens=entry,
-                    ahead=step - 1,
+                    ahead=step,
                     hidden_states=hidden,
                 ),
+                plan,
             )
             hidden = output.hidden_states
             tokens = output.next_token_logits.argmax(dim=-1)
             if self.token_ids is not None:
                 tokens = self.token_ids[tokens]
             drafts.append(tokens)
-        # Each step is made of the one before it: a NaN in any shows in the last logits.
-        return Drafts(torch.stack(drafts, dim=1), output.next_token_logits.isfinite().all())
+        return torch.stack(drafts, dim=1), hidden, output.next_token_logits.isfinite().all(dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 
 from whiflash_sglang.checkpoints import DrafterSpec
-from whiflash_sglang.types import Rows
+
+Plan = Callable[[ForwardBatch, int], None]
+"""Tells attention of a forward. The number: how many more entries are cached by then than when drafting began."""
 
 
 class DraftRunner(NamedTuple):
@@ -24,43 +27,58 @@ class DraftRunner(NamedTuple):
     worker: Any  # TpModelWorker
     algorithm: Any  # CustomSpecAlgo
     target_model: torch.nn.Module
+    graph_sizes: tuple[int, ...] = ()  # batch sizes to capture drafts at; none: they run eagerly
 
     @property
     def model(self) -> Any:
         return self.worker.model_runner.model
 
     @property
+    def attention(self) -> Any:
+        return self.worker.model_runner.attn_backend
+
+    @property
     def device(self) -> torch.device:
         return torch.device(self.worker.model_runner.device)
 
-    def forward(self, rows: Rows, block: DraftBlock) -> Any:
+    def forward(self, block: DraftBlock, plan: Plan) -> Any:
         """Run the draft model on a block of queries a row; LogitsProcessorOutput, flat over rows.
 
         The queries see the row's first `block.prefix_lens` entries and the block (causally or not, as the model's
         attention layers say); their own KV is written to `block.kv_slots`.
         """
+        batch = self.batch(block)
+        plan(batch, block.ahead)
+        # The model itself, not `ModelRunner.forward`: there a forward of one layer spends half its time on hooks for
+        # experts, profilers and input buffers, none of which concern a drafter.
+        with forward_context(ForwardContext(attn_backend=self.attention)):
+            return self.model(block.input_ids, block.positions, batch, input_embeds=block.input_embeds)
+
+    def batch(self, block: DraftBlock) -> ForwardBatch:
+        """The block as SGLang's models and attention backends want it, lengths on the host excepted."""
         # The mode that every attention backend implements as "a few queries behind a cached prefix".
-        lens = [length + block.ahead for length in rows.host.prefix_lens]
-        batch = ForwardBatch(
+        return ForwardBatch(
             forward_mode=ForwardMode.TARGET_VERIFY,
-            batch_size=len(rows.slots),
+            batch_size=len(block.slots),
             input_ids=block.input_ids,
-            req_pool_indices=rows.slots,
+            req_pool_indices=block.slots,
             seq_lens=block.prefix_lens,
             out_cache_loc=block.kv_slots,
-            seq_lens_sum=sum(lens),
-            seq_lens_cpu=torch.tensor(lens, dtype=torch.int64),
+            seq_lens_sum=None,
             positions=block.positions,
             spec_algorithm=self.algorithm,
             spec_info=BlockInfo(block.input_ids, block.positions, block.size, hidden_states=block.hidden_states),
             capture_hidden_mode=CaptureHiddenMode.FULL,
         )
-        # The model itself, not `ModelRunner.forward`: there a forward of one layer spends half its time on hooks for
-        # experts, profilers and input buffers, none of which concern a drafter.
-        attention = self.worker.model_runner.attn_backend
-        attention.init_forward_metadata(batch)
-        with forward_context(ForwardContext(attn_backend=attention)):
-            return self.model(block.input_ids, block.positions, batch, input_embeds=block.input_embeds)
+
+    def eager_plan(self, lens: Sequence[int]) -> Plan:
+        """Plans each forward when it is run; `lens` [rows]: entries that are cached as drafting begins."""
+
+        def plan(batch: ForwardBatch, ahead: int) -> None:
+            tell_lens(batch, [length + ahead for length in lens])
+            self.attention.init_forward_metadata(batch)
+
+        return plan
 
     def write_kv(self, attention: RadixAttention, kv_slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store K and V [n, kv_heads * head_dim] of one layer at `kv_slots` [n]."""
@@ -68,6 +86,12 @@ class DraftRunner(NamedTuple):
         self.worker.model_runner.token_to_kv_pool.set_kv_buffer(
             attention, kv_slots, k.view(shape), v.view(shape), attention.k_scale, attention.v_scale
         )
+
+
+def tell_lens(batch: ForwardBatch, lens: Sequence[int]) -> None:
+    """The lengths [rows] of a batch's prefixes, for what plans on the host."""
+    batch.seq_lens_cpu = torch.tensor(lens, dtype=torch.int64)
+    batch.seq_lens_sum = sum(lens)
 
 
 class TargetHead:
@@ -102,11 +126,12 @@ class DraftBlock(NamedTuple):
     """`size` queries for each row, flat over rows."""
 
     size: int
+    slots: torch.Tensor  # [rows] int64, request slots
     input_ids: torch.Tensor  # [rows * size] int64
     positions: torch.Tensor  # [rows * size] int64
     kv_slots: torch.Tensor  # [rows * size] int64
     prefix_lens: torch.Tensor  # [rows] int64, cached entries that the block attends to
-    ahead: int  # of these, how many more than the row's committed positions
+    ahead: int  # of these, how many more than when drafting began
     input_embeds: torch.Tensor | None = None  # [rows * size, hidden], for models without an embedding of their own
     hidden_states: torch.Tensor | None = None  # [rows * size, hidden], EAGLE-3's features
 
