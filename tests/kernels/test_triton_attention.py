@@ -32,7 +32,7 @@ from whiflash_sglang.cpu.attention import CpuAttentionBackend
 from whiflash_sglang.drafters.runner import DraftBlock, DraftRunner
 from whiflash_sglang.types import HostRows, Rows
 
-HEAD_DIM, Q_HEADS, KV_HEADS, LAYERS = 16, 4, 2, 2
+HEAD_DIM, Q_HEADS, KV_HEADS, LAYERS = 16, 2, 1, 2
 HIDDEN = Q_HEADS * HEAD_DIM
 KV_SIZE = KV_HEADS * HEAD_DIM
 CONTEXT = 256  # positions of a request
@@ -389,3 +389,27 @@ def test_a_replayed_graph_is_the_eager_forward(width, attn_type):
     for pool in (*found[1:], *expected[1:]):
         pool[0] = 0  # where padding is written to
     assert_same(found, expected)
+
+
+def test_graphs_of_two_widths_need_backends_of_their_own():
+    """A second runner of graphs gives the backend new buffers, and the graphs of the first one keep reading the old.
+
+    SGLang's runners take a backend for that (`attn_backend`). Whoever captures rounds at several widths has to give
+    each width one.
+    """
+    wide, narrow = ([4, 0], [100, 9], FULL_WIDTH), ([3], [30], 1)
+
+    def replayed(setup: Setup, backend: TritonAttnBackend, own: bool) -> Output:
+        graphs = {}
+        for width in (FULL_WIDTH, 1):
+            graphs[width] = Graph(setup, backend, width, AttentionType.DECODER)
+            backend = TritonAttnBackend(setup.runner) if own else backend
+        return torch.cat([graphs[batch[-1]].replay(verify_batch(setup, *batch)) for batch in (narrow, wide)], dim=1)
+
+    def eager(setup: Setup, backend: CpuAttentionBackend) -> Output:
+        return torch.cat([planned_forward(backend, verify_batch(setup, *batch)) for batch in (narrow, wide)], dim=1)
+
+    expected = outcome(CpuAttentionBackend, eager)[:1]
+    assert_same(outcome(TritonAttnBackend, partial(replayed, own=True))[:1], expected)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same(outcome(TritonAttnBackend, partial(replayed, own=False))[:1], expected)
