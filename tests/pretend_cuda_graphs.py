@@ -23,6 +23,7 @@ from unittest import mock
 from tests.pretend_graph import PretendGraphs
 
 BATCH_SIZES = (1, 2)
+LASTING = ExitStack()  # what `install` has replaced
 
 
 @contextmanager
@@ -70,7 +71,7 @@ def install() -> None:
     from tests import interpreted_gpu
 
     interpreted_gpu.install()
-    pretend_cuda_graphs().__enter__()
+    LASTING.enter_context(pretend_cuda_graphs())
 
 
 if __name__ in ("__main__", "__mp_main__"):
