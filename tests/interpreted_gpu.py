@@ -1,0 +1,44 @@
+"""The launcher, except that the server takes the ways of a GPU as far as Triton's interpreter goes.
+
+    TRITON_INTERPRET=1 python -m tests.interpreted_gpu --demo ...
+
+Target and drafters run on SGLang's `triton` attention backend, KV slots are reserved and read back by SGLang's
+kernels, and drafters ingest by our own. What is left of the CPU platform: layers and memory. The interpreter takes some
+50 ms for each program of a kernel, so that prompts have to be short.
+
+A spawned scheduler imports the main module anew under the name `__mp_main__`: it is replaced there too.
+"""
+
+from __future__ import annotations
+
+import os
+
+BACKEND = "triton"
+# Twins of SGLang's kernels: here the kernels themselves run.
+KERNELS = ("assign_req_to_token_pool_func", "assign_extend_cache_locs_func", "get_last_loc")
+
+
+def install() -> None:
+    """Replace what the module's docstring names, in this process and those that are forked from it."""
+    import sglang  # noqa: F401  it looks for the platform while it is imported, and not before
+
+    from whiflash_sglang.cpu import platform, twins
+    from whiflash_sglang.drafters import fused
+
+    platform.ATTENTION_BACKEND = BACKEND
+    platform.WhiFlashCpuPlatform.init_backend = lambda platform: None  # SGLang's own stays registered
+    kept = [twin for twin in twins.TWINS if not twin[0].endswith(KERNELS)]
+    assert len(kept) == len(twins.TWINS) - len(KERNELS)
+    twins.TWINS = tuple(kept)
+    fused.DEVICES = ("cpu",)
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("error: without TRITON_INTERPRET=1 Triton has no interpreter")
+    install()
+
+if __name__ == "__main__":
+    from whiflash_sglang import launch_server
+
+    launch_server.main()

@@ -1,0 +1,85 @@
+"""SGLang's own runner of CUDA graphs on a CPU, with graphs that are pretended (`pretend_graph.py`).
+
+    with pretend_cuda_graphs(batch_sizes=(1, 2)) as backends:
+        model_runner.init_cuda_graphs()     # SGLang captures; backends[0] holds the target's graphs
+        model_runner.forward(batch)         # and replays them, where it would on a GPU
+
+    TRITON_INTERPRET=1 python -m tests.pretend_cuda_graphs --demo ...
+
+What is SGLang's stays: which batches are captured and how they are padded, static buffers and what is copied to them,
+attention metadata outside of a graph and inside, which forwards are replayed and which are not. Replaced is only what
+asks for CUDA. The attention backend has to be one that can be captured: SGLang's `triton`, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from tests.pretend_graph import PretendGraphs
+
+BATCH_SIZES = (1, 2)
+LASTING = ExitStack()  # what `install` has replaced
+
+
+@contextmanager
+def pretend_cuda_graphs(
+    batch_sizes: Sequence[int] = BATCH_SIZES, is_captured: Any = lambda model_runner: True
+) -> Iterator[list[PretendGraphs]]:
+    """The backends of the runners that are made inside, in their order. `is_captured` says of which model runners."""
+    from sglang.srt.model_executor import model_runner as model_runners
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    from sglang.srt.model_executor.model_runner_components import cuda_graph_setup
+    from sglang.srt.model_executor.runner import decode_cuda_graph_runner as runners
+
+    backends: list[PretendGraphs] = []
+
+    def backend(runner: Any) -> PretendGraphs:
+        backends.append(PretendGraphs(runner))
+        return backends[-1]
+
+    def capture(*, model_runner: Any) -> Any:
+        """SGLang's own gives a CPU another kind of runner, or none."""
+        runner = runners.DecodeCudaGraphRunner(model_runner) if is_captured(model_runner) else None
+        return cuda_graph_setup.GraphCapture(runner=runner, memory_phase="decode", memory_usage_gb=0, capture_time=0)
+
+    def sizes(model_runner: Any, width: int = 1) -> tuple[list[int], list[int]]:
+        """SGLang's own are more than can be waited for, and none of those of `--cuda-graph-bs` is left on a CPU."""
+        return [size for size in batch_sizes if size <= model_runner.req_to_token_pool.size], []
+
+    replaced = [
+        (runners, "resolve_decode_backend", backend),
+        (runners, "graph_capture", lambda stream=None: nullcontext(SimpleNamespace(stream=stream))),
+        (runners, "get_batch_sizes_to_capture", sizes),
+        (cuda_graph_setup, "capture_decode_graph", capture),
+        (model_runners, "capture_decode_graph", capture),
+        # On a CPU only single steps are looked up among graphs.
+        (ForwardMode, "is_cpu_graph", ForwardMode.is_cuda_graph),
+    ]
+    with ExitStack() as stack:
+        for owner, name, new in replaced:
+            stack.enter_context(mock.patch.object(owner, name, new))
+        yield backends
+
+
+def install() -> None:
+    """For a whole server: in this process and those that are forked from it."""
+    from tests import interpreted_gpu
+
+    interpreted_gpu.install()
+    LASTING.enter_context(pretend_cuda_graphs())
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("error: without TRITON_INTERPRET=1 Triton has no interpreter")
+    install()
+
+if __name__ == "__main__":
+    from whiflash_sglang import launch_server
+
+    launch_server.main()
