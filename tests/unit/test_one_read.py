@@ -388,8 +388,8 @@ def test_adjustments_of_logits_wait_for_nothing(
             request.output_ids = server.world.texts[slot][len(request.origin_input_ids) :]
     assert len(Event.waits) == 5 * has_grammar and all("resolve" in callers for callers in Event.waits)
     for name, request in zip(asked, server.requests[1:], strict=True):
-        said = request.output_ids[1:]  # the first is the prefill's
-        assert len(said) >= 5
+        said = request.output_ids[1:]  # the first may be the prefill's
+        assert len(said) >= 4
         assert name != "min_new_tokens" or not {3, 9} & {*said}
         assert name != "logit_bias" or 4 not in said
         assert name != "grammar" or all(token % 2 == 0 for token in said)
