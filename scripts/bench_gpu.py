@@ -3,7 +3,7 @@
     python scripts/bench_gpu.py --results benchmarks/results/gpu.json [-- SGLang's flags for every server]
     python scripts/bench_gpu.py --tiny --only shapes      # on a CPU, with tiny models: shows that it runs
 
-Two parts, and criteria that both are judged by; docs/gpu.md says how long they take. The last line is JSON, and with
+Three parts, and criteria that they are judged by; docs/gpu.md says how long they take. The last line is JSON, and with
 --results a page of tables (.md) and a picture (.png) are written beside it.
 
     shapes       models of Qwen3-8B's shape without weights, acceptance and choices as recorded: milliseconds of a round
@@ -11,6 +11,9 @@ Two parts, and criteria that both are judged by; docs/gpu.md says how long they 
                  drafters and without; and tokens/s beside SGLang's own algorithms at the same acceptance
     acceptance   a target of 150M parameters and both drafters, trained here on the order desk and on this Python's own
                  files, then held-out histories under every policy: tokens/s, by span, and texts against those of `off`
+    soak         the same models from a KV pool that is too small, drafters in turns and so windows of both widths,
+                 several clients, aborts and retractions (scripts/soak.py); and the ingestion kernel's tests under
+                 compute-sanitizer, where that is on PATH
 
 SGLang's own EAGLE3 and DFLASH need an accelerator: on a CPU they are left out, and the criteria about them not judged.
 Parts of a round are timed with the device waited for before and after each; speeds are those of servers without that.
@@ -21,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -71,11 +75,16 @@ RECORDED = ROOT / "workloads" / "gpu" / "acceptance.json"
 FORCED, UPSTREAM_LAUNCHER = "workloads.gpu.forced", "sglang.launch_server"
 QUIET = ("--skip-server-warmup", "--sleep-on-idle")
 POLICIES = ("off", "fixed:e3", "fixed:df", "entropy", "neural")
+PARTS_RUN = ("shapes", "acceptance", "soak")
 SHAPE_ROUTERS = ("fixed:e3", "fixed:df", "alternate", "entropy", "neural")
 MAX_TOKENS = 220
 BLOCKS = 8
 WARM_TOKENS = 8
 TTFT_REPEATS = 8
+SOAK_MINUTES, TINY_SOAK_MINUTES, SOAK_CLIENTS = 5.0, 0.5, 8
+SANITIZER = "compute-sanitizer"
+SANITIZED = "any_head or any_number"  # of the kernel's tests: each block size and head, few launches
+SANITIZER_SECONDS, SANITIZER_FAILED = 900, 86
 START_SECONDS = 900  # large models, and kernels that are compiled when they are first used
 NEAR_TIE = 1e-2  # gap of the two best logits in bfloat16 that is rounding
 ORDINARY = range(300, 1200)  # token ids of ordinary pieces of the bundled tokenizer
@@ -412,6 +421,47 @@ def against_off(
     }
 
 
+# --------------------------------------------------------------------------------------------------------------- soak
+
+
+def soak(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, Any]:
+    """What `scripts/soak.py` finds where drafters take turns, and with it windows of both widths."""
+    models = DEMO if args.tiny else trained(args, setting, logs)
+    minutes = args.soak_minutes or (TINY_SOAK_MINUTES if args.tiny else SOAK_MINUTES)
+    results = logs / "soak.json"
+    sized = (f"--minutes={minutes}", f"--concurrency={SOAK_CLIENTS}", f"--window={models.block}")
+    about = ("--router=alternate", f"--start-seconds={START_SECONDS}", f"--results={results}")
+    try:
+        run("scripts/soak.py", *sized, *about, "--", *models.launcher_flags)
+    except subprocess.CalledProcessError as error:
+        note(f"soak: {error}")  # what has failed stands in the results, if it came to that
+    found = json.loads(results.read_text()) if results.exists() else {}
+    return {
+        "models": models.title,
+        "minutes": minutes,
+        "checks": found.get("checks"),
+        "failures": found.get("failures", []),
+        "requests": found.get("requests", 0),
+        "rounds_by_drafter": found.get("whiflash", {}).get("rounds_by_drafter", {}),
+        "sanitizer": sanitize() if has_accelerator() else None,
+    }
+
+
+def sanitize() -> int | None:
+    """Exit status of the ingestion kernel's tests under compute-sanitizer; None: this machine has none."""
+    tool = shutil.which(SANITIZER)
+    if tool is None:
+        note(f"{SANITIZER} is not on PATH")
+        return None
+    tests = ("-m", "pytest", "-q", "tests/kernels/test_ingest.py", "-k", SANITIZED)
+    command = [tool, f"--error-exitcode={SANITIZER_FAILED}", sys.executable, *tests]
+    try:
+        return subprocess.run(command, cwd=ROOT, stdout=sys.stderr, timeout=SANITIZER_SECONDS, check=False).returncode
+    except subprocess.TimeoutExpired:
+        note(f"{SANITIZER}: not done after {SANITIZER_SECONDS} s")
+        return None
+
+
 # ------------------------------------------------------------------------------------------------------------ picture
 
 
@@ -467,7 +517,7 @@ def draw_speeds(axes: Any, acceptance: Mapping[str, Any]) -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny and bundled models, as on a CPU")
-    parser.add_argument("--only", choices=("shapes", "acceptance"), help="one part (default: both)")
+    parser.add_argument("--only", choices=PARTS_RUN, help="one part (default: all)")
     parser.add_argument("--routers", nargs="+", choices=SHAPE_ROUTERS, default=SHAPE_ROUTERS, help="of `shapes`")
     parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="requests at a time, of `shapes`")
     parser.add_argument("--contexts", nargs="+", type=int, metavar="TOKENS", help="of `shapes`")
@@ -476,6 +526,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--prompts", type=int, default=200, help="of `acceptance` (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=40, help="of training (default: %(default)s)")
+    parser.add_argument("--soak-minutes", type=float, help=f"default: {SOAK_MINUTES:g}; --tiny: {TINY_SOAK_MINUTES:g}")
     parser.add_argument("--models", type=Path, metavar="DIR", help="keep trained models there, and use those of before")
     parser.add_argument("--results", type=Path, metavar="FILE", help="write the JSON line, and .md and .png beside it")
     split = argv.index("--") if "--" in argv else len(argv)
@@ -497,19 +548,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     server.stop_on_signals()
     logs = Path(tempfile.mkdtemp(prefix="whiflash-gpu-"))
     note(f"logs in {logs}")
-    found = {
-        "shapes": None if args.only == "acceptance" else shapes(args, setting, logs),
-        "acceptance": None if args.only == "shapes" else acceptance(args, setting, logs),
-    }
+    parts = {"shapes": shapes, "acceptance": acceptance, "soak": soak}
+    found = {name: part(args, setting, logs) if args.only in (None, name) else None for name, part in parts.items()}
     judged = criteria(**found)
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     arguments = {name: value for name, value in arguments.items() if name != "results"}
     line = {"benchmark": "gpu", "arguments": arguments, "criteria": judged, **found, **provenance()}
     if args.results:
         args.results.with_suffix(".md").write_text(markdown(line))
-        picture(line, args.results.with_suffix(".png"))
-    # Tiny models say nothing of speed: there only the texts count.
-    binding = [name for name in LIMITS if not args.tiny or "text" in name]
+        if args.only != "soak":
+            picture(line, args.results.with_suffix(".png"))
+    # Tiny models say nothing of speed: there only texts and faults count.
+    binding = [name for name in LIMITS if not args.tiny or "text" in name or "faults" in name]
     failed = [name for name in binding if judged[name]["holds"] is False]
     finish(line, args.results, f"failed: {'; '.join(failed)}; see the logs in {logs}" if failed else None)
 

@@ -1,13 +1,13 @@
 """Serve multi-turn sessions from a KV pool a quarter of what they need, abort some, and see what is left behind.
 
-    python scripts/soak.py [--minutes N] [--concurrency N] [--results FILE]
+    python scripts/soak.py [--minutes N] [--concurrency N] [--router ROUTER] [--results FILE] [-- flags of other models]
 
-One demo server with a random router, a small backlog bound and chunked prefill. Prompts are the recorded histories of
-held-out sessions. An eighth of the requests are aborted and as many left by their client, at a random place; SGLang is
-told to retract one now and then, besides those that it has no room for. The run is cut into blocks: at the end of each
-the server has to become idle with every KV slot free or evictable (SGLang itself ends a server that has lost one), its
-memory is read, and its cache is flushed. A few prompts are asked alone before and after it all. The last line is JSON;
-exit status 1 if one of its `checks` is false.
+One demo server with a random router, or one of the models that are named behind `--`; a small backlog bound and chunked
+prefill. Prompts are the recorded histories of held-out sessions. An eighth of the requests are aborted and as many left
+by their client, at a random place; SGLang is told to retract one now and then, besides those that it has no room for.
+The run is cut into blocks: at the end of each the server has to become idle with every KV slot free or evictable
+(SGLang itself ends a server that has lost one), its memory is read, and its cache is flushed. A few prompts are asked
+alone before and after it all. The last line is JSON; exit status 1 if one of its `checks` is false.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, cycle
 from pathlib import Path
@@ -32,7 +32,7 @@ import httpx
 
 from workloads import server
 from workloads.bench import finish
-from workloads.pressure import LAUNCHER, MAX_BACKLOG, RETRACT, longest_in, pressed
+from workloads.pressure import LAUNCHER, MAX_BACKLOG, RETRACT, WINDOW, longest_in, pressed
 from workloads.provenance import provenance
 from workloads.tokens import Answers, TokenIds, ask, heldout_histories, totals
 from workloads.vitals import flush, resident, settled, wait_until_free
@@ -154,12 +154,12 @@ def growth(sizes: list[float]) -> float:
     return 0.0 if means is None else means[1] / means[0] - 1  # None: the run was given up; other checks say why
 
 
-def plan(concurrency: int) -> tuple[list[list[TokenIds]], int]:
+def plan(concurrency: int, window: int = WINDOW) -> tuple[list[list[TokenIds]], int]:
     """Sessions, and a pool a quarter of what those need that run side by side. No prompt is too long for it."""
     sessions = heldout_histories(SESSIONS)
     working_set = concurrency * statistics.mean(len(histories[-1]) for histories in sessions)
     pool = int(working_set) // 4
-    longest = longest_in(pool) - MAX_TOKENS
+    longest = longest_in(pool, window) - MAX_TOKENS
     fitting = [[prompt for prompt in histories if len(prompt) <= longest] for histories in sessions]
     return [histories for histories in fitting if len(histories) > 1], pool
 
@@ -183,22 +183,33 @@ async def soak(running: server.Server, sessions: list[list[TokenIds]], args: arg
     return {"tally": client.tally, "memory": memory, "free": free}
 
 
-def main() -> None:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=15.0, help="default: %(default)s")
     parser.add_argument("--concurrency", type=int, default=8, help="sessions at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the router and of what is aborted")
+    parser.add_argument("--router", help="default: random:SEED")
+    parser.add_argument("--window", type=int, default=WINDOW, help="verify width of the models (default: %(default)s)")
+    parser.add_argument("--start-seconds", type=float, default=server.START_SECONDS, help="of the server, at most")
     parser.add_argument("--results", type=Path, help="write the JSON line to this file too")
-    args = parser.parse_args()
+    split = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:split])
+    args.models = list(argv[split + 1 :]) or ["--demo"]
+    args.router = args.router or f"random:{args.seed}"
     if args.minutes * 60 < 3 * MIN_BLOCK_S:
         parser.error(f"argument --minutes: give {3 * MIN_BLOCK_S / 60} or more")
+    return args
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
     server.stop_on_signals()
     log = Path(tempfile.mkdtemp(prefix="whiflash-soak-")) / "server.log"
-    sessions, pool = plan(args.concurrency)
+    sessions, pool = plan(args.concurrency, args.window)
     os.environ.update(RETRACT)
-    running = server.start(LAUNCHER, *pressed(f"random:{args.seed}", pool), "--enable-metrics", log=log)
+    running = server.start(LAUNCHER, *pressed(args.router, pool, args.models), "--enable-metrics", log=log)
     try:
-        running.wait_until_ready()
+        running.wait_until_ready(args.start_seconds)
         line = judge(running, sessions, pool, args)
     except (server.ServerError, httpx.HTTPError) as error:
         raise SystemExit(f"error: {error!r}; see {log}") from error

@@ -7,23 +7,36 @@ accepted is the target's own adjusted choice.
 
 The order is SGLang's: additive penalties, repetition penalty, grammar, logit bias. Its own penalizers count one token a
 step and forget what a retracted request has said; here all is computed from the request's output, each time anew.
+
+Nothing here waits for the device: what differs from round to round, the requests' outputs, goes there by `to_device`,
+and what does not stays there. A grammar's mask is another matter: it is made on the host, of drafts that the device has
+made, so that SGLang's `GrammarTree.resolve` has to wait for these. It waits for all that the device was given before
+the tree was made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 
 from whiflash_sglang.ends import forbidden_ends
+from whiflash_sglang.transfer import Indices, to_device
+
+kept_on = cache(Indices)
+"""Row numbers, strengths of penalties and forbidden tokens on a device: the same for as long as a batch is."""
 
 
-def adjust(logits: torch.Tensor, window: torch.Tensor, batch: Any) -> torch.Tensor:
+def adjust(logits: torch.Tensor, window: torch.Tensor, batch: Any, tree: GrammarTree | None = None) -> torch.Tensor:
     """`logits` [rows, width, vocab] that follow `window` [rows, width], as the requests of the batch want them.
 
     The tensor itself where nobody wants anything, else a copy: the target's own are kept for the router's entropy.
+    `tree`: `GrammarTree.from_linear_chain(window)`, if it was made before the target's forward was launched. A mask is
+    then made while the target computes; else the host waits for the forward first.
     """
     sampling = batch.sampling_info
     penalized = Penalized.of(batch.reqs, logits.shape[-1], logits.device)
@@ -33,7 +46,7 @@ def adjust(logits: torch.Tensor, window: torch.Tensor, batch: Any) -> torch.Tens
     if penalized is not None:
         penalized.apply(logits, window)
     if batch.has_grammar:
-        tree = GrammarTree.from_linear_chain(window)
+        tree = tree or GrammarTree.from_linear_chain(window)
         mask = build_grammar_vocab_mask(
             reqs=batch.reqs, tree=tree, sampling_info=sampling, device=logits.device, barrier=None
         )
@@ -59,27 +72,30 @@ class Penalized(NamedTuple):
     frequency: torch.Tensor  # [k, 1] float32
     presence: torch.Tensor  # [k, 1] float32
     repetition: torch.Tensor  # [k, 1] float32
-    stops: Sequence[tuple[int, list[int]]]  # [k] tokens for which the row's end is still forbidden, and what ends it
+    stops: Sequence[tuple[int, list[int]]]  # [k] tokens for which the row's end is still forbidden, and what ends it,
+    # as places in [k, vocab]
 
     @classmethod
     def of(cls, requests: Sequence[Any], vocab: int, device: torch.device) -> Penalized | None:
         """None where no request has a penalty."""
-        rows = [row for row, request in enumerate(requests) if has_penalty(request.sampling_params)]
+        rows = tuple(row for row, request in enumerate(requests) if has_penalty(request.sampling_params))
         if not rows:
             return None
         picked = [requests[row] for row in rows]
-        outputs = [torch.tensor(request.output_ids, dtype=torch.int64) for request in picked]
-        counts = torch.stack([torch.bincount(output, minlength=vocab) for output in outputs])
         params = [request.sampling_params for request in picked]
-        strengths = [[p.frequency_penalty, p.presence_penalty, p.repetition_penalty] for p in params]
-        frequency, presence, repetition = torch.tensor(strengths, dtype=torch.float32, device=device).unbind(1)
+        strengths = chain.from_iterable((p.frequency_penalty, p.presence_penalty, p.repetition_penalty) for p in params)
+        on_device = kept_on(device).of(tuple(strengths), torch.float32).view(-1, 3, 1)
+        frequency, presence, repetition = on_device.unbind(1)
         return cls(
-            torch.tensor(rows, device=device),
-            counts.to(device, torch.float32),
-            frequency[:, None],
-            presence[:, None],
-            repetition[:, None],
-            [(r.sampling_params.min_new_tokens - len(r.output_ids), sorted(forbidden_ends(r))) for r in picked],
+            kept_on(device).of(rows),
+            count([request.output_ids for request in picked], vocab, device),
+            frequency,
+            presence,
+            repetition,
+            [
+                (own.min_new_tokens - len(request.output_ids), places(number, sorted(forbidden_ends(request)), vocab))
+                for number, (request, own) in enumerate(zip(picked, params, strict=True))
+            ],
         )
 
     def apply(self, logits: torch.Tensor, window: torch.Tensor) -> None:
@@ -99,10 +115,26 @@ class Penalized(NamedTuple):
         """What to add to the logits, then what to scale them with [k, vocab], `said` tokens behind the output."""
         seen = counts > 0
         additive = -self.frequency * counts - self.presence * seen
-        for row, (missing, ends) in enumerate(self.stops):
-            if said < missing:
-                additive[row, ends] = -torch.inf
+        forbidden = tuple(chain.from_iterable(ends for missing, ends in self.stops if said < missing))
+        if forbidden:
+            additive.view(-1).index_fill_(0, kept_on(counts.device).of(forbidden), -torch.inf)
         return additive, torch.where(seen, self.repetition, 1.0)
+
+
+def places(row: int, tokens: Sequence[int], vocab: int) -> list[int]:
+    """Where `tokens` of a row stand in a flat [rows, vocab]; those beyond the vocabulary stand nowhere."""
+    return [row * vocab + token for token in tokens if token < vocab]
+
+
+def count(outputs: Sequence[Sequence[int]], vocab: int, device: torch.device) -> torch.Tensor:
+    """How often each token stands in each output, [outputs, vocab] float32.
+
+    The device counts, as outputs are short and a vocabulary is long.
+    """
+    counts = torch.zeros(len(outputs) * vocab, device=device)
+    said = [torch.tensor(output, dtype=torch.int64) + row * vocab for row, output in enumerate(outputs)]
+    index = to_device(torch.cat(said), device)
+    return counts.scatter_add_(0, index, torch.ones(len(index), device=device)).view(len(outputs), vocab)
 
 
 def penalize_next(batch: Any) -> None:

@@ -16,12 +16,14 @@ import torch
 _KEPT = 256  # small tensors
 
 
-def to_device(values: Sequence[Any] | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Integers of the host as an int64 tensor on `device`, without waiting for what the device was given before.
+def to_device(
+    values: Sequence[Any] | torch.Tensor, device: torch.device, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
+    """Numbers of the host as a tensor on `device`, without waiting for what the device was given before.
 
     A copy from memory that is not pinned would wait for it.
     """
-    tensor = torch.as_tensor(values, dtype=torch.int64)
+    tensor = torch.as_tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -47,17 +49,21 @@ def _unpacked(part: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Indices:
-    """Numbers of rows as int64 tensors on a device; remembered, as small batches have few of them."""
+    """Numbers of rows, and others that differ little from round to round, as small tensors on a device.
+
+    They are remembered by their values, as small batches have few of them.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.kept: dict[tuple[int, ...], torch.Tensor] = {}
+        self.kept: dict[tuple[torch.dtype, tuple[float, ...]], torch.Tensor] = {}
 
-    def of(self, numbers: tuple[int, ...]) -> torch.Tensor:
+    def of(self, numbers: tuple[float, ...], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """The numbers as a tensor [n], which nobody may write to."""
-        index = self.kept.get(numbers)
-        if index is None:
+        key = (dtype, numbers)
+        found = self.kept.get(key)
+        if found is None:
             if len(self.kept) >= _KEPT:
                 self.kept.clear()
-            index = self.kept[numbers] = to_device(numbers, self.device)
-        return index
+            found = self.kept[key] = to_device(numbers, self.device, dtype)
+        return found

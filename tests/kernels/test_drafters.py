@@ -21,10 +21,11 @@ from sglang.srt.layers.rotary_embedding.utils import apply_rotary_emb
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from tests.kernels import DEVICE
-from tests.kernels.test_ingest import rotary_table
+from tests.kernels.test_ingest import Launches, rotary_table
 from whiflash_sglang.drafters import dflash, fused
 from whiflash_sglang.drafters.eagle3 import Eagle3Drafter
 from whiflash_sglang.drafters.runner import DraftRunner
+from whiflash_sglang.kernels import ingest as kernels
 from whiflash_sglang.types import Entries
 
 HIDDEN, VOCAB = 48, 20
@@ -222,6 +223,23 @@ def test_a_longer_rotary_table_is_taken_up(kind, monkeypatch):
     setup.rotary.cos_sin_cache = whole
     plain, kernel = (entries_of(one, 9) for one in made)
     assert distance(kernel, plain).max() < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("kind", ["df", "e3"])
+def test_a_drafter_that_was_made_has_nothing_left_to_compile(kind, dtype, monkeypatch):
+    """Also when SGLang's rotary embedding has turned its table, which is in float32 on a GPU, into the model's type."""
+    setup = Setup(kind, dtype)
+    setup.rotary.cos_sin_cache = rotary_table(setup.head_dim)
+    launches = Launches()
+    monkeypatch.setattr(kernels, "ingest_kernel", launches)
+    made = drafter(setup.runner(), monkeypatch, with_kernel=True)
+    compiled = set(launches.compiled)
+    for num_rows in range(1, 80):
+        if num_rows == 40:
+            setup.rotary.cos_sin_cache = setup.rotary.cos_sin_cache.to(dtype)
+        entries_of(made, num_rows)
+    assert launches.compiled == compiled != set()
 
 
 class OwnWay(Rotary):

@@ -18,6 +18,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.backends.compiler import BaseBackend
+from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from tests.kernels import DEVICE
 from whiflash_sglang.kernels import ingest as kernels
@@ -130,6 +132,13 @@ def test_parts_may_be_views():
     check(ingest_views, Case())
 
 
+def test_parts_of_another_type_than_the_weights():
+    def ingest_mixed(made, parts, *others):
+        ingest(made, [part.float() for part in parts], *others)
+
+    check(ingest_mixed, Case(dtype=torch.float16))
+
+
 def test_a_folded_weight_stands_for_norms_with_weights():
     weight, x = torch.randn(6, 8), torch.randn(3, 8)
     norms = [torch.rand(4), torch.rand(4)]
@@ -208,3 +217,87 @@ def test_parts_that_do_not_fit_are_refused(widths, table_width, message):
     index = torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         ingest(made(), [torch.zeros(3, width) for width in widths], torch.zeros(9, table_width), index, index)
+
+
+# ---- what the kernel is compiled for
+
+
+KERNEL = kernels.ingest_kernel
+# Triton's interpreter keeps what a kernel was declared with.
+DECLARED = KERNEL.kwargs["do_not_specialize"] if hasattr(KERNEL, "kwargs") else KERNEL.do_not_specialize
+NOT_SPECIALIZED = {"do_not_specialize": DECLARED}
+
+
+class Launches:
+    """Stands for the kernel: which kernels Triton would have to have compiled for the launches, by its own rules."""
+
+    def __init__(self, **options: object):
+        kernel = JITFunction(KERNEL.fn, **(options or NOT_SPECIALIZED))
+        self.bind = create_function_from_signature(kernel.signature, kernel.params, BaseBackend)
+        self.compiled: set[str] = set()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Call:
+        assert min(grid) > 0
+        return self.launch
+
+    def launch(self, *args: object, **kwargs: object) -> None:
+        _, specialization, options = self.bind(*args, **kwargs)
+        self.compiled.add(compute_cache_key({}, specialization, options))
+
+
+def compiled(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, num_parts: int, **options: object
+) -> tuple[set[str], set[str]]:
+    """What a warm-up compiles, and what ingestion of any number of rows then needs."""
+    warm, later = Launches(**options), Launches(**options)
+    width = 24
+    pools = tuple(torch.zeros(4, 2, 16, dtype=dtype, device=DEVICE) for _ in range(2))
+    one = Ingestion(torch.zeros(64, num_parts * width, dtype=dtype, device=DEVICE), 1e-6, pools)
+    tables = [rotary_table(16), torch.cat([rotary_table(16)] * 2), rotary_table(16).to(dtype)]
+    monkeypatch.setattr(kernels, "ingest_kernel", warm)
+    kernels.warm_up(one, num_parts, tables[0])
+    monkeypatch.setattr(kernels, "ingest_kernel", later)
+    for num_rows in range(1, 201):
+        ring = torch.zeros(201, width + 8, dtype=dtype, device=DEVICE)
+        index = torch.zeros(2 * num_rows + 1, dtype=torch.int64, device=DEVICE)
+        parts = [  # as they are gathered; views that begin anywhere; rows apart; of another type
+            torch.zeros(num_rows, width, dtype=dtype, device=DEVICE),
+            torch.zeros(num_rows * width + 1, dtype=dtype, device=DEVICE)[1:].view(num_rows, width),
+            ring[:num_rows, 1 : 1 + width],
+            torch.zeros(num_rows, width, device=DEVICE),
+        ]
+        for number, part in enumerate(parts):
+            table = tables[num_rows % len(tables)]
+            positions, kv_slots = index[1 : num_rows + 1], index[num_rows + 1 :]
+            ingest(one, [part, parts[0]][:num_parts] if number else [part] * num_parts, table, positions, kv_slots)
+    return warm.compiled, later.compiled
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_nothing_is_left_to_compile_behind_a_warm_up(dtype, num_parts, monkeypatch):
+    warm, later = compiled(monkeypatch, dtype, num_parts)
+    assert later == warm
+    assert len(warm) == (2 if dtype == torch.float32 else 2 * 3)  # block sizes, types of the table
+
+
+def test_what_a_warm_up_left_out_would_be_found(monkeypatch):
+    """A kernel that is specialized on everything, parts as they come, one block size only."""
+    warm, later = compiled(monkeypatch, torch.float16, 1, do_not_specialize=[])
+    assert later - warm
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "readable", lambda part, dtype: part)
+        warm, later = compiled(patch, torch.float16, 1)
+        assert later - warm
+    with monkeypatch.context() as patch:
+        sizes = kernels.block_sizes
+        patch.setattr(kernels, "warm_up", lambda *args: None)
+        warm, later = compiled(patch, torch.float16, 1)
+        assert len(later) == 2 * len(sizes(made(weight=torch.zeros(32, 8, dtype=torch.float16)))) and not warm
+
+
+def test_a_warm_up_writes_nothing():
+    pools = tuple(torch.randn(4, 2, 16, device=DEVICE) for _ in range(4))
+    before = [pool.clone() for pool in pools]
+    kernels.warm_up(Ingestion(torch.randn(128, 8, device=DEVICE), 1e-6, pools), 1, rotary_table(16))
+    assert all(torch.equal(pool, old) for pool, old in zip(pools, before, strict=True))

@@ -14,6 +14,7 @@ import xgrammar
 from sglang.srt.constrained import xgrammar_backend
 from sglang.srt.sampling import penaltylib
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.spec_utils import GrammarTree
 
 from whiflash_sglang.adjust import adjust, penalize_next
 from whiflash_sglang.cpu import twins
@@ -145,6 +146,21 @@ def test_a_grammar_masks_every_column_after_its_own_text(grammar):
     assert [allowed(column) for column in found[0, :4]] == ["b", "cde", "cde", "cde"]
     assert torch.equal(found[1], logits[1])
     grammar.accept_token(letters("b")[0])  # the walk through the drafts left the grammar where it was
+
+
+def test_a_window_that_was_sent_to_the_host_before_gives_the_same_mask(grammar):
+    window = torch.tensor([letters("abcdff")])
+    tree = GrammarTree.from_linear_chain(window)
+    logits, batch = torch.zeros(1, WIDTH, VOCAB), Batch([request(letters(""), grammar)])
+    grammar.accept_token(letters("a")[0])
+    assert torch.equal(adjust(logits, window, batch, tree), adjust(logits, window, batch))
+
+
+def test_tokens_beyond_the_vocabulary_are_nobodys():
+    """As places in a flat tensor they would be another row's."""
+    asked = [request([1], min_new_tokens=5, stop_token_ids=[VOCAB + 3, 7]), request([1], presence_penalty=0.5)]
+    found = adjust(torch.zeros(2, 1, VOCAB), torch.ones(2, 1, dtype=torch.int64), Batch(asked))
+    assert (found[0, 0] == -torch.inf).nonzero()[:, 0].tolist() == [2, 7, 11] and found[1].isfinite().all()
 
 
 def test_a_grammar_that_ends_within_the_window_lets_only_the_end_follow(grammar):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -273,13 +274,19 @@ def shapes() -> dict[str, Any]:
     return {"models": "some", "rounds": cells, "tokens_per_s": {"EAGLE3": 3.0}, "ttft": ttft}
 
 
+def soaked(**others: Any) -> dict[str, Any]:
+    checks = {**dict.fromkeys(judge.FAULTS, True), "memory_flat": False}
+    about = {"models": "some", "minutes": 5.0, "requests": 70, "rounds_by_drafter": {"df": 5, "e3": 4}}
+    return {**about, "checks": checks, "failures": [], "sanitizer": None, **others}
+
+
 def test_criteria() -> None:
-    found = judge.criteria(shapes(), acceptance())
+    found = judge.criteria(shapes(), acceptance(), soaked(sanitizer=0))
     assert list(found) == list(judge.LIMITS)
     values = [judged["value"] for judged in found.values()]
-    assert values == [0.98, 0.9667, 1.05, 1.72, 1.4333, 0.04, 0.04, 0.02, 1.04, 0.99, 0]
+    assert values == [0.98, 0.9667, 1.05, 1.72, 1.4333, 0.04, 0.04, 0.02, 1.04, 0.99, 0, 0, 0]
     holds = [judged["holds"] for judged in found.values()]
-    assert holds == [True, False, True, True, True, False, True, False, True, True, True]
+    assert holds == [True, False, True, True, True, False, True, False, True, True, True, True, True]
     assert json.loads(json.dumps(found)) == found
 
 
@@ -288,18 +295,36 @@ def test_what_was_not_measured_is_not_judged() -> None:
     on_a_cpu = acceptance()
     del on_a_cpu["policies"]["EAGLE3"], on_a_cpu["policies"]["DFLASH"]
     found = judge.criteria(None, on_a_cpu)
-    assert [judged["holds"] for judged in found.values()] == [None] * 9 + [True, True]
+    assert [judged["holds"] for judged in found.values()] == [None] * 9 + [True, True, None, None]
 
 
 def test_a_text_that_nothing_excuses_fails() -> None:
     different = acceptance()
     different["policies"]["neural"] = policy(126, 172, 190)
-    *_, share, unexplained = judge.criteria(None, different).values()
+    *_, share, unexplained, _, _ = judge.criteria(None, different).values()
     assert (share["value"], share["holds"], unexplained["value"], unexplained["holds"]) == (0.95, False, 1, False)
 
 
+@pytest.mark.parametrize(
+    "others, values, holds",
+    [
+        ({}, [0, None], [True, None]),
+        ({"checks": {**dict.fromkeys(judge.FAULTS, True), "healthy": False}}, [1, None], [False, None]),
+        ({"checks": None, "sanitizer": 86}, [1, 86], [False, False]),
+        ({"sanitizer": -11}, [0, 11], [True, False]),
+    ],
+)
+def test_faults_of_a_soak_are_counted(others: dict[str, Any], values: list[Any], holds: list[Any]) -> None:
+    """Of a short run memory says nothing; a run without a result is a fault, and so is a tool that was killed."""
+    *_, faults, sanitizer = judge.criteria(None, None, soaked(**others)).values()
+    assert [faults["value"], sanitizer["value"]] == values
+    assert [faults["holds"], sanitizer["holds"]] == holds
+    page = judge.markdown({**line(), "soak": soaked(**others)})
+    assert ("without a result" if others.get("checks", 1) is None else "70 requests; rounds: 5 of df, 4 of e3.") in page
+
+
 def line() -> dict[str, Any]:
-    found = {"shapes": shapes(), "acceptance": acceptance()}
+    found = {"shapes": shapes(), "acceptance": acceptance(), "soak": soaked()}
     hardware = {"gpu": "Some GPU", "cpu": "some CPU"}
     return {"criteria": judge.criteria(**found), **found, "commit": "abc", "hardware": hardware}
 
@@ -315,7 +340,9 @@ def test_the_page_has_every_criterion_cell_and_policy() -> None:
 
 
 def test_the_page_of_one_part() -> None:
-    page = judge.markdown({**line(), "shapes": None, "acceptance": None, "criteria": judge.criteria(None, None)})
+    page = judge.markdown(
+        {**line(), "shapes": None, "acceptance": None, "soak": None, "criteria": judge.criteria(None, None)}
+    )
     assert page.count("not measured") == len(judge.LIMITS) and "##" in page
 
 
@@ -363,6 +390,44 @@ def test_a_random_router_fits_its_models(script: Any, tmp_path: Path) -> None:
     script.random_router(tmp_path / "router", paths)
     found = load_router(str(tmp_path / "router"), paths.identity(), None, None)
     assert found.network.weight_in.shape == (64, TINY.hidden_size)
+
+
+def test_every_router_that_learns_is_served_what_it_needs(script: Any, tmp_path: Path) -> None:
+    """Of the shapes' routers: the bundled artefact is of other models and would be refused."""
+    assert set(judge.ROUTERS) < set(script.SHAPE_ROUTERS) and script.parse(["--tiny"]).routers == script.SHAPE_ROUTERS
+    for name in script.SHAPE_ROUTERS:
+        named = [flag for flag in script.router_flags(name, tmp_path) if "neural-router-path" in flag]
+        assert named == [f"--whiflash-neural-router-path={tmp_path}"] * (name == "neural")
+
+
+def test_the_soak_has_drafters_take_turns(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, ...]] = []
+
+    def run(*arguments: str) -> None:
+        told.append(arguments)
+        (results,) = [flag.partition("=")[2] for flag in arguments if flag.startswith("--results=")]
+        Path(results).write_text(json.dumps({"checks": soaked()["checks"], "requests": 3, "whiflash": {}}))
+        raise subprocess.CalledProcessError(1, arguments)  # as it does where a check is false
+
+    monkeypatch.setattr(script, "run", run)
+    monkeypatch.setattr(script, "has_accelerator", lambda: False)
+    found = script.soak(script.parse(["--tiny"]), script.CPU, tmp_path)
+    (arguments,) = told
+    flags = load_script("soak").parse(arguments[1:])
+    assert (flags.router, flags.minutes, flags.models) == ("alternate", script.TINY_SOAK_MINUTES, ["--demo"])
+    assert found["checks"]["memory_flat"] is False and found["requests"] == 3 and found["sanitizer"] is None
+    monkeypatch.setattr(script, "run", lambda *arguments: None)
+    assert script.soak(script.parse(["--tiny"]), script.CPU, tmp_path / "none")["checks"] is None
+
+
+def test_the_sanitizer_is_used_where_it_is(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert script.sanitize() is None
+    for status in (0, 86):
+        tool = tmp_path / script.SANITIZER
+        tool.write_text(f'#!/bin/sh\n[ "$1" = --error-exitcode=86 ] && exit {status}\n')
+        tool.chmod(0o755)
+        assert script.sanitize() == status
 
 
 def test_prompts_of_noise_are_ordinary_tokens(script: Any) -> None:

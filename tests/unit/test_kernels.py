@@ -55,7 +55,7 @@ def test_ingestion_compiles_for_gpus(dtype, head_dim, capability, tmp_path, monk
         **dict.fromkeys(("first", "last", "weight", "bias", "k_norm"), f"*{SHORT[dtype]}"),
         "cos_sin": "*fp32",
         **dict.fromkeys(("positions", "kv_slots", "addresses"), "*i64"),
-        **dict.fromkeys(("num_rows", "first_stride", "last_stride"), "i32"),
+        "num_rows": "i32",
         "epsilon": "fp32",
     }
     # As at a launch: multiples of 16, but for what is not specialized, and epsilon.

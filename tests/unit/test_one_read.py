@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytest.importorskip("sglang")
 from tests.conformance.test_routers import BY_BATCH, BY_ROW, WITH_PRIORS, create
 from tests.fakes import VOCAB, FakeDrafter, FakeTarget, World, plain_greedy
 from tests.learned import HIDDEN
-from tests.pretend_device import OnDevice, PretendDevice
+from tests.pretend_device import OnDevice, PretendDevice, callers
 from whiflash_sglang.backlog import Backlog
 from whiflash_sglang.drafters.dflash import DFlashDrafter
 from whiflash_sglang.drafters.eagle3 import Eagle3Drafter
@@ -25,6 +25,7 @@ from whiflash_sglang.ledger import Trace
 from whiflash_sglang.observe import Totals
 from whiflash_sglang.round import DecodeRound
 from whiflash_sglang.router.prior import TRY_EVERY
+from whiflash_sglang.target import SGLangTarget
 from whiflash_sglang.transfer import to_device, to_host
 from whiflash_sglang.types import Drafts, Entries, Proposal, Rows, Verified
 from whiflash_sglang.worker import batch_result, decode_rows, prefill_positions
@@ -273,6 +274,126 @@ def test_a_round_reads_the_device_once(device: PretendDevice, router: str, lazy:
     for slot in range(num_requests):
         server.round.finish(slot, len(server.world.texts[slot]) - 1)
     assert not device.copies and not device.waits, "the end of a request is no reason to wait either"
+
+
+# ---- adjustments of the target's logits
+
+
+class Event:
+    """Of the pretended device; `waits` tells who waited for one."""
+
+    waits: ClassVar[list[list[str]]] = []
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self.waits.append([*callers()])
+
+
+class EvenTokens:
+    """A grammar of SGLang's kind: its mask is filled on the host and applied by the device's own kernel."""
+
+    def __init__(self, device: PretendDevice):
+        self.device = device
+
+    def allocate_vocab_mask(self, vocab_size: int, batch_size: int, device: object) -> torch.Tensor:
+        return torch.full((batch_size, 1), -1, dtype=torch.int32)
+
+    def fill_vocab_mask(self, vocab_mask: torch.Tensor, row: int) -> None:
+        vocab_mask[row] = 0x55555555
+
+    def accept_token(self, token: int) -> None:
+        assert token % 2 == 0
+
+    def rollback(self, count: int) -> None:
+        pass
+
+    def is_terminated(self) -> bool:
+        return False
+
+    def apply_vocab_mask(self, logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
+        on_host, bits = self.device.take((logits, vocab_mask))
+        on_host.masked_fill_((bits >> torch.arange(VOCAB)) & 1 == 0, -torch.inf)
+
+
+class AdjustedTarget(DeviceTarget):
+    """The fake target's logits, adjusted and chosen from by the worker's own code."""
+
+    def __init__(self, world: World, device: PretendDevice, batch: Any):
+        super().__init__(world, device)
+        self.own = SGLangTarget(None, 1)
+        self.own.bind(batch)
+
+    def verify(self, rows: Rows, proposal: Proposal) -> Verified:
+        verified = super().verify(rows, proposal)
+        predictions = self.own.predict(verified.logits, torch.zeros_like(proposal.tokens), proposal.tokens)
+        return verified._replace(predictions=predictions)
+
+
+NOTHING_ASKED = {
+    "max_new_tokens": 500,
+    "ignore_eos": True,
+    "stop_strs": [],
+    "stop_regex_strs": [],
+    "stop_token_ids": None,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_new_tokens": 0,
+}
+ASKED: dict[str, dict[str, Any]] = {
+    "penalties": {"frequency_penalty": 0.3, "presence_penalty": 0.4, "repetition_penalty": 1.3},
+    "min_new_tokens": {"min_new_tokens": 40, "stop_token_ids": [3, 9]},
+    "logit_bias": {},
+    "grammar": {},
+}
+
+
+@pytest.mark.parametrize("asked", [*((name,) for name in ASKED), tuple(ASKED)], ids="+".join)
+def test_adjustments_of_logits_wait_for_nothing(
+    device: PretendDevice, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request that wants nothing, and one for each adjustment.
+
+    A grammar's mask is made on the host, of drafts that it has to see: that one copy and wait is SGLang's own
+    (`GrammarTree`), as is the mask's way to the device.
+    """
+    monkeypatch.setattr(Event, "waits", [])
+    monkeypatch.setattr(torch, "get_device_module", lambda of: SimpleNamespace(Event=Event))
+    server = Server("alternate", 1 + len(asked), device)
+    bias = torch.zeros(1 + len(asked), VOCAB)
+    for row, (name, request) in enumerate(zip((None, *asked), server.requests, strict=True)):
+        request.sampling_params = SimpleNamespace(**{**NOTHING_ASKED, **ASKED.get(name or "", {})})
+        vars(request).update(tokenizer=None, grammar=EvenTokens(device) if name == "grammar" else None)
+        bias[row, 4] = -100.0 if name == "logit_bias" else 0.0
+    sampling = SimpleNamespace(
+        vocab_size=VOCAB,
+        logit_bias=device.give(bias) if "logit_bias" in asked else None,
+        grammar_mask=None,
+        is_all_greedy=True,
+        has_custom_logit_processor=False,
+    )
+    has_grammar = "grammar" in asked
+    batch = SimpleNamespace(reqs=server.requests, has_grammar=has_grammar, sampling_info=sampling, return_logprob=False)
+    server.round.target = AdjustedTarget(server.world, device, batch)
+    server.prefill()
+    for _ in range(5):
+        server.decode()
+        copies = [callers for callers in device.copies if "resolve" not in callers and "_async_d2h" not in callers]
+        assert len(copies) == 1 and "to_host" in copies[0] and not device.waits, (device.copies, device.waits)
+        assert len(device.copies) == 1 + has_grammar
+        sent = [callers for callers in device.sent if "to_device" not in callers]
+        assert len(sent) == has_grammar and all("build_grammar_vocab_mask" in callers for callers in sent), sent
+        for slot, request in enumerate(server.requests):
+            request.output_ids = server.world.texts[slot][len(request.origin_input_ids) :]
+    assert len(Event.waits) == 5 * has_grammar and all("resolve" in callers for callers in Event.waits)
+    for name, request in zip(asked, server.requests[1:], strict=True):
+        said = request.output_ids[1:]  # the first may be the prefill's
+        assert len(said) >= 4
+        assert name != "min_new_tokens" or not {3, 9} & {*said}
+        assert name != "logit_bias" or 4 not in said
+        assert name != "grammar" or all(token % 2 == 0 for token in said)
 
 
 # ---- drafters

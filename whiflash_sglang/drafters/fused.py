@@ -1,7 +1,7 @@
 """Ingestion by one kernel instead of a dozen operations: on a GPU, where a drafter is one that the kernel can serve.
 
-`write_entries` chooses once, when a drafter is made. On a CPU, and where something is lacking, which the log then says,
-the drafter's own torch operations write its entries.
+`write_entries` chooses once, when a drafter is made, and has the kernel compiled then. On a CPU, and where something is
+lacking, which the log then says, the drafter's own torch operations write its entries.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def write_entries(runner: DraftRunner, kv: KVProjection) -> WriteEntries | None:
     if runner.device.type not in DEVICES:
         return None
     # Here, as a server on a CPU never needs Triton.
-    from whiflash_sglang.kernels.ingest import Ingestion, folded, ingest
+    from whiflash_sglang.kernels.ingest import Ingestion, folded, ingest, warm_up
 
     pool, rotary = runner.worker.model_runner.token_to_kv_pool, kv.layers[0].rotary_emb
     reason = lacking(runner, kv, pool, rotary)
@@ -58,6 +58,7 @@ def write_entries(runner: DraftRunner, kv: KVProjection) -> WriteEntries | None:
         bias=kv.bias,
         k_norm=kv.k_norm,
     )
+    warm_up(made, len(kv.norms), rotary.cos_sin_cache)
 
     def write(parts: Sequence[torch.Tensor], positions: torch.Tensor, kv_slots: torch.Tensor) -> None:
         # The table is read anew each time: SGLang replaces it by a longer one where a longer context needs it.

@@ -15,6 +15,11 @@ once, so that nothing but the finished entry leaves the program. It is kept as t
 of a head together with number i + head_dim / 2. The square of a part is summed up while its columns pass by for the
 product; the root mean square then scales the sum of products, not each of the factors.
 
+Triton compiles a kernel when it is first launched, anew for every combination of what it specializes on, and a server
+would stall for seconds. `warm_up` launches every combination that can occur, with nothing to write: block sizes and
+types of the rotary table. What else could differ from call to call does not reach the kernel: it is not specialized on
+numbers of rows and on index tensors, and parts are made alike before (`readable`).
+
 It has been run in Triton's interpreter and compiled for GPUs, and not been run on one: nothing is known of its speed.
 """
 
@@ -31,6 +36,7 @@ import triton
 import triton.language as tl
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
+ALIGNMENT = 16  # bytes; Triton compiles a kernel of its own for tensors that begin elsewhere
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -125,23 +131,57 @@ def ingest(
     """Write K and V of n positions to the pools of every layer, in one launch.
 
     `parts` are one or two tensors [n, width / parts], each normed by itself; they are read side by side, and multiplied
-    in the weight's dtype. `cos_sin` [positions, head_dim] holds cosines, then sines, of each position's angles.
-    `positions` [n] and `kv_slots` [n] are int64 and contiguous; no two of the slots may be equal. Neither is checked
-    against the table or the pools: that would wait for the device.
+    in the weight's dtype. They are copied first where they are of another, or not back to back. `cos_sin` [positions,
+    head_dim] holds cosines, then sines, of each position's angles. `positions` [n] and `kv_slots` [n] are int64 and
+    contiguous; no two of the slots may be equal. Neither is checked against the table or the pools: that would wait for
+    the device.
 
     Raises ValueError for parts that do not fit the weight, and a table whose rows are not of head_dim numbers.
     """
     num_rows, part_width = parts[0].shape
     if len(parts) > 2 or any(part.shape != parts[0].shape for part in parts):
         raise ValueError("at most two parts of the same shape are ingested")
-    if len(parts) * part_width != made.weight.shape[1] or any(part.stride(1) != 1 for part in parts):
+    if len(parts) * part_width != made.weight.shape[1]:
         raise ValueError(f"{len(parts)} parts of width {part_width} do not make up the weight's {made.weight.shape[1]}")
     if cos_sin.shape[1] != made.head_dim or not cos_sin.is_contiguous():
         raise ValueError(f"the rotary table is not contiguous with rows of {made.head_dim} numbers")
-    if num_rows == 0:
-        return
-    constants = constants_of(made, len(parts), num_rows)
-    ingest_kernel[(len(made.pools) * made.num_heads, triton.cdiv(num_rows, constants["BLOCK_ROWS"]))](
+    if num_rows > 0:
+        launch(made, [readable(part, made.weight.dtype) for part in parts], cos_sin, positions, kv_slots, num_rows)
+
+
+def readable(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`part` as all parts are that the kernel sees, so that one kernel reads them all: the same tensor, as a rule."""
+    part = part.to(dtype).contiguous()
+    return part if part.data_ptr() % ALIGNMENT == 0 else part.clone()
+
+
+def warm_up(made: Ingestion, num_parts: int, cos_sin: torch.Tensor) -> None:
+    """Have every kernel compiled that ingestion may need, by launches with no rows, which write nothing.
+
+    SGLang may turn the rotary table into the model's type when a model first runs.
+    """
+    width = made.weight.shape[1] // num_parts
+    parts = [made.weight.new_zeros(1, width) for _ in range(num_parts)]
+    index = torch.zeros(1, dtype=torch.int64, device=made.weight.device)
+    for dtype in {cos_sin.dtype, made.weight.dtype}:
+        table = cos_sin[:1].to(dtype)
+        for block_rows in block_sizes(made):
+            launch(made, parts, table, index, index, 0, block_rows)
+
+
+def launch(
+    made: Ingestion,
+    parts: Sequence[torch.Tensor],
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    kv_slots: torch.Tensor,
+    num_rows: int,
+    block_rows: int | None = None,
+) -> None:
+    """Launch the kernel for `num_rows` positions, in blocks of `block_rows`; None: of what suits them."""
+    constants = constants_of(made, len(parts), block_rows or num_rows)
+    blocks = max(1, triton.cdiv(num_rows, constants["BLOCK_ROWS"]))
+    ingest_kernel[(len(made.pools) * made.num_heads, blocks)](
         parts[0],
         parts[-1],
         made.weight,
@@ -152,16 +192,20 @@ def ingest(
         kv_slots,
         made.addresses,
         num_rows,
-        parts[0].stride(0),
-        parts[-1].stride(0),
         made.epsilon,
         **constants,
         num_warps=num_warps(made),
     )
 
 
+def block_sizes(made: Ingestion) -> tuple[int, ...]:
+    """Positions that one program may have. 16 are the least that tensor cores multiply."""
+    return (16, 32) if made.weight.dtype == torch.float32 else (16, 32, 64)
+
+
 def constants_of(made: Ingestion, num_parts: int, num_rows: int) -> dict[str, Any]:
     """What the kernel is compiled for. Blocks are small enough for registers, and for 99 KiB of shared memory."""
+    sizes = block_sizes(made)
     is_wide, is_long = made.weight.dtype == torch.float32, made.head_dim > 128
     # Triton's interpreter keeps bfloat16 as integers, and would multiply these.
     multiplied = torch.float32 if triton.knobs.runtime.interpret else made.weight.dtype
@@ -175,7 +219,7 @@ def constants_of(made: Ingestion, num_parts: int, num_rows: int) -> dict[str, An
         "HAS_K_NORM": made.k_norm is not None,
         "STORED": DTYPES[made.pools[0].dtype],
         "MULTIPLIED": DTYPES[multiplied],
-        "BLOCK_ROWS": min(32 if is_wide else 64, max(16, triton.next_power_of_2(num_rows))),  # 16: of tensor cores
+        "BLOCK_ROWS": next((size for size in sizes if size >= num_rows), sizes[-1]),
         "BLOCK_COLUMNS": 32 if is_wide or is_long else 64,
     }
 
@@ -197,8 +241,6 @@ def ingest_kernel(
     kv_slots,
     addresses,  # [2 * NUM_LAYERS]
     num_rows,
-    first_stride,
-    last_stride,
     epsilon,
     NUM_PARTS: tl.constexpr,
     PART_WIDTH: tl.constexpr,
@@ -225,9 +267,9 @@ def ingest_kernel(
     high = tl.zeros((BLOCK_ROWS, HALF), tl.float32)
     for part in tl.static_range(NUM_PARTS):
         if part == 0:
-            entries = first + rows[:, None].to(tl.int64) * first_stride
+            entries = first + rows[:, None].to(tl.int64) * PART_WIDTH
         else:
-            entries = last + rows[:, None].to(tl.int64) * last_stride
+            entries = last + rows[:, None].to(tl.int64) * PART_WIDTH
         part_low = tl.zeros((BLOCK_ROWS, HALF), tl.float32)
         part_high = tl.zeros((BLOCK_ROWS, HALF), tl.float32)
         squares = tl.zeros((BLOCK_ROWS,), tl.float32)

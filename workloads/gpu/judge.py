@@ -122,10 +122,23 @@ LIMITS = {
     "time to the first token of a long prompt, over off": Limit(1.05, at_most=True),
     "share of prompts whose greedy text is that of off": Limit(0.99),
     "texts that differ where no near tie of logits excuses it": Limit(0, at_most=True),
+    "faults in a soak of mixed widths": Limit(0, at_most=True),
+    "compute-sanitizer over the ingestion kernel, exit status": Limit(0, at_most=True),
 }
+FAULTS = (
+    "every_slot_free_after_each_block",
+    "free_slots_as_at_start",
+    "no_backlog_left",
+    "no_request_failed",
+    "healthy",
+    "same_texts_as_before",
+)
+"""Those checks of `scripts/soak.py` that a run of any length and machine has to pass."""
 
 
-def criteria(shapes: Mapping[str, Any] | None, acceptance: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+def criteria(
+    shapes: Mapping[str, Any] | None, acceptance: Mapping[str, Any] | None, soak: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
     """Every criterion by name: `value`, `limit`, and whether it `holds`; None where it was not measured.
 
     Shares of a round are the largest of all batches and contexts. Speeds are of the trained models.
@@ -135,6 +148,7 @@ def criteria(shapes: Mapping[str, Any] | None, acceptance: Mapping[str, Any] | N
         *(_round_values((shapes or {}).get("rounds", {}))),
         ((shapes or {}).get("ttft") or {}).get("over_off"),
         *(_text_values((acceptance or {}).get("policies", {}))),
+        *_soak_values(soak),
     )
     return {name: limit.judge(value) for (name, limit), value in zip(LIMITS.items(), values, strict=True)}
 
@@ -176,6 +190,15 @@ def _text_values(policies: Mapping[str, Mapping[str, Any]]) -> list[float | None
     return [min(t["equal"] / t["prompts"] for t in ours), sum(len(t["unexplained"]) for t in ours)]
 
 
+def _soak_values(soak: Mapping[str, Any] | None) -> list[float | None]:
+    """A run that ended without a word is one fault. Of the sanitizer's exit status only 0 is good."""
+    if soak is None:
+        return [None, None]
+    checks, status = soak.get("checks"), soak["sanitizer"]
+    faults = 1 if checks is None else sum(not checks[name] for name in FAULTS)
+    return [faults, None if status is None else abs(status)]
+
+
 def _over(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
 
@@ -197,6 +220,8 @@ def markdown(line: Mapping[str, Any]) -> str:
         parts.append(_rounds_page(line["shapes"]))
     if line["acceptance"] is not None:
         parts.append(_speeds_page(line["acceptance"]))
+    if line.get("soak") is not None:
+        parts.append(_soak_page(line["soak"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -233,6 +258,15 @@ def _speeds_page(acceptance: Mapping[str, Any]) -> str:
     head = ("policy", "tokens/s", "AL", *(f"{span}, tokens/s" for span in spans), "texts as off")
     title = f"## Trained models, {acceptance['models']}"
     return "\n\n".join([title, _table(head, rows), *acceptance["notes"]])
+
+
+def _soak_page(soak: Mapping[str, Any]) -> str:
+    title = f"## Soak, {soak['models']}, {soak['minutes']:g} minutes"
+    if soak.get("checks") is None:
+        return f"{title}\n\nIt ended without a result."
+    checks = [(name, "yes" if held else "no") for name, held in soak["checks"].items()]
+    rounds = ", ".join(f"{count} of {name}" for name, count in soak["rounds_by_drafter"].items())
+    return f"{title}\n\n{_table(('check', 'holds'), checks)}\n\n{soak['requests']} requests; rounds: {rounds}."
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
