@@ -25,15 +25,17 @@ NUM_TOKENS = 12
 # The interpreter copies whole pools in every launch.
 FLAGS = ("--demo", "--max-total-tokens=1024", "--context-length=256", "--max-running-requests=3")
 WAIT = 900  # seconds: a round takes the interpreter several
-# Each with its drafters; `auto`: they take turns.
-QUESTIONS = {"Where is order 1042?": "e3", "Cancel order 77.": "df", "Where is order 77?": "auto"}
+# Ends of prompts that both drafters are right about, each with who drafts; `auto`: they take turns.
+ENDING = "</tool_response><|im_end|>\n<|im_start|>assistant\n"
+PACKED = f'", "status": "packed", "placed": "2026-08-22", "total": 1091.05}}]}}]}}\n{ENDING}'
+PROMPTS = (
+    (f'1627.71 + 9.85 + 1091.05", "result": 2914.7}}\n{ENDING}', "e3"),
+    (PACKED, "df"),
+    (PACKED, "auto"),
+)
 DRAFTERS = {"e3": {"e3"}, "df": {"df"}, "auto": {"e3", "df"}}
 
 Reply = dict[str, Any]
-
-
-def turn(question: str) -> str:
-    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def ask(server: Server, text: str, route: str) -> Reply:
@@ -46,9 +48,9 @@ def ask(server: Server, text: str, route: str) -> Reply:
 
 
 def ask_all(server: Server) -> list[Reply]:
-    """Every question with its route, in one batch."""
-    with ThreadPoolExecutor(len(QUESTIONS)) as pool:
-        return list(pool.map(lambda pair: ask(server, turn(pair[0]), pair[1]), QUESTIONS.items()))
+    """Every prompt with its route, in one batch."""
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        return list(pool.map(lambda prompt: ask(server, *prompt), PROMPTS))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_text_and_drafts_are_those_of_the_cpu(servers):
     info = httpx.get(f"{servers['gpu'].base_url}/server_info", timeout=30).json()
     assert info["attention_backend"] == "triton"
     found, expected, without = (ask_all(servers[name]) for name in ("gpu", "cpu", "off"))
-    for reply, other, plain, route in zip(found, expected, without, QUESTIONS.values(), strict=True):
+    for (_, route), reply, other, plain in zip(PROMPTS, found, expected, without, strict=True):
         assert reply["output_ids"] == other["output_ids"] == plain["output_ids"]
         assert rounds(reply) == rounds(other)
         assert {drafter for drafter, *_ in rounds(reply)} == DRAFTERS[route]
