@@ -31,6 +31,7 @@ def install() -> None:
     assert len(kept) == len(twins.TWINS) - len(KERNELS)
     twins.TWINS = tuple(kept)
     fused.DEVICES = ("cpu",)
+    os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "0"  # the CPU platform spares these copies
 
 
 if __name__ in ("__main__", "__mp_main__"):
