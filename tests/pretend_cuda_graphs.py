@@ -6,9 +6,11 @@
 
     TRITON_INTERPRET=1 python -m tests.pretend_cuda_graphs --demo ...
 
-What is SGLang's stays: which batches are captured and how they are padded, static buffers and what is copied to them,
-attention metadata outside of a graph and inside, which forwards are replayed and which are not. Replaced is only what
-asks for CUDA. The attention backend has to be one that can be captured: SGLang's `triton`, in Triton's interpreter.
+What is SGLang's stays, and what is ours (`drafters/graphs.py`): which batches are captured and how they are padded,
+static buffers and what is copied to them, attention metadata outside of a graph and inside, which forwards are replayed
+and which are not. Replaced is only what asks for CUDA. The attention backend has to be one that can be captured: SGLang's `triton`, in Triton's interpreter.
+
+A server appends a line to the file that REPLAYS_FILE names for every replay: whose graph, how many rows.
 """
 
 from __future__ import annotations
@@ -22,8 +24,25 @@ from unittest import mock
 
 from tests.pretend_graph import PretendGraphs
 
-BATCH_SIZES = (1, 2)
+BATCH_SIZES = (1, 3)
+REPLAYS_FILE = "PRETENDED_REPLAYS"  # an environment variable
 LASTING = ExitStack()  # what `install` has replaced
+
+
+class ToldGraphs(PretendGraphs):
+    """Graphs of a server, whose replays are written down."""
+
+    def __init__(self, owner: Any):
+        super().__init__(owner)
+        # SGLang's runner of the target's graphs, or what stands for one where drafts are captured.
+        width = getattr(owner, "captured_req_width", None)
+        self.name = f"drafts {type(owner.model_runner.model).__name__}" if width is None else f"width {width}"
+
+    def replay(self, shape_key: Any, static_forward_batch: Any, **kwargs: Any) -> Any:
+        if os.environ.get(REPLAYS_FILE):
+            with open(os.environ[REPLAYS_FILE], "a") as file:
+                print(self.name, "rows", shape_key.size, file=file)
+        return super().replay(shape_key, static_forward_batch, **kwargs)
 
 
 @contextmanager
@@ -31,16 +50,21 @@ def pretend_cuda_graphs(
     batch_sizes: Sequence[int] = BATCH_SIZES, is_captured: Any = lambda model_runner: True
 ) -> Iterator[list[PretendGraphs]]:
     """The backends of the runners that are made inside, in their order. `is_captured` says of which model runners."""
+    from sglang.srt.distributed import parallel_state
     from sglang.srt.model_executor import model_runner as model_runners
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
     from sglang.srt.model_executor.model_runner_components import cuda_graph_setup
     from sglang.srt.model_executor.runner import decode_cuda_graph_runner as runners
+    from sglang.srt.model_executor.runner_backend import full_cuda_graph_backend
 
     backends: list[PretendGraphs] = []
 
-    def backend(runner: Any) -> PretendGraphs:
-        backends.append(PretendGraphs(runner))
+    def backend(runner: Any, **options: Any) -> PretendGraphs:
+        backends.append(ToldGraphs(runner))
         return backends[-1]
+
+    def graph_capture(stream: Any = None) -> Any:
+        return nullcontext(SimpleNamespace(stream=stream))
 
     def capture(*, model_runner: Any) -> Any:
         """SGLang's own gives a CPU another kind of runner, or none."""
@@ -53,7 +77,9 @@ def pretend_cuda_graphs(
 
     replaced = [
         (runners, "resolve_decode_backend", backend),
-        (runners, "graph_capture", lambda stream=None: nullcontext(SimpleNamespace(stream=stream))),
+        (runners, "graph_capture", graph_capture),
+        (parallel_state, "graph_capture", graph_capture),
+        (full_cuda_graph_backend, "FullCudaGraphBackend", backend),
         (runners, "get_batch_sizes_to_capture", sizes),
         (cuda_graph_setup, "capture_decode_graph", capture),
         (model_runners, "capture_decode_graph", capture),

@@ -1,4 +1,5 @@
-"""The server as far on a GPU's ways as Triton's interpreter goes (tests/interpreted_gpu.py), against the CPU's own.
+"""The server as far on a GPU's ways as Triton's interpreter goes (tests/interpreted_gpu.py), against the CPU's own. Its
+verify windows and drafts are replayed from CUDA graphs, which are pretended (tests/pretend_cuda_graphs.py).
 
 Texts are those of the server without speculation. Drafts are compared too, round by round: whatever a drafter reads,
 text is exact, and a drafter on wrong attention or with wrong entries only guesses worse.
@@ -17,6 +18,7 @@ import pytest
 pytest.importorskip("sglang")
 pytest.importorskip("triton")
 
+from tests.pretend_cuda_graphs import REPLAYS_FILE
 from workloads.server import Server, start
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -34,6 +36,8 @@ PROMPTS = (
     (PACKED, "auto"),
 )
 DRAFTERS = {"e3": {"e3"}, "df": {"df"}, "auto": {"e3", "df"}}
+
+REPLAYS = "replays.txt"
 
 Reply = dict[str, Any]
 
@@ -59,11 +63,11 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
     plain = "whiflash_sglang.launch_server"
     running = {
         "gpu": start(
-            "tests.interpreted_gpu",
+            "tests.pretend_cuda_graphs",
             *FLAGS,
             "--whiflash-router=alternate",
             log=folder / "gpu.log",
-            environment={"TRITON_INTERPRET": "1"},
+            environment={"TRITON_INTERPRET": "1", REPLAYS_FILE: str(folder / REPLAYS)},
         )
     }
     for name, router in (("cpu", "alternate"), ("off", "off")):
@@ -83,6 +87,14 @@ def rounds(reply: Reply) -> list[tuple[Any, ...]]:
     return [tuple(entry[name] for name in ("drafter", "drafts", "accepted", "tokens")) for entry in figures["trace"]]
 
 
+def replays(server: Server) -> list[str]:
+    """Whose graphs were replayed for how many rows, in order; forgotten then."""
+    file = server.log.parent / REPLAYS
+    lines = file.read_text().splitlines() if file.exists() else []
+    file.unlink(missing_ok=True)
+    return lines
+
+
 def test_text_and_drafts_are_those_of_the_cpu(servers):
     """One prompt with each drafter and one with both in turns, in one batch; then one that is cached. EAGLE-3's windows
     are narrower than the block that the server's arguments know.
@@ -99,3 +111,22 @@ def test_text_and_drafts_are_those_of_the_cpu(servers):
         assert sum(accepted for _, _, accepted, _ in rounds(reply)) > 0, f"{route} was never right"
     again = ask(servers["gpu"], PACKED, "df", num_tokens=3)
     assert again["output_ids"] == found[1]["output_ids"][:3] and again["meta_info"]["cached_tokens"] > 30
+
+
+@pytest.mark.parametrize(
+    ("route", "expected"),
+    [
+        ("off", {"width 1 rows 1"}),
+        ("e3", {"width 6 rows 1", "drafts LlamaForCausalLMEagle3 rows 1"}),
+        ("df", {"width 8 rows 1", "drafts DFlashDraftModel rows 1"}),
+    ],
+)
+def test_every_round_is_replayed_from_graphs(servers, route, expected):
+    """Windows of each width, a whole EAGLE-3 chain and a DFlash block: all of them captured when the server started."""
+    plain = ask(servers["off"], PACKED, "auto")
+    replays(servers["gpu"])
+    reply = ask(servers["gpu"], PACKED, route)
+    told = replays(servers["gpu"])
+    assert reply["output_ids"] == plain["output_ids"]
+    assert {*told} == expected
+    assert len(told) == len(rounds(reply)) * len(expected), "one replay a round of each"
