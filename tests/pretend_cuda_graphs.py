@@ -8,7 +8,8 @@
 
 What is SGLang's stays, and what is ours (`drafters/graphs.py`): which batches are captured and how they are padded,
 static buffers and what is copied to them, attention metadata outside of a graph and inside, which forwards are replayed
-and which are not. Replaced is only what asks for CUDA. The attention backend has to be one that can be captured: SGLang's `triton`, in Triton's interpreter.
+and which are not. Replaced is only what asks for CUDA. The attention backend has to be one that can be captured:
+SGLang's `triton`, in Triton's interpreter.
 
 A server appends a line to the file that REPLAYS_FILE names for every replay: whose graph, how many rows.
 """

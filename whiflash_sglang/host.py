@@ -524,9 +524,12 @@ def build_draft_runner(
     """Load one drafter with SGLang's own model and loader, beside the target."""
     from sglang.srt.speculative.draft_worker_common import build_draft_tp_worker
 
-    args = copy.deepcopy(server_args)
-    args.override("whiflash.drafter", speculative_draft_model_path=spec.path)
     target_runner = target_worker.model_runner
+    args = copy.deepcopy(server_args)
+    # Where `--dtype` names no type, SGLang takes the checkpoint's own. A drafter has to be of the target's: it reads
+    # the target's features and embeddings as they are.
+    dtype = str(target_runner.dtype).removeprefix("torch.")
+    args.override("whiflash.drafter", speculative_draft_model_path=spec.path, dtype=dtype)
     bundle = build_draft_tp_worker(
         server_args=args,
         gpu_id=gpu_id,

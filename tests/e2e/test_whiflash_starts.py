@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import time
 from itertools import islice
@@ -106,9 +107,24 @@ def ends_soon_while_it_streams(server: Server) -> None:
     assert ends(server) and time.monotonic() - began < 10
 
 
-def test_bfloat16_and_ctrl_c(launch, prompts):
-    """bfloat16 rounds logits, so that the text may be another; drafts are accepted all the same. Ctrl-C ends it all."""
-    server = launch("--dtype", "bfloat16", "--whiflash-router", "entropy", "--whiflash-entropy-threshold", "0.1")
+def of_type(dtype: str, folder: Path, copy: Path) -> Path:
+    """A checkpoint whose config names another type for its weights."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}))
+    return copy
+
+
+def test_bfloat16_and_ctrl_c(launch, prompts, tmp_path):
+    """bfloat16 rounds logits, so that the text may be another; drafts are accepted all the same. Ctrl-C ends it all.
+
+    SGLang takes each checkpoint's own type where `--dtype` names none. Drafters of another type than the target's could
+    not read its features: the first request ended the scheduler.
+    """
+    df = of_type("float16", DEMO_MODELS / "dflash", tmp_path / "dflash")
+    e3 = of_type("float16", DEMO_MODELS / "eagle3", tmp_path / "eagle3")
+    drafters = (f"--speculative-draft-model-path={df}", f"--whiflash-eagle-draft={e3}")
+    server = launch("--dtype=auto", "--whiflash-router", "entropy", "--whiflash-entropy-threshold", "0.1", *drafters)
     assert [len(text) for text in texts(server, prompts)] == [NUM_TOKENS] * len(prompts)
     counted = totals(server)
     assert set(counted["rounds_by_drafter"]) == {"df", "e3"}
