@@ -15,6 +15,7 @@ from sglang.srt.layers.logprob_processor import compute_spec_v2_logprobs
 from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+from sglang.srt.speculative.spec_utils import GrammarTree
 
 from whiflash_sglang.adjust import adjust
 from whiflash_sglang.types import Proposal, Rows, Verified
@@ -41,11 +42,13 @@ class SGLangTarget:
 
     def verify(self, rows: Rows, proposal: Proposal) -> Verified:
         num_rows, width = proposal.tokens.shape
+        # Before the forward: masks are made on the host, along the drafts, while the target computes.
+        tree = GrammarTree.from_linear_chain(proposal.tokens) if self.batch.has_grammar else None
         logits_output = self.forward(rows, proposal.tokens)
         logits = logits_output.next_token_logits.view(num_rows, width, -1)
         positions = rows.prefix_lens[:, None] + torch.arange(width, device=rows.slots.device)
         features, hidden = self.split(logits_output.hidden_states.view(num_rows, width, -1))
-        return Verified(self.predict(logits, positions, proposal.tokens), logits, features, hidden)
+        return Verified(self.predict(logits, positions, proposal.tokens, tree), logits, features, hidden)
 
     def split(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Captured features and final hidden states of what a forward returned, [..., captures * hidden + hidden]."""
@@ -69,13 +72,16 @@ class SGLangTarget:
             batch.seq_lens_cpu, batch.seq_lens_sum = committed, int(committed.sum())
             return self.worker.forward_batch_generation(None, forward_batch=forward_batch, is_verify=True).logits_output
 
-    def predict(self, logits: torch.Tensor, positions: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+    def predict(
+        self, logits: torch.Tensor, positions: torch.Tensor, window: torch.Tensor, tree: GrammarTree | None = None
+    ) -> torch.Tensor:
         """The target's choice at every position of the window, as SGLang would make it there; [rows, width] int64.
 
-        `logits` [rows, width, vocab], `positions` and `window` [rows, width] of the tokens that the logits follow.
+        `logits` [rows, width, vocab], `positions` and `window` [rows, width] of the tokens that the logits follow;
+        `tree` as `adjust` takes it.
         """
         batch, sampling = self.batch, self.batch.sampling_info
-        logits = adjust(logits, window, batch)
+        logits = adjust(logits, window, batch, tree)
         if sampling.has_custom_logit_processor:
             logits = process_first(logits, sampling)
         num_rows, width = positions.shape
