@@ -492,7 +492,7 @@ def draw_rounds(axes: Any, shapes: Mapping[str, Any]) -> None:
         if "ms" in found
     ]
     behind = [0.0] * len(bars)
-    for part in (*PARTS, "host"):
+    for part in (*PARTS, "host", "between"):
         widths = [ms[part] for _, ms in bars]
         axes.barh([label for label, _ in bars], widths, left=behind, label=part)
         behind = [a + b for a, b in zip(behind, widths, strict=True)]

@@ -184,7 +184,16 @@ def counted(**seconds: float) -> dict[str, Any]:
 
 def test_a_round_by_part() -> None:
     found = judge.round_figures(
-        counted(round=0.1, route=0.001, catch_up=0.01, draft=0.02, verify=0.05, commit=0.004, commit_idle=0.005)
+        counted(
+            round=0.1,
+            route=0.001,
+            catch_up=0.01,
+            draft=0.02,
+            verify=0.05,
+            commit=0.004,
+            commit_idle=0.005,
+            between=0.007,
+        )
     )
     assert found["ms"] == {
         "route": 0.1,
@@ -194,6 +203,7 @@ def test_a_round_by_part() -> None:
         "commit": 0.9,
         "host": 1.0,
         "round": 10.0,
+        "between": 0.7,
     }
     assert (found["switching_share"], found["router_share"]) == (0.1, 0.01)
     assert (found["rows"], found["acceptance_length"]) == (2.0, 3.5)

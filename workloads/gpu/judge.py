@@ -20,7 +20,10 @@ PARTS = {
     "verify": ("verify",),
     "commit": ("commit", "commit_idle"),
 }
-"""The parts of a round by the server's steps (`whiflash_sglang/observe.py`); what is left of a round is the host's."""
+"""The parts of a round by the server's steps (`whiflash_sglang/observe.py`); what is left of a round is the host's.
+
+`between`, from one round to the next, is no part of either.
+"""
 
 
 # -------------------------------------------------------------------------------------------------------------- rounds
@@ -31,7 +34,7 @@ def round_figures(counted: Totals) -> dict[str, Any]:
     seconds, steps = counted["seconds"], counted["steps"]
     ms = {part: 1000 * sum(seconds[step] for step in own) / steps for part, own in PARTS.items()}
     whole = 1000 * seconds["round"] / steps
-    ms |= {"host": whole - sum(ms.values()), "round": whole}
+    ms |= {"host": whole - sum(ms.values()), "round": whole, "between": 1000 * seconds["between"] / steps}
     return {
         "ms": {part: round(value, 4) for part, value in ms.items()},
         "switching_share": switching_share([counted]),
@@ -226,7 +229,7 @@ def markdown(line: Mapping[str, Any]) -> str:
 
 
 def _rounds_page(shapes: Mapping[str, Any]) -> str:
-    columns = (*PARTS, "host", "round")
+    columns = (*PARTS, "host", "round", "between")
     rows = []
     for router, cells in shapes["rounds"].items():
         for cell, found in cells.items():
