@@ -7,13 +7,16 @@ On held-out sessions of the order desk, in one run; the last line is JSON.
     on paper    at every position of the target's replies both drafters' acceptance lengths are known, so that the
                 rounds of any policy follow, the oracle's included: in hindsight the drafter with more tokens per
                 millisecond. At the costs of a round that the server measured when it started. `ceiling` is the best
-                walk of all, which also knows where a round leaves the next one to begin
+                walk of all, which also knows where a round leaves the next one to begin. `entropy_late` and
+                `neural_late` decide a round by the score of the one before, as a router would whose scores lag behind
+                an overlapped schedule; with `entropy_masked` both drafters draft in every round and the device
+                chooses, for `df` + `e3` - `none` milliseconds a round, a bound from above
     for real    tokens/s of servers side by side, block by block in rotated order, for 1, 4 and 16 requests in flight;
                 every text compared with that of the server without speculation
     signal      share of a policy's rounds in which its score set the drafters apart by half a token or more
 
 `over_oracle` is tokens per ms over the oracle's; `oracle_agreement` the share of a policy's own rounds in which the
-oracle would have chosen the same drafter. Neither can be served: their `tokens_per_s` is null.
+oracle would have chosen the same drafter. What cannot be served has `tokens_per_s` null.
 """
 
 from __future__ import annotations
@@ -61,6 +64,9 @@ def on_paper(records: Sequence[Record], ms: Mapping[str, float]) -> dict[str, di
         "ceiling": ceiling(records, ms),
     }
     walks = {name: walk(records, choice, ms) for name, choice in choices.items()}
+    walks |= {f"{name}_late": walk(records, choices[name], ms, lag=1) for name in gain}
+    both = ms["df"] + ms["e3"] - ms["none"]
+    walks["entropy_masked"] = walk(records, gain["entropy"] > 0, {"df": both, "e3": both})
     of_oracle = walks["oracle"].tokens_per_ms
     return {name: paper_figures(found, best, of_oracle, gain.get(name)) for name, found in walks.items()}
 

@@ -32,6 +32,17 @@ def test_rounds_of_e3_and_a_mix() -> None:
     assert mixed.ms.tolist() == [10.0, 12.0, 10.0]
 
 
+def test_a_round_may_be_decided_by_what_was_known_earlier() -> None:
+    """Positions 0, 2 and 3 of the first reply; the second one's first round knows nothing of the first."""
+    to_e3 = np.array([True, False, False, True, False, False, False, False, True, False])
+    at_once, late = walk([REPLY, REPLY], to_e3, MS), walk([REPLY, REPLY], to_e3, MS, lag=1)
+    assert at_once.position.tolist() == [0, 2, 3, 4, 5, 8, 9]
+    assert at_once.is_e3.tolist() == [True, False, True, False, False, True, False]
+    assert late.position.tolist() == [0, 2, 5, 8, 9]
+    assert late.is_e3.tolist() == [True, True, False, False, True]
+    assert late.tokens.tolist() == [2, 4, 3, 1, 1]
+
+
 def test_replies_are_walked_one_after_the_other() -> None:
     found = walk([REPLY, REPLY], np.array([False] * 5 + [True] * 5), MS)
     assert found.position.tolist() == [0, 3, 4, 5, 7]

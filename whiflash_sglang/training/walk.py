@@ -49,24 +49,30 @@ class Walk(NamedTuple):
         return result
 
 
-def walk(records: Sequence[Record], to_e3: np.ndarray, ms: Mapping[str, float]) -> Walk:
-    """The rounds of `records` with `e3` wherever `to_e3` [all positions] says so; `ms`: of a round by drafter."""
-    tokens, positions, spans = [], [], []
+def walk(records: Sequence[Record], to_e3: np.ndarray, ms: Mapping[str, float], lag: int = 0) -> Walk:
+    """The rounds of `records` with `e3` wherever `to_e3` [all positions] says so; `ms`: of a round by drafter.
+
+    With a `lag` of k rounds a round is decided by what was known when the k-th before it began, or the reply did.
+    """
+    tokens, positions, spans, chosen = [], [], [], []
     first = 0
     for record in records:
         found = record.positions
         n = len(found.entropy)
-        lengths = np.where(to_e3[first : first + n], found.e3, found.df)
+        starts: list[int] = []
         i = 0
         while i < n:
-            tokens.append(min(int(lengths[i]), n - i + 1))  # the reply ends behind its last position
+            starts.append(i)
+            is_e3 = bool(to_e3[first + starts[max(0, len(starts) - 1 - lag)]])
+            length = int((found.e3 if is_e3 else found.df)[i])
+            tokens.append(min(length, n - i + 1))  # the reply ends behind its last position
             positions.append(first + i)
             spans.append(found.span[i])
-            i += int(lengths[i])
+            chosen.append(is_e3)
+            i += length
         first += n
-    index = np.array(positions)
-    chosen = to_e3[index]
-    return Walk(np.array(tokens), chosen, np.where(chosen, ms["e3"], ms["df"]), np.array(spans), index)
+    by_e3 = np.array(chosen)
+    return Walk(np.array(tokens), by_e3, np.where(by_e3, ms["e3"], ms["df"]), np.array(spans), np.array(positions))
 
 
 def oracle(records: Sequence[Record], ms: Mapping[str, float]) -> np.ndarray:
