@@ -322,7 +322,7 @@ class AdjustedTarget(DeviceTarget):
 
     def __init__(self, world: World, device: PretendDevice, batch: Any):
         super().__init__(world, device)
-        self.own = SGLangTarget(None, 1)
+        self.own = SGLangTarget(None, 1, widths={})
         self.own.bind(batch)
 
     def verify(self, rows: Rows, proposal: Proposal) -> Verified:
