@@ -41,6 +41,7 @@ from transformers import AutoTokenizer
 
 from whiflash_sglang import cpu
 from whiflash_sglang.config import WhiFlashConfig
+from whiflash_sglang.launch_server import DEMO_DEFAULTS
 from whiflash_sglang.router.artefact import NeuralRouter, save_router
 from whiflash_sglang.router.neural import Network
 from whiflash_sglang.training import bundled
@@ -57,6 +58,7 @@ from workloads.gpu.judge import (
     PARTS,
     ROUTERS,
     UPSTREAM,
+    acceptance_length,
     by_span,
     criteria,
     histogram,
@@ -92,6 +94,7 @@ ORDINARY = range(300, 1200)  # token ids of ordinary pieces of the bundled token
 # The trained target: 150M parameters in the layers.
 SIZES = {"hidden": 1024, "num-layers": 12, "heads": 16, "kv-heads": 8, "head-dim": 64, "intermediate": 3072}
 DFLASH_DEPTH, DFLASH_BLOCK = 5, 16
+DEMO_BLOCK = 8  # of the bundled DFlash
 MINUTES = {"target": 0.5, "eagle3": 0.25, "dflash": 0.25}  # shares of --minutes
 DOCUMENTS, SESSIONS, ROUTER_SESSIONS, CALIBRATION_SESSIONS = 20_000, 12_000, 256, 64
 
@@ -286,7 +289,11 @@ class Trained(NamedTuple):
     flags: tuple[str, ...] = ()  # for servers of SGLang's own
 
 
-DEMO = Trained("the bundled models", bundled.PATHS, 8, ("--demo",))
+def demo(args: argparse.Namespace) -> Trained:
+    """The bundled models. SGLang's own servers are given what `--demo` stands for, or would run in another type."""
+    flags = tuple(args.server_flags)
+    served, own = ("--demo", *flags), (*DEMO_DEFAULTS, *flags)
+    return Trained("the bundled models", bundled.PATHS, DEMO_BLOCK, served, flags=own)
 
 
 def trained(args: argparse.Namespace, setting: Setting, logs: Path) -> Trained:
@@ -349,7 +356,7 @@ def run(*arguments: str) -> None:
 
 def acceptance(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, Any]:
     """The part with weights: every policy on the same held-out histories, in one run."""
-    models = DEMO if args.tiny else trained(args, setting, logs)
+    models = demo(args) if args.tiny else trained(args, setting, logs)
     learned = {name: router_flags(name, models.router, models.calibration) for name in POLICIES}
     commands = {
         name: Command(LAUNCHER, (*models.launcher_flags, *flags), {}, START_SECONDS) for name, flags in learned.items()
@@ -399,11 +406,9 @@ def text_figures(texts: Sequence[Streamed], prompts: Sequence[Prompt], tokenizer
     for text, prompt in zip(texts, prompts, strict=True):
         labels = reply_of(prompt, text.tokens, tokenizer).example.spans[len(prompt.ids) :]
         spent.append(by_span(text, [SPANS[label] for label in labels]))
-    counts = histogram(texts)
-    accepted = sum(number * count for number, count in enumerate(counts))
     return {
         "tokens_per_s": round(sum(len(t.tokens) for t in texts) / sum(t.arrivals_s[-1] for t in texts), 2),
-        "acceptance_length": round(1 + accepted / sum(counts), 3) if counts else None,
+        "acceptance_length": acceptance_length(texts),
         "by_span": speeds(spent),
     }
 
@@ -426,7 +431,7 @@ def against_off(
 
 def soak(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, Any]:
     """What `scripts/soak.py` finds where drafters take turns, and with it windows of both widths."""
-    models = DEMO if args.tiny else trained(args, setting, logs)
+    models = demo(args) if args.tiny else trained(args, setting, logs)
     minutes = args.soak_minutes or (TINY_SOAK_MINUTES if args.tiny else SOAK_MINUTES)
     results = logs / "soak.json"
     sized = (f"--minutes={minutes}", f"--concurrency={SOAK_CLIENTS}", f"--window={models.block}")

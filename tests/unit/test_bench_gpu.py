@@ -219,6 +219,16 @@ def test_speed_by_span_goes_by_arrivals() -> None:
     assert judge.by_span(Streamed([], [], {}), []) == {}
 
 
+def test_acceptance_length_is_of_the_texts_tokens() -> None:
+    """Of a text of 7 tokens in 2 rounds and one that ended in its prefill; not of what a server says was accepted."""
+    texts = [
+        Streamed([5] * 7, [0.1] * 7, {"spec_verify_ct": 2, "spec_correct_drafts_histogram": [0, 0, 0, 0, 0, 2]}),
+        Streamed([2], [0.1], {}),
+    ]
+    assert judge.acceptance_length(texts) == 3.0
+    assert judge.acceptance_length([Streamed([5, 6], [0.1, 0.2], {})]) is None
+
+
 def test_histograms_of_texts_add_up() -> None:
     texts = [Streamed([], [], {"spec_correct_drafts_histogram": own}) for own in ([1, 2], [0, 0, 3])]
     assert judge.histogram(texts) == [1, 2, 3]
@@ -368,6 +378,14 @@ def script() -> Any:
 def test_flags_of_servers_stand_behind_two_dashes(script: Any) -> None:
     args = script.parse(["--tiny", "--batches", "2", "--", "--attention-backend", "triton"])
     assert args.server_flags == ["--attention-backend", "triton"] and args.batches == [2]
+
+
+def test_every_server_of_the_bundled_models_gets_those_flags(script: Any) -> None:
+    """SGLang's own too, and the type that `--demo` names: its default is another."""
+    models = script.demo(script.parse(["--tiny", "--", "--attention-backend", "triton"]))
+    for flags in (models.launcher_flags, models.flags):
+        assert flags[-2:] == ("--attention-backend", "triton")
+    assert models.launcher_flags[0] == "--demo" and "--dtype=float32" in models.flags
 
 
 def test_a_machine_without_an_accelerator_is_told_so(

@@ -99,6 +99,16 @@ def histogram(texts: Iterable[Streamed]) -> list[int]:
     return counts
 
 
+def acceptance_length(texts: Sequence[Streamed]) -> float | None:
+    """Tokens of a round, over all texts; None where the server does not draft.
+
+    Of what the texts hold, as SGLang's own algorithms also count drafts that they accept behind an end.
+    """
+    num_rounds = sum(text.about.get("spec_verify_ct", 0) for text in texts)
+    num_tokens = sum(len(text.tokens) - 1 for text in texts)  # the first one is the prefill's
+    return round(num_tokens / num_rounds, 3) if num_rounds else None
+
+
 # ------------------------------------------------------------------------------------------------------------ criteria
 
 
