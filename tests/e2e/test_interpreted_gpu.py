@@ -74,7 +74,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
         running[name] = start(plain, *FLAGS, f"--whiflash-router={router}", log=folder / f"{name}.log")
     try:
         for server in running.values():
-            server.wait_until_ready()
+            server.wait_until_ready(WAIT)
         yield running
     finally:
         for server in running.values():

@@ -270,13 +270,15 @@ def draft_block(setup: Setup, backend: Any, attn_type: AttentionType = Attention
     positions = (rows.prefix_lens[:, None] + torch.arange(FULL_WIDTH, device=DEVICE)).reshape(-1)
     block = DraftBlock(
         size=FULL_WIDTH,
+        slots=rows.slots,
         input_ids=torch.zeros_like(positions),
         positions=positions,
         kv_slots=rows.kv_slots[:, 1 : 1 + FULL_WIDTH].reshape(-1),
         prefix_lens=rows.prefix_lens,
         ahead=0,
     )
-    return draft_runner(setup, backend, attn_type).forward(rows, block)
+    runner = draft_runner(setup, backend, attn_type)
+    return runner.forward(block, runner.eager_plan(rows.host.prefix_lens))
 
 
 def chain(setup: Setup, backend: Any, lag: int = 1) -> Output:
@@ -288,13 +290,14 @@ def chain(setup: Setup, backend: Any, lag: int = 1) -> Output:
         entry = rows.prefix_lens - lag + step
         block = DraftBlock(
             size=1,
+            slots=rows.slots,
             input_ids=torch.zeros_like(entry),
             positions=entry,
             kv_slots=rows.kv_slots[:, step].contiguous(),
             prefix_lens=entry,
             ahead=step - lag,
         )
-        outputs.append(runner.forward(rows, block))
+        outputs.append(runner.forward(block, runner.eager_plan(rows.host.prefix_lens)))
     return torch.stack(outputs)
 
 
