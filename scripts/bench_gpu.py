@@ -68,6 +68,7 @@ from workloads.gpu.judge import (
 )
 from workloads.gpu.shapes import QWEN3_8B, TINY, ModelShape, write_models
 from workloads.lossless import compare
+from workloads.pressure import WINDOW
 from workloads.provenance import provenance
 from workloads.report import difference
 from workloads.tokens import Streamed, TokenIds, ask, stream, totals
@@ -94,7 +95,6 @@ ORDINARY = range(300, 1200)  # token ids of ordinary pieces of the bundled token
 # The trained target: 150M parameters in the layers.
 SIZES = {"hidden": 1024, "num-layers": 12, "heads": 16, "kv-heads": 8, "head-dim": 64, "intermediate": 3072}
 DFLASH_DEPTH, DFLASH_BLOCK = 5, 16
-DEMO_BLOCK = 8  # of the bundled DFlash
 MINUTES = {"target": 0.5, "eagle3": 0.25, "dflash": 0.25}  # shares of --minutes
 DOCUMENTS, SESSIONS, ROUTER_SESSIONS, CALIBRATION_SESSIONS = 20_000, 12_000, 256, 64
 
@@ -293,11 +293,13 @@ def demo(args: argparse.Namespace) -> Trained:
     """The bundled models. SGLang's own servers are given what `--demo` stands for, or would run in another type."""
     flags = tuple(args.server_flags)
     served, own = ("--demo", *flags), (*DEMO_DEFAULTS, *flags)
-    return Trained("the bundled models", bundled.PATHS, DEMO_BLOCK, served, flags=own)
+    return Trained("the bundled models", bundled.PATHS, WINDOW, served, flags=own)
 
 
-def trained(args: argparse.Namespace, setting: Setting, logs: Path) -> Trained:
-    """The models of --models, trained now where there are none."""
+def with_weights(args: argparse.Namespace, setting: Setting, logs: Path) -> Trained:
+    """With --tiny the bundled models; else those of --models, trained now where there are none."""
+    if args.tiny:
+        return demo(args)
     folder = args.models or logs / "models"
     paths = ModelPaths(*(folder / name for name in ("target", "dflash", "eagle3")), WhiFlashConfig.eagle_steps)
     sized = ("--context-length=8192", "--max-total-tokens=65536", "--max-running-requests=16", *QUIET)
@@ -356,7 +358,7 @@ def run(*arguments: str) -> None:
 
 def acceptance(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, Any]:
     """The part with weights: every policy on the same held-out histories, in one run."""
-    models = demo(args) if args.tiny else trained(args, setting, logs)
+    models = with_weights(args, setting, logs)
     learned = {name: router_flags(name, models.router, models.calibration) for name in POLICIES}
     commands = {
         name: Command(LAUNCHER, (*models.launcher_flags, *flags), {}, START_SECONDS) for name, flags in learned.items()
@@ -431,7 +433,7 @@ def against_off(
 
 def soak(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, Any]:
     """What `scripts/soak.py` finds where drafters take turns, and with it windows of both widths."""
-    models = demo(args) if args.tiny else trained(args, setting, logs)
+    models = with_weights(args, setting, logs)
     minutes = args.soak_minutes or (TINY_SOAK_MINUTES if args.tiny else SOAK_MINUTES)
     results = logs / "soak.json"
     sized = (f"--minutes={minutes}", f"--concurrency={SOAK_CLIENTS}", f"--window={models.block}")
@@ -534,9 +536,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--soak-minutes", type=float, help=f"default: {SOAK_MINUTES:g}; --tiny: {TINY_SOAK_MINUTES:g}")
     parser.add_argument("--models", type=Path, metavar="DIR", help="keep trained models there, and use those of before")
     parser.add_argument("--results", type=Path, metavar="FILE", help="write the JSON line, and .md and .png beside it")
-    split = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:split])
-    args.server_flags = list(argv[split + 1 :])
+    own, server_flags = server.split_flags(argv)
+    args = parser.parse_args(own)
+    args.server_flags = server_flags
     if args.prompts < BLOCKS:
         parser.error(f"argument --prompts: give {BLOCKS} or more")
     if not args.tiny and not has_accelerator():

@@ -192,9 +192,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=WINDOW, help="verify width of the models (default: %(default)s)")
     parser.add_argument("--start-seconds", type=float, default=server.START_SECONDS, help="of the server, at most")
     parser.add_argument("--results", type=Path, help="write the JSON line to this file too")
-    split = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:split])
-    args.models = list(argv[split + 1 :]) or ["--demo"]
+    own, models = server.split_flags(argv)
+    args = parser.parse_args(own)
+    args.models = models or ["--demo"]
     args.router = args.router or f"random:{args.seed}"
     if args.minutes * 60 < 3 * MIN_BLOCK_S:
         parser.error(f"argument --minutes: give {3 * MIN_BLOCK_S / 60} or more")

@@ -20,6 +20,8 @@ KERNELS = ("assign_req_to_token_pool_func", "assign_extend_cache_locs_func", "ge
 
 def install() -> None:
     """Replace what the module's docstring names, in this process and those that are forked from it."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("error: without TRITON_INTERPRET=1 Triton has no interpreter")
     import sglang  # noqa: F401  it looks for the platform while it is imported, and not before
 
     from whiflash_sglang.cpu import platform, twins
@@ -35,8 +37,6 @@ def install() -> None:
 
 
 if __name__ in ("__main__", "__mp_main__"):
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        raise SystemExit("error: without TRITON_INTERPRET=1 Triton has no interpreter")
     install()
 
 if __name__ == "__main__":

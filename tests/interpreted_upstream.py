@@ -10,7 +10,6 @@ ones for CUDA are compiled. In bfloat16 the interpreter's texts are wrong, hence
 
 from __future__ import annotations
 
-import os
 import runpy
 from typing import Any
 
@@ -58,8 +57,6 @@ def in_their_own_type(arguments: Any) -> Any:
 
 
 if __name__ in ("__main__", "__mp_main__"):
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        raise SystemExit("error: without TRITON_INTERPRET=1 Triton has no interpreter")
     install()
 
 if __name__ == "__main__":

@@ -47,10 +47,8 @@ class ToldGraphs(PretendGraphs):
 
 
 @contextmanager
-def pretend_cuda_graphs(
-    batch_sizes: Sequence[int] = BATCH_SIZES, is_captured: Any = lambda model_runner: True
-) -> Iterator[list[PretendGraphs]]:
-    """The backends of the runners that are made inside, in their order. `is_captured` says of which model runners."""
+def pretend_cuda_graphs(batch_sizes: Sequence[int] = BATCH_SIZES) -> Iterator[list[PretendGraphs]]:
+    """The backends of the runners that are made inside, in their order."""
     from sglang.srt.distributed import parallel_state
     from sglang.srt.model_executor import model_runner as model_runners
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -69,7 +67,7 @@ def pretend_cuda_graphs(
 
     def capture(*, model_runner: Any) -> Any:
         """SGLang's own gives a CPU another kind of runner, or none."""
-        runner = runners.DecodeCudaGraphRunner(model_runner) if is_captured(model_runner) else None
+        runner = runners.DecodeCudaGraphRunner(model_runner)
         return cuda_graph_setup.GraphCapture(runner=runner, memory_phase="decode", memory_usage_gb=0, capture_time=0)
 
     def sizes(model_runner: Any, width: int = 1) -> tuple[list[int], list[int]]:
@@ -102,8 +100,6 @@ def install() -> None:
 
 
 if __name__ in ("__main__", "__mp_main__"):
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        raise SystemExit("error: without TRITON_INTERPRET=1 Triton has no interpreter")
     install()
 
 if __name__ == "__main__":

@@ -191,10 +191,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--positive-drafter", choices=("e3", "df"), help="of a bare router file")
     parser.add_argument("--sessions", type=int, default=64, help="to calibrate on, at most (default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    given = list(sys.argv[1:] if argv is None else argv)
-    split = given.index("--") if "--" in given else len(given)
-    args = parser.parse_args(given[:split])
-    args.server_flags = given[split + 1 :]
+    own, server_flags = server.split_flags(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(own)
+    args.server_flags = server_flags
     server.stop_on_signals()
     try:
         result = calibrate(args)

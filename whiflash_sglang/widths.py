@@ -35,7 +35,8 @@ class VerifyWidth(NamedTuple):
 
 def verify_widths(target_runner: Any, widths: Iterable[int]) -> Mapping[int, VerifyWidth]:
     """By width. Of the one that the server was started with, what SGLang has made already."""
-    made = {get_spec().speculative_num_draft_tokens: _as_made(target_runner)}
+    own = VerifyWidth(target_runner.attn_backend, target_runner.decode_cuda_graph_runner)
+    made = {get_spec().speculative_num_draft_tokens: own}
     for width in sorted({*widths} - {*made}, reverse=True):  # smaller ones find room in the larger ones' memory
         made[width] = _make(target_runner, width)
     return made
@@ -55,16 +56,12 @@ def made_for(width: int) -> Iterator[None]:
         yield
 
 
-def _as_made(target_runner: Any) -> VerifyWidth:
-    return VerifyWidth(target_runner.attn_backend, target_runner.decode_cuda_graph_runner)
-
-
 def _make(target_runner: Any, width: int) -> VerifyWidth:
     with made_for(width):
         attention = target_runner._get_attention_backend(init_new_workspace=True)
         graphs = None
         if target_runner.decode_cuda_graph_runner is not None:
-            # Not in vain: the runner's class imports what a CPU server never needs.
+            # Here, as it imports what a server without graphs never needs.
             from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
 
             graphs = DecodeCudaGraphRunner(target_runner, attn_backend=attention, speculative_num_draft_tokens=width)

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +126,13 @@ def running_server(module: str, *arguments: str, log: Path) -> Iterator[str]:
         yield server.base_url
     finally:
         server.stop()
+
+
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command's own arguments, and those behind `--`, which are for the servers that it starts."""
+    given = list(arguments)
+    own = given.index("--") if "--" in given else len(given)
+    return given[:own], given[own + 1 :]
 
 
 def free_port() -> int:

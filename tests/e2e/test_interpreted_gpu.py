@@ -19,7 +19,8 @@ pytest.importorskip("sglang")
 pytest.importorskip("triton")
 
 from tests.pretend_cuda_graphs import REPLAYS_FILE
-from workloads.server import Server, start
+from workloads.bench import LAUNCHER, Command
+from workloads.bench import servers as side_by_side
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -42,43 +43,40 @@ REPLAYS = "replays.txt"
 Reply = dict[str, Any]
 
 
-def ask(server: Server, text: str, route: str, num_tokens: int = NUM_TOKENS) -> Reply:
+def ask(url: str, text: str, route: str, num_tokens: int = NUM_TOKENS) -> Reply:
     params = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
     params["custom_params"] = {"whiflash": {"route": route, "trace": True}}
     body = {"text": text, "sampling_params": params}
-    reply = httpx.post(f"{server.base_url}/generate", json=body, timeout=WAIT)
+    reply = httpx.post(f"{url}/generate", json=body, timeout=WAIT)
     reply.raise_for_status()
     return reply.json()
 
 
-def ask_all(server: Server) -> list[Reply]:
+def ask_all(url: str) -> list[Reply]:
     """Every prompt with its route, in one batch."""
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        return list(pool.map(lambda prompt: ask(server, *prompt), PROMPTS))
+        return list(pool.map(lambda prompt: ask(url, *prompt), PROMPTS))
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
-    folder: Path = tmp_path_factory.mktemp("interpreted")
-    plain = "whiflash_sglang.launch_server"
-    running = {
-        "gpu": start(
-            "tests.pretend_cuda_graphs",
-            *FLAGS,
-            "--whiflash-router=alternate",
-            log=folder / "gpu.log",
-            environment={"TRITON_INTERPRET": "1", REPLAYS_FILE: str(folder / REPLAYS)},
-        )
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("interpreted")
+
+
+@pytest.fixture(scope="module")
+def servers(folder: Path) -> Iterator[dict[str, str]]:
+    interpreted = {"TRITON_INTERPRET": "1", REPLAYS_FILE: str(folder / REPLAYS)}
+    launchers = {
+        "gpu": ("tests.pretend_cuda_graphs", "alternate", interpreted),
+        "cpu": (LAUNCHER, "alternate", {}),
+        "off": (LAUNCHER, "off", {}),
     }
-    for name, router in (("cpu", "alternate"), ("off", "off")):
-        running[name] = start(plain, *FLAGS, f"--whiflash-router={router}", log=folder / f"{name}.log")
-    try:
-        for server in running.values():
-            server.wait_until_ready(WAIT)
-        yield running
-    finally:
-        for server in running.values():
-            server.stop()
+    commands = {
+        name: Command(module, (*FLAGS, f"--whiflash-router={router}"), environment, WAIT)
+        for name, (module, router, environment) in launchers.items()
+    }
+    with side_by_side(commands, folder, at_once=True) as urls:
+        yield urls
 
 
 def rounds(reply: Reply) -> list[tuple[Any, ...]]:
@@ -87,9 +85,9 @@ def rounds(reply: Reply) -> list[tuple[Any, ...]]:
     return [tuple(entry[name] for name in ("drafter", "drafts", "accepted", "tokens")) for entry in figures["trace"]]
 
 
-def replays(server: Server) -> list[str]:
+def replays(folder: Path) -> list[str]:
     """Whose graphs were replayed for how many rows, in order; forgotten then."""
-    file = server.log.parent / REPLAYS
+    file = folder / REPLAYS
     lines = file.read_text().splitlines() if file.exists() else []
     file.unlink(missing_ok=True)
     return lines
@@ -101,7 +99,7 @@ def test_text_and_drafts_are_those_of_the_cpu(servers):
 
     Who is first in turns hangs on what a request's slot has seen: each of these is the first in its slot.
     """
-    info = httpx.get(f"{servers['gpu'].base_url}/server_info", timeout=30).json()
+    info = httpx.get(f"{servers['gpu']}/server_info", timeout=30).json()
     assert info["attention_backend"] == "triton"
     found, expected, without = (ask_all(servers[name]) for name in ("gpu", "cpu", "off"))
     for (_, route), reply, other, plain in zip(PROMPTS, found, expected, without, strict=True):
@@ -121,12 +119,12 @@ def test_text_and_drafts_are_those_of_the_cpu(servers):
         ("df", {"width 8 rows 1", "drafts DFlashDraftModel rows 1"}),
     ],
 )
-def test_every_round_is_replayed_from_graphs(servers, route, expected):
+def test_every_round_is_replayed_from_graphs(servers, folder, route, expected):
     """Windows of each width, a whole EAGLE-3 chain and a DFlash block: all of them captured when the server started."""
     plain = ask(servers["off"], PACKED, "auto")
-    replays(servers["gpu"])
+    replays(folder)
     reply = ask(servers["gpu"], PACKED, route)
-    told = replays(servers["gpu"])
+    told = replays(folder)
     assert reply["output_ids"] == plain["output_ids"]
     assert {*told} == expected
     assert len(told) == len(rounds(reply)) * len(expected), "one replay a round of each"

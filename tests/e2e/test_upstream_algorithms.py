@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,8 +24,10 @@ from transformers import AutoTokenizer
 from tests.e2e.test_interpreted_gpu import WAIT
 from tests.scripts import load_script
 from whiflash_sglang.training import bundled
+from workloads.bench import LAUNCHER, Command
+from workloads.bench import servers as side_by_side
 from workloads.gpu.judge import UPSTREAM, acceptance_length
-from workloads.server import Server, start
+from workloads.pressure import WINDOW
 from workloads.tokens import Streamed, stream
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -53,40 +54,27 @@ TEXTS = (
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """SGLang's by the names of its algorithms, and `ours`, which drafts as each request asks."""
     bench = load_script("bench_gpu")
-    folder: Path = tmp_path_factory.mktemp("upstream")
-    running = {
-        name: start(
-            "tests.interpreted_upstream",
-            *flags,
-            *bench.QUIET,
-            *SIZES,
-            *CPU,
-            log=folder / f"{name}.log",
-            environment={"TRITON_INTERPRET": "1"},
-        )
-        for name, flags in bench.upstream_flags(bundled.PATHS, bench.DEMO_BLOCK).items()
+    interpreted = {"TRITON_INTERPRET": "1"}
+    commands = {
+        name: Command("tests.interpreted_upstream", (*flags, *bench.QUIET, *SIZES, *CPU), interpreted, WAIT)
+        for name, flags in bench.upstream_flags(bundled.PATHS, WINDOW).items()
     }
-    running["ours"] = start(bench.LAUNCHER, "--demo", *SIZES, "--whiflash-router=alternate", log=folder / "ours.log")
-    try:
-        for server in running.values():
-            server.wait_until_ready(WAIT)
-        yield running
-    finally:
-        for server in running.values():
-            server.stop()
+    commands["ours"] = Command(LAUNCHER, ("--demo", *SIZES, "--whiflash-router=alternate"), start_seconds=WAIT)
+    with side_by_side(commands, tmp_path_factory.mktemp("upstream"), at_once=True) as urls:
+        yield urls
 
 
-def ask_all(server: Server, route: str | None = None) -> list[Streamed]:
+def ask_all(url: str, route: str | None = None) -> list[Streamed]:
     """Every text in one batch, as it comes; of ours, drafted by one drafter."""
     tokenizer = AutoTokenizer.from_pretrained(bundled.PATHS.target)
     params: dict[str, Any] = {"ignore_eos": True}
     if route is not None:
         params["custom_params"] = {"whiflash": {"route": route, "trace": True}}
     with ThreadPoolExecutor(len(TEXTS)) as pool:
-        found = [pool.submit(stream, server.base_url, tokenizer(text).input_ids, NUM_TOKENS, params) for text in TEXTS]
+        found = [pool.submit(stream, url, tokenizer(text).input_ids, NUM_TOKENS, params) for text in TEXTS]
         return [one.result() for one in found]
 
 
@@ -119,7 +107,7 @@ def trace(streamed: Streamed) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("policy", "algorithm"), list(UPSTREAM.items()))
 def test_text_and_accepted_drafts_are_those_of_upstream(servers, policy, algorithm):
     """Twice, as prompts are cached the second time and drafters read entries that another request has left."""
-    httpx.post(f"{servers['ours'].base_url}/flush_cache", params={"timeout": 20}, timeout=30).raise_for_status()
+    httpx.post(f"{servers['ours']}/flush_cache", params={"timeout": 20}, timeout=30).raise_for_status()
     for _ in range(2):
         ours, theirs = (ask_all(servers[name], route) for name, route in (("ours", policy[-2:]), (algorithm, None)))
         assert [one.tokens for one in ours] == [one.tokens for one in theirs]
