@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.config import FLAG_CALIBRATION
+from whiflash_sglang.costs import Table, is_table
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.identity import Identity, parsing
 
@@ -35,6 +36,7 @@ class Calibration:
     edges: tuple[float, ...]
     gains: tuple[float, ...]
     neural_threshold: float | None  # tokens; None where no neural router was calibrated
+    costs_ms: Table | None = None  # of the machine it was made on
 
 
 def load_calibration(path: str, identity: Identity) -> Calibration:
@@ -46,6 +48,9 @@ def load_calibration(path: str, identity: Identity) -> Calibration:
     numbers = (*calibration.acceptance_length.values(), calibration.entropy_threshold, *calibration.edges)
     if not all(map(math.isfinite, (*numbers, *calibration.gains, calibration.neural_threshold or 0.0))):
         raise CheckpointError(FLAG_CALIBRATION, path, "holds NaN or infinite values", "make it anew")
+    if calibration.costs_ms is not None and not is_table(calibration.costs_ms):
+        problem = "`costs_ms` must hold positive numbers by drafter, batch size and context"
+        raise CheckpointError(FLAG_CALIBRATION, path, problem, "make it anew")
     if len(calibration.gains) != len(calibration.edges) + 1 or any(a >= b for a, b in pairwise(calibration.edges)):
         problem = "`entropy` needs ascending edges and one more gain than edges"
         raise CheckpointError(FLAG_CALIBRATION, path, problem, "make it anew")
@@ -60,6 +65,7 @@ def _parse(content: Mapping[str, Any]) -> Calibration:
         edges=tuple(map(float, entropy["edges"])),
         gains=tuple(map(float, entropy["gains"])),
         neural_threshold=None if neural is None else float(neural["threshold"]),
+        costs_ms=content.get("costs_ms"),
     )
 
 

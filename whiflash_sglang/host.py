@@ -198,6 +198,10 @@ def install_hooks() -> None:
     HookRegistry.register(
         "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.apply_logits_bias", _open_dead_ends, HookType.AFTER
     )
+    # Signals: SGLang samples in the logits' own memory, and routers read the target's own distribution in rounds too.
+    HookRegistry.register(
+        "sglang.srt.model_executor.model_runner.ModelRunner.sample", _keep_raw_logits, HookType.BEFORE
+    )
     # Hints: judged where SGLang judges sampling parameters, in the HTTP process, which answers a ValueError with 400.
     judge = functools.partial(_judge_custom_params, active_config().drafter_names)
     HookRegistry.register("sglang.srt.sampling.sampling_params.SamplingParams.verify", judge, HookType.AFTER)
@@ -250,6 +254,10 @@ def install_http(server_args: Any) -> None:
     # One by one: SGLang's guard finds no endpoint, and so no level, behind an included router.
     for route in routes(finished, states, about, for_operators).routes:
         http_server.app.add_api_route(route.path, route.endpoint, methods=[*route.methods])
+
+
+def _keep_raw_logits(model_runner: Any, logits_output: Any, forward_batch: Any) -> None:
+    logits_output.raw_logits = logits_output.next_token_logits.clone()
 
 
 def _capture_union(

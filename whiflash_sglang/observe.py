@@ -48,6 +48,43 @@ SGLang's own work on results, requests and the next batch. A device has nothing 
 FIELDS = 9
 ROUNDS, DRAFTED, ACCEPTED, SWITCHES, INGESTED, INGESTIONS, MISSED, CATCH_UPS, CATCH_UP_S = range(FIELDS)
 
+
+class NotDrafted:
+    """The share of rows that could have been drafted for and were not, over about the last `ROWS`.
+
+    A router that weighs costs leaves drafts out where they do not pay. It is worth a warning where that is nearly
+    always so: the drafters do not know the text, or the costs are wrong.
+    """
+
+    ROWS, MUCH, EVERY_S = 1024, 0.9, 600.0
+
+    def __init__(self) -> None:
+        self.share = 0.0
+        self.rows = 0
+        self.next_warning = 0.0
+
+    def count(self, num_rows: int, num_drafted: int) -> None:
+        """A round in which `num_rows` rows could have been drafted for."""
+        if num_rows:
+            self.rows += num_rows
+            weight = 1 - (1 - 1 / min(self.ROWS, self.rows)) ** num_rows
+            self.share += weight * (1 - num_drafted / num_rows - self.share)
+
+    def is_due(self) -> bool:
+        """Whether a warning is, which is then counted as given."""
+        if self.share < self.MUCH or self.rows < self.ROWS or time.monotonic() < self.next_warning:
+            return False
+        self.next_warning = time.monotonic() + self.EVERY_S
+        return True
+
+    def __str__(self) -> str:
+        return (
+            f"{self.share:.0%} of the last {self.ROWS} rows were not drafted for: drafts of this text are not accepted "
+            "often enough to pay for their time. GET /whiflash/stats shows acceptance by span, and what rounds are "
+            "expected to cost (round_ms)"
+        )
+
+
 Table = list[list[float]]
 """[names][FIELDS]."""
 
@@ -74,6 +111,7 @@ class Totals:
         self.pool: dict[str, int] = {}  # KV tokens; each stands in the target's pool and in that of every drafter
         self.costs: RoundCosts | None = None  # of a router that weighs them
         self.prior_share: PriorShare | None = None  # of a router with priors
+        self.not_drafted = NotDrafted()
         self.sums = self._blank()  # of all requests that have been
         self.running = [self._blank() for _ in range(num_slots)]  # by request slot, of its newest request
         self.longest = [0] * num_slots  # backlog that a drafter found waiting
@@ -98,6 +136,7 @@ class Totals:
             accepted = len(result.committed[row]) - 1
             self._add(slot, name, ROUNDS, (1, result.num_drafts[row], accepted, last not in (None, name)))
             self.last_choice[slot] = name
+        self.not_drafted.count(len(rows.may_draft()), len(chosen))
         self.steps += 1
         self.count_catch_ups(result.catch_ups)
 
@@ -137,6 +176,8 @@ class Totals:
             "switched_off": dict.fromkeys(self.switched_off, 1),
             "kv_pool": self.pool,
             "round_ms": {} if self.costs is None else self.costs.snapshot(),
+            "round_costs": {} if self.costs is None else self.costs.health(),
+            "not_drafted_share": round(self.not_drafted.share, 4),
             "prior_share": {} if self.prior_share is None else self.prior_share.snapshot(),
             **self.ledger.snapshot(),
         }
@@ -245,6 +286,12 @@ class Metrics:
         self.pool = Gauge(
             "whiflash_kv_pool_tokens", "KV tokens of the pool, and lost to draft pools.", [*names, "kind"]
         )
+        self.not_drafted = Gauge(
+            "whiflash_not_drafted_share", "Share of the last rows that went without drafts as these did not pay.", names
+        )
+        self.wrong = Gauge(
+            "whiflash_round_costs_wrong", "Times that a round took twice or half of what the start had measured.", names
+        )
         self.off = Gauge("whiflash_drafter_switched_off", "1: produced NaN and is not used.", [*names, "drafter"])
 
     def update(self) -> None:
@@ -280,5 +327,7 @@ class Metrics:
         self.longest.labels(*self.labels.values()).set(figures["backlog_max"])
         for kind, tokens in figures["kv_pool"].items():
             self.pool.labels(*self.labels.values(), kind).set(tokens)
+        self.not_drafted.labels(*self.labels.values()).set(figures["not_drafted_share"])
+        self.wrong.labels(*self.labels.values()).set(figures["round_costs"].get("wrong", 0))
         for name in figures["switched_off"]:
             self.off.labels(*self.labels.values(), name).set(1)

@@ -183,11 +183,14 @@ class Priors:
             evidence.count_trial(tokens)
 
     def settle(self, margin: float, changed: Place | None = None) -> None:
-        """Choose the biases anew: of all places, or of those that depend on what was seen at `changed`."""
-        for place in sorted(self.places, key=lambda place: place.tool is not None):  # any tool's before each tool's
-            if changed is None or place.of_any_tool() == changed.of_any_tool():
-                usual = 0.0 if place.tool is None else self.places[place.of_any_tool()].bias
-                self.places[place].bias = self.places[place].best_bias(margin, usual)
+        """Choose the biases of all places, or only of `changed` and of any tool there.
+
+        The latter is for a server's rounds: other tools follow when they are seen themselves.
+        """
+        places = self.places if changed is None else {changed.of_any_tool(), changed} & self.places.keys()
+        for place in sorted(places, key=lambda place: place.tool is not None):  # any tool's before each tool's
+            usual = 0.0 if place.tool is None else self.places[place.of_any_tool()].bias
+            self.places[place].bias = self.places[place].best_bias(margin, usual)
 
     def _evidence(self, place: Place) -> list[Evidence]:
         """Where a round at `place` counts: for any tool and, if there is room, for its own."""

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from whiflash_sglang.ledger import Explains
 from whiflash_sglang.plans import drafter_by_row, plan_of
 from whiflash_sglang.round import DecodeRound, Drafter, Router, Target
-from whiflash_sglang.types import Drafts, Entries, HostRows, Plan, Proposal, RoundResult, Rows, Verified
+from whiflash_sglang.types import Drafts, Entries, HostRows, Plan, Probe, Proposal, RoundResult, Rows, Verified
 
 
 class Ranks:
@@ -104,15 +104,25 @@ class SharedRouter(Router):
         self.inner = inner
         self.ranks = ranks
         self.names = names
+        self.shared_probe: Probe | None = None  # of the plan that was routed last
 
     def route(self, rows: HostRows) -> Plan:
-        choice = torch.full((len(rows.slots),), -1, dtype=torch.int64)  # index into names; -1: not drafted for
+        # [rows + 2]: each row's index into names, or -1 if it is not drafted for; drafter and row of the probe, or -1.
+        choice = torch.full((len(rows.slots) + 2,), -1, dtype=torch.int64)
         if self.ranks.is_first:
-            for row, name in drafter_by_row(self.inner.route(rows)).items():
+            plan = self.inner.route(rows)
+            for row, name in drafter_by_row(plan).items():
                 choice[row] = self.names.index(name)
+            if (probe := self.inner.probe(rows, plan)) is not None:
+                choice[-2], choice[-1] = self.names.index(probe.drafter), probe.row
         dist.broadcast(choice, group=self.ranks.host_group, group_src=0)
+        *chosen, drafter, row = choice.tolist()
+        self.shared_probe = Probe(self.names[drafter], row) if drafter >= 0 else None
         # The first rank reads it too: drafters draft, and ranks exchange what they compute, in the order of the plan.
-        return plan_of({row: self.names[index] for row, index in enumerate(choice.tolist()) if index >= 0})
+        return plan_of({row: self.names[index] for row, index in enumerate(chosen) if index >= 0})
+
+    def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
+        return self.shared_probe
 
     def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor | None:
         return self.inner.observe(logits, hidden, at) if self.ranks.is_first else None

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 LARGEST = ("backlog_max",)
-MEANS = ("backlog_mean", "round_ms")  # over replicas, however much each has done
+MEANS = ("backlog_mean", "round_ms", "not_drafted_share")  # over replicas, however much each has done
 
 
 def together(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

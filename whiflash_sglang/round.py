@@ -28,6 +28,7 @@ from whiflash_sglang.types import (
     HostRows,
     Plan,
     Prefill,
+    Probe,
     Proposal,
     RoundResult,
     Rows,
@@ -39,6 +40,7 @@ class Router(Protocol):
     """Chooses a drafter for each row, anew every round. A policy that looks at nothing need only `route`.
 
     plan = router.route(rows)                       on the host
+    probe = router.probe(rows, plan)                on the host, right after it
     signals = router.observe(logits, hidden, at)    on the device, behind a verify or a prefill
     router.keep(slots, signals)                     the same numbers, when the host has got them
     """
@@ -46,6 +48,10 @@ class Router(Protocol):
     def route(self, rows: HostRows) -> Plan:
         """Disjoint row numbers by drafter. Rows that are not `draftable` stand in none."""
         ...
+
+    def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
+        """A draft that is to be made but not verified, of a row that `plan` does not give to that drafter."""
+        return None
 
     def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor | None:
         """The numbers [rows, k] that each request's next choice is made by, of any floating dtype; None: it needs none.
@@ -146,11 +152,13 @@ class DecodeRound:
         """One round of all rows. Of the device nothing is read before the end, and then all at once."""
         with self.timed("route"):
             plan = self.reroute(grant(rows.host, self.router.route(rows.host)))
+            probe = self.probe(rows.host, plan)
         with self.timed("catch_up"):
-            catch_ups = self.catch_up(rows.host, plan)
+            catch_ups = self.catch_up(rows.host, plan, probe)
         with self.timed("draft"):
             num_drafts = self.num_drafts(rows.host, plan)
             proposal, finite = self.propose(rows, plan, num_drafts)
+            probed = [] if probe is None else [self.draft(rows, probe.drafter, (probe.row,)).tokens[0]]
         with self.timed("verify"):
             verified = self.target.verify(rows, proposal)
         accepted = accept(proposal, verified.predictions)
@@ -158,15 +166,19 @@ class DecodeRound:
         with self.timed("route"):
             signals = self.observe(verified.logits, verified.hidden, self.newest(accepted))
         with self.timed("read"):
-            read = to_host(proposal.tokens, accepted.tokens, accepted.num_committed, *finite.values(), *signals)
+            read = to_host(
+                proposal.tokens, accepted.tokens, accepted.num_committed, *finite.values(), *probed, *signals
+            )
         window, tokens, num_committed, *others = read  # from here on all is on the host
         told = [figures.tolist() for figures in others]
-        self.keep(rows.host.slots, told[len(finite) :])
+        if probe is not None:
+            probe = probe._replace(drafts=told[len(finite)])
+        self.keep(rows.host.slots, told[len(finite) + len(probed) :])
         committed = [row[:count] for row, count in zip(tokens.tolist(), num_committed.tolist(), strict=True)]
         if not self.lazy:
             self.settle(rows.host, committed)
         is_finite = {name: bool(flag) for name, flag in zip(finite, told, strict=False)}
-        return RoundResult(plan, num_drafts, window, tokens, committed, is_finite, catch_ups)
+        return RoundResult(plan, num_drafts, window, tokens, committed, is_finite, catch_ups, probe)
 
     def reroute(self, plan: Plan) -> Plan:
         """Rows of a drafter that has been switched off go to one that is left, or are not drafted for."""
@@ -175,7 +187,14 @@ class DecodeRound:
         left = next(iter(self.drafters), None)
         return {} if left is None else {left: tuple(sorted(chain(*plan.values())))}
 
-    def catch_up(self, rows: HostRows, plan: Plan) -> dict[str, CatchUp]:
+    def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
+        """The router's probe, unless that drafter has been switched off or drafts for the row anyway."""
+        probe = self.router.probe(rows, plan)
+        if probe is None or probe.drafter not in self.drafters or probe.row in plan.get(probe.drafter, ()):
+            return None
+        return probe
+
+    def catch_up(self, rows: HostRows, plan: Plan, probe: Probe | None = None) -> dict[str, CatchUp]:
         """Let each drafter ingest what it lacks of its rows, and of those whose backlog is as long as it may be."""
         slots, committed = rows.slots, rows.prefix_lens
         done = {}
@@ -186,6 +205,8 @@ class DecodeRound:
                 if self.backlog.overdue(name, slots[row], committed[row], self.max_width)
             }
             due.update(plan.get(name, ()))
+            if probe is not None and probe.drafter == name:
+                due.add(probe.row)
             caught_up = self.ingest(name, [slots[row] for row in due], [committed[row] for row in due])
             if caught_up is not None:
                 done[name] = caught_up
@@ -217,12 +238,14 @@ class DecodeRound:
         tokens = rows.anchors[:, None].repeat(1, width)  # [rows, width]; column 0 is the anchor
         finite = {}
         for name, chosen in plan.items():
-            index = self.indices.of(chosen)
-            picked = rows if len(chosen) == len(num_drafts) else rows.pick(chosen, index)
-            last = self.backlog.last(name, picked.slots, picked.prefix_lens)
-            drafts, finite[name] = self.drafters[name].draft(picked, last)
-            tokens[index, 1 : 1 + drafts.shape[1]] = drafts
+            drafts, finite[name] = self.draft(rows, name, chosen)
+            tokens[self.indices.of(chosen), 1 : 1 + drafts.shape[1]] = drafts
         return Proposal(tokens, self.indices.of(tuple(num_drafts))), finite
+
+    def draft(self, rows: Rows, name: str, chosen: tuple[int, ...]) -> Drafts:
+        """A drafter's drafts for the rows of these numbers."""
+        picked = rows if len(chosen) == len(rows.host.slots) else rows.pick(chosen, self.indices.of(chosen))
+        return self.drafters[name].draft(picked, self.backlog.last(name, picked.slots, picked.prefix_lens))
 
     def commit(self, rows: Rows, plan: Plan, verified: Verified, accepted: Accepted) -> None:
         """Keep every drafter's features of the window.

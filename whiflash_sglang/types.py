@@ -150,6 +150,14 @@ class CatchUp(NamedTuple):
     seconds: float  # wall time
 
 
+class Probe(NamedTuple):
+    """A drafter drafts for one row and nothing of it is verified: what the target says next shows what it was worth."""
+
+    drafter: str
+    row: int
+    drafts: Sequence[int] = ()  # when the host has got them
+
+
 class RoundResult(NamedTuple):
     """What a round came to, all of it on the host."""
 
@@ -160,3 +168,4 @@ class RoundResult(NamedTuple):
     committed: Sequence[Sequence[int]]  # [rows], the new tokens of each; their number is its acceptance length
     finite: Mapping[str, bool]  # by drafter that drafted
     catch_ups: Mapping[str, CatchUp]  # by drafter
+    probe: Probe | None = None

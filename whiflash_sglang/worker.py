@@ -22,9 +22,11 @@ from whiflash_sglang import host
 from whiflash_sglang.adjust import penalize_next
 from whiflash_sglang.backlog import Backlog
 from whiflash_sglang.config import WhiFlashConfig
-from whiflash_sglang.costs import BATCH_SIZES, CONTEXTS, RoundCosts, measure, places
+from whiflash_sglang.cost_cache import cache_file, load_table, machine, save_table
+from whiflash_sglang.costs import BATCH_SIZES, CONTEXTS, Measured, RoundCosts, measure, places
 from whiflash_sglang.drafters import DRAFTERS
 from whiflash_sglang.ends import tokens_to_end
+from whiflash_sglang.identity import Identity
 from whiflash_sglang.ledger import Trace
 from whiflash_sglang.observe import Metrics, RequestFigures, Totals
 from whiflash_sglang.priors import document
@@ -61,6 +63,7 @@ class WhiFlashWorker(BaseSpecWorker):
         self.server_args = server_args
         self.ranks = host.tp_ranks()
         self.show_start_block = ps.tp_rank == 0
+        self.thirds_shown = 0
         self.shows_metrics = server_args.enable_metrics and ps.tp_rank == 0
 
     def alloc_memory_pool(
@@ -128,8 +131,7 @@ class WhiFlashWorker(BaseSpecWorker):
             self.totals.prior_share = self.round.router.inner.share
         self.ranks.share(self.round)
         if costs is not None:
-            seconds = self.measure_costs(costs)
-            router += f", costs of rounds measured in {seconds:.1f} s"
+            router += f", {self.measure_costs(costs)}"
             self.totals.costs = costs
         if self.show_start_block:
             host.print_start_block(
@@ -145,8 +147,8 @@ class WhiFlashWorker(BaseSpecWorker):
         contexts = tuple(context for context in CONTEXTS if context < longest) or (longest,)
         return RoundCosts(widths, places(rows, BATCH_SIZES), contexts)
 
-    def measure_costs(self, costs: RoundCosts) -> float:
-        """Fill the cost table, on KV slots that no request holds yet; the seconds that it took."""
+    def measure_costs(self, costs: RoundCosts) -> str:
+        """Fill the cost table, on KV slots that no request holds yet; how it went, in words."""
         kv_table = self.req_to_token_pool.req_to_token
 
         def make_rows(num_rows: int, context: int) -> Rows:
@@ -157,10 +159,54 @@ class WhiFlashWorker(BaseSpecWorker):
         touched = kv_table[: costs.batch_sizes[-1]]
         untouched = touched.clone()
         synchronize = torch.cuda.synchronize if kv_table.is_cuda else lambda: None
+        began = time.perf_counter()
         with torch.inference_mode(), RoundProbe(self.round, make_rows, synchronize).attached() as probe:
-            seconds = measure(costs, self.ranks.first(probe.run))
+            measured = measure(costs, self.ranks.first(probe.run), self.show_progress)
         touched.copy_(untouched)
-        return seconds
+        doubt = self.check_costs(costs, measured)
+        return f"costs of rounds measured in {time.perf_counter() - began:.1f} s{doubt}"
+
+    def show_progress(self, share: float) -> None:
+        """One line for each third of measuring costs that is done."""
+        thirds = int(3 * share)
+        if self.show_start_block and thirds > self.thirds_shown:
+            self.thirds_shown = thirds
+            print(f"measuring what rounds cost: {100 * thirds // 3}%", flush=True)
+
+    def check_costs(self, costs: RoundCosts, measured: Measured) -> str:
+        """Keep the costs of a quiet machine for later starts; take theirs, or the calibration's, on a busy one."""
+        identity = self.learned.identity or Identity.of(
+            self.server_args.model_path, self.config.draft_paths, self.config.eagle_steps
+        )
+        model = self._target_worker.model_runner
+        key = {
+            **machine(),
+            "models": identity.to_json(),
+            "dtype": str(model.dtype),
+            "attention": self.server_args.attention_backend,
+            "graphs": graph_sizes(model),
+            "ranks": self.ranks.size,
+            "widths": costs.widths,
+        }
+        if measured.disturbed is None:
+            if self.ranks.is_first:
+                save_table(cache_file(key), costs.snapshot(), key)
+            return ""
+        calibration = self.learned.calibration
+        tables = {
+            "an earlier start's": load_table(cache_file(key)),
+            "the calibration's": None if calibration is None else calibration.costs_ms,
+        }
+        source, table = next(((name, table) for name, table in tables.items() if table), ("nobody's", None))
+        if table is not None:
+            costs.adopt(table)
+        costs.disturbed = measured.disturbed
+        logger.warning(
+            "WHIFLASH: round costs could not be measured well: %s. They have %s shape, and serving corrects them.",
+            measured.disturbed,
+            source,
+        )
+        return f" on a busy machine, with {source} shape"
 
     @property
     def spec_v2_attn_backends(self) -> tuple[Any, ...]:
@@ -186,9 +232,7 @@ class WhiFlashWorker(BaseSpecWorker):
         result.next_token_ids = self.ranks.same(result.next_token_ids)
         features, hidden = self.target.split(logits_output.hidden_states)
         prefill = prefill_positions(batch, features, hidden, result.next_token_ids)
-        logits = logits_output.next_token_logits
-        # Sampling turns SGLang's logits into probabilities in place; their logarithms have the same softmax.
-        sampled = self.round.prefill(prefill, logits if batch.sampling_info.is_all_greedy else logits.log())
+        sampled = self.round.prefill(prefill, logits_output.raw_logits)
         self.totals.start(prefill.slots)
         self.begin_records(batch, sampled)
         all_as_tensors(logits_output)
@@ -229,6 +273,8 @@ class WhiFlashWorker(BaseSpecWorker):
         with self.totals.timed("route"):
             self.round.router.learn(rows.host, result, 1000 * (time.perf_counter() - began))
         self.totals.count(rows.host, result, signals)
+        if self.totals.not_drafted.is_due():
+            logger.warning("WHIFLASH: %s", self.totals.not_drafted)
         for name, is_finite in result.finite.items():
             if not is_finite:
                 self.switch_off(name)

@@ -19,6 +19,7 @@ from whiflash_sglang.priors import MAX_BIAS, MAX_ROUNDS, MAX_TOOLS, Place, Prior
 from whiflash_sglang.router.cost_aware import CostAwareRouter
 from whiflash_sglang.router.prior import LOOK_EVERY, TRY_EVERY, TrialRouter
 from whiflash_sglang.router.threshold import ThresholdRouter
+from whiflash_sglang.router.yields import Yields
 from whiflash_sglang.spans import Context, Markers, SpanReader
 from whiflash_sglang.training.fit_priors import biases, fit_priors, margin_of
 from whiflash_sglang.training.walk import walk
@@ -241,7 +242,11 @@ def test_a_request_carries_the_prior_of_where_it_stands() -> None:
 def test_the_share_of_rounds_that_priors_decide(kind: str) -> None:
     """Of two rows one goes elsewhere with its prior."""
     score = Tokens([0.0, 0.0])
-    router = ThresholdRouter(score, 1.0) if kind == "threshold" else CostAwareRouter(score, cost_table(none=500.0), 5.0)
+    router = (
+        ThresholdRouter(score, 1.0)
+        if kind == "threshold"
+        else CostAwareRouter(score, cost_table(none=500.0), Yields({"df": 5.0, "e3": 5.0}))
+    )
     batch = rows(2)._replace(standings=(standing(9.0), standing(-9.0)._replace(span="reasoning")))
     for _ in range(2 * LOOK_EVERY):
         assert chosen(router.route(batch)) == {"df": [1], "e3": [0]}
@@ -287,7 +292,11 @@ def test_who_asks_for_a_drafter_is_not_tried() -> None:
 
 def test_no_drafts_no_trials() -> None:
     priors = Priors()
-    router = TrialRouter(CostAwareRouter(Tokens([0.0]), cost_table(df=100.0, e3=100.0, none=1.0), 2.0), priors, 2.0)
+    router = TrialRouter(
+        CostAwareRouter(Tokens([0.0]), cost_table(df=100.0, e3=100.0, none=1.0), Yields({"df": 2.0, "e3": 2.0})),
+        priors,
+        2.0,
+    )
     batch = rows(1)._replace(standings=(standing(),))
     for _ in range(3 * TRY_EVERY):
         plan = router.route(batch)

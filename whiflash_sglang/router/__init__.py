@@ -60,26 +60,28 @@ def create_router(
     if kind in _SCORED:
         learned = learned or Learned()
         router = _scored(config, num_slots, learned, costs)
-        return router if learned.priors is None else TrialRouter(router, learned.priors, usual_length(learned))
+        return router if learned.priors is None else TrialRouter(router, learned.priors, usual_lengths(learned)["df"])
     return _FACTORIES[kind](config, argument, num_slots)
 
 
-def usual_length(learned: Learned) -> float:
-    """Tokens that a round of `df` commits, as far as anything says so."""
+def usual_lengths(learned: Learned) -> dict[str, float]:
+    """Tokens that a round commits by drafter, as far as anything says so."""
     known = learned.calibration or learned.neural
-    return DEFAULT_BASE if known is None else known.acceptance_length.get("df", DEFAULT_BASE)
+    lengths = {} if known is None else known.acceptance_length
+    return {name: lengths.get(name, DEFAULT_BASE) for name in ("df", "e3")}
 
 
 def _scored(config: WhiFlashConfig, num_slots: int, learned: Learned, costs: RoundCosts | None) -> ScoredRouter:
     from whiflash_sglang.router.cost_aware import CostAwareRouter
     from whiflash_sglang.router.threshold import ThresholdRouter
+    from whiflash_sglang.router.yields import Yields
 
     score, threshold = _SCORED[config.router](config, num_slots, learned)
     if not config.weighs_costs:
         return ThresholdRouter(score, threshold)
     if costs is None:
         raise ValueError("a router that weighs costs needs a table of them")
-    return CostAwareRouter(score, costs, usual_length(learned))
+    return CostAwareRouter(score, costs, Yields(usual_lengths(learned)))
 
 
 def _entropy(config: WhiFlashConfig, num_slots: int, learned: Learned) -> tuple[Score, float]:

@@ -17,7 +17,7 @@ from whiflash_sglang.plans import drafter_by_row, plan_of
 from whiflash_sglang.priors import Place, Priors
 from whiflash_sglang.round import Router
 from whiflash_sglang.router.score import Score
-from whiflash_sglang.types import HostRows, Plan, RoundResult, Standing
+from whiflash_sglang.types import HostRows, Plan, Probe, RoundResult, Standing
 
 LOOK_EVERY = 16  # rounds: planning each of them twice, to see what priors change, would cost as much as routing does
 TRY_EVERY = 64  # requests' rounds, of which one is a trial, where nothing is known
@@ -122,6 +122,9 @@ class TrialRouter(Router):
         if choice[row] == drafter:
             return plan
         return plan_of({**choice, row: drafter})
+
+    def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
+        return self.inner.probe(rows, plan)
 
     def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor | None:
         return self.inner.observe(logits, hidden, at)
