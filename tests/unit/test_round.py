@@ -15,7 +15,7 @@ from tests.fakes import FakeDrafter, FakeTarget, World, feature, plain_greedy
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.round import DecodeRound, Router
 from whiflash_sglang.router import create_router
-from whiflash_sglang.types import HostRows, Plan, RoundResult
+from whiflash_sglang.types import HostRows, Plan, Probe, RoundResult
 
 SLOTS, MAX_LEN = 8, 160
 ROUTERS = ["fixed:e3", "fixed:df", "alternate", "random:3", "entropy"]
@@ -114,6 +114,54 @@ def test_one_width_a_batch_and_each_row_its_own_drafter() -> None:
     # Row 1 has 4 drafts: the padding behind them is not accepted even where it happens to be right. Row 2 has none.
     assert [len(tokens) for tokens in result.committed] == [8, 5, 1]
     assert router.kept == {slot: [tokens[-1], 2 * tokens[-1]] for slot, tokens in enumerate(result.committed)}
+
+
+class Probing(Router):
+    """Drafts for nobody, and probes a drafter in every second round."""
+
+    def __init__(self, *drafters: str):
+        self.drafters = drafters
+        self.rounds = 0
+
+    def route(self, rows: HostRows) -> Plan:
+        return {}
+
+    def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
+        self.rounds += 1
+        if self.rounds % 2:
+            return None
+        turn = self.rounds // 2
+        return Probe(self.drafters[turn % len(self.drafters)], turn % len(rows.slots))
+
+
+def test_a_probe_drafts_and_verifies_nothing() -> None:
+    """Its drafts reach the host with the round's read; width, text and the drafters' contexts are as without it."""
+    world = World(SLOTS, MAX_LEN)
+    for slot in range(3):
+        world.texts[slot] = [slot, 5, 7]
+    decode = decode_round(world, Probing("df", "e3"), ["df", "e3"], [0, 1, 2])
+    probed = set()
+    for _ in range(24):
+        texts = {slot: [*text] for slot, text in world.texts.items()}
+        result = decode.run(world.rows([0, 1, 2], 8))
+        assert [len(tokens) for tokens in result.committed] == [1, 1, 1] and not result.plan
+        if result.probe is not None:
+            drafter, row, drafts = result.probe
+            assert drafts == plain_greedy(texts[row], {"df": 7, "e3": 4}[drafter])
+            probed.add((drafter, row))
+        commit(world, [0, 1, 2], result)
+    assert set(decode.target.widths) == {1}
+    assert len(probed) == 6
+    for slot in range(3):
+        assert world.texts[slot] == [slot, 5, 7, *plain_greedy([slot, 5, 7], 24)]
+
+
+def test_a_drafter_that_is_switched_off_is_not_probed() -> None:
+    world = World(SLOTS, MAX_LEN)
+    world.texts[0] = [1, 2]
+    decode = decode_round(world, Probing("df"), ["df", "e3"], [0])
+    decode.switch_off("df")
+    assert all(decode.run(world.rows([0], 8)).probe is None for _ in range(4))
 
 
 def test_width_is_no_more_than_the_batch_needs() -> None:

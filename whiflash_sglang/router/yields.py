@@ -23,7 +23,7 @@ from whiflash_sglang.types import HostRows, Plan
 
 DF, E3 = "df", "e3"
 MOST = 2.0  # trust; a calibration may be too modest, but not by more
-KNOWN, KNOWN_ROUNDS = 0.6, 4  # trust, after so many drafts, from which a request's rounds count for levels
+KNOWN, KNOWN_ROUNDS = 0.75, 4  # trust, after so many drafts, from which a request's rounds count for levels
 _FAST, _SLOW = 0.15, 0.02  # weight of the newest round
 _SHARED = 8  # rounds of a request's own that its place counts for
 _FEW = 16  # rounds that what a level begins with counts for
