@@ -125,6 +125,17 @@ def test_a_trace_joins_to_the_text(client, tokenizer, prompts):
 
 
 @pytest.mark.parametrize("route", ROUTES[1:])
+def test_the_first_round_is_routed_by_the_same_entropy_as_the_rest(client, prompts):
+    """After a prefill it was that of the distribution that had been sampled from: tempered, masked, penalized."""
+    entropies = []
+    for more in ({}, {"temperature": 0.2}, {"temperature": 0.7, "top_k": 3}, {"frequency_penalty": 1.5}):
+        params = {"temperature": 0, "max_new_tokens": 2, "custom_params": {"whiflash": {"trace": True}}, **more}
+        reply = client.post("/generate", json={"input_ids": prompts[0], "sampling_params": params})
+        reply.raise_for_status()
+        entropies.append(reply.json()["meta_info"]["whiflash"][0]["trace"][0]["entropy"])
+    assert entropies == pytest.approx([entropies[0]] * len(entropies), rel=1e-3) and entropies[0] > 0
+
+
 def test_every_route_gives_the_same_text_by_its_drafter(client, prompts, route):
     for prompt in prompts[:4]:
         plain, routed = generate(client, prompt), generate(client, prompt, route=route)

@@ -11,7 +11,7 @@ import torch
 
 from whiflash_sglang.hints import Hints
 from whiflash_sglang.ledger import Record
-from whiflash_sglang.observe import RequestFigures, Totals
+from whiflash_sglang.observe import NotDrafted, RequestFigures, Totals
 from whiflash_sglang.types import CatchUp, HostRows, RoundResult
 
 
@@ -96,6 +96,7 @@ for rounds in (3, 5):
     totals.ledger.counts[("user", "reasoning", "df")] = [rounds, 4 * rounds]
     metrics.write(totals.snapshot())
 totals.switched_off.append("e3")
+totals.not_drafted.count(4, 1)
 metrics.write(totals.snapshot())
 print(generate_latest().decode())
 """
@@ -107,5 +108,28 @@ print(generate_latest().decode())
         'whiflash_context_tokens_total{context_kind="user",model_name="m"} 20.0',
         'whiflash_kv_pool_tokens{kind="lost_to_draft_pools",model_name="m"} 40.0',
         'whiflash_drafter_switched_off{drafter="e3",model_name="m"} 1.0',
+        'whiflash_not_drafted_share{model_name="m"} 0.75',
+        'whiflash_round_costs_wrong{model_name="m"} 0.0',
     ):
         assert line in shown.splitlines(), shown
+
+
+def test_a_server_that_drafts_nothing_says_so() -> None:
+    """A server whose costs were wrong drafted for one round in ten, for as long as it lived, without a word."""
+    share = NotDrafted()
+    due = []
+    for _ in range(2 * NotDrafted.ROWS):
+        share.count(2, 0)
+        due.append(share.is_due())
+    assert due.count(True) == 1 and due.index(True) == NotDrafted.ROWS // 2 - 1
+    assert "100%" in str(share) and "/whiflash/stats" in str(share)
+
+
+def test_rows_that_may_not_be_drafted_for_do_not_count() -> None:
+    totals = Totals(("df", "e3"), 8)
+    totals.start([2, 5])
+    for slot in (2, 5):
+        totals.ledger.begin(slot, record(totals))
+    for _ in range(10):
+        totals.count(rows([2, 5])._replace(draftable=[True, False]), result({"df": [0]}, [7, 0], [8, 1]), {})
+    assert totals.snapshot()["not_drafted_share"] == 0.0
