@@ -67,7 +67,7 @@ class NotDrafted:
         """A round in which `num_rows` rows could have been drafted for."""
         if num_rows:
             self.rows += num_rows
-            weight = 1 - (1 - 1 / min(self.ROWS, self.rows)) ** num_rows
+            weight = min(1.0, num_rows / min(self.ROWS, self.rows))
             self.share += weight * (1 - num_drafted / num_rows - self.share)
 
     def is_due(self) -> bool:
