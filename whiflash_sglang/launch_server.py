@@ -13,6 +13,7 @@ environment, and importing this module must stay free of side effects.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import importlib.util
 import json
@@ -20,6 +21,7 @@ import os
 import shlex
 import sys
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -146,10 +148,14 @@ def refuse_unsupported(argv: Sequence[str]) -> None:
     from whiflash_sglang.cpu import activate
 
     flags, rest = build_parser().parse_known_args(list(argv))
+    on_cpu = activate() is not None
+    if on_cpu and "--log-level" not in command_line.read(rest):
+        # Each import of a kernel warns that a CPU does not have it.
+        warnings.filterwarnings("ignore", "Triton is not supported|Only CUDA", UserWarning, r"sglang\.")
     given = given_flags(rest)
     if flags.whiflash_router != "off":
         refuse(REFUSALS, given)
-    if activate() is not None:
+    if on_cpu:
         refuse(CPU_REFUSALS, given)
     elif flags.whiflash_router != "off":
         refuse(CUDA_REFUSALS, given)
@@ -263,7 +269,7 @@ def serve(sglang_argv: Sequence[str]) -> None:
     load_plugins()
     try:
         server_args = prepare_server_args([QUIET, *sglang_argv])
-        server_args.check_server_args()
+        copy.deepcopy(server_args).check_server_args()  # run_server does so too, and settles things in it
         if is_ours:
             from whiflash_sglang import host
 
