@@ -75,6 +75,9 @@ DEMO_DEFAULTS = (
 # Comes before the operator's own, as the demo's defaults do. SGLang's arguments alone are 14 KB of its log.
 QUIET = "--log-level=warning"
 
+# What SGLang's imports say on a CPU, each in every process: there are no such kernels.
+WARNINGS_OF_IMPORTS = ("Triton is not supported on current platform", "Only CUDA")
+
 FLAG_ALGORITHM = "--speculative-algorithm"
 
 
@@ -93,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             look_over(argv)
         config, sglang_argv = build_argv(argv)
         progress.say("importing SGLang")
+        if surely_none() and "--log-level" not in command_line.read(argv):
+            silence_imports()
         refuse_unsupported(argv)
     except WhiFlashError as error:
         raise refused(error) from error
@@ -123,6 +128,13 @@ def look_over(argv: Sequence[str]) -> None:
     ports.check(command_line.read([*DEMO_DEFAULTS, *rest]) if flags.demo else given)
 
 
+def silence_imports() -> None:
+    """No warnings, from this process and those that it spawns, of kernels that only accelerators have."""
+    for message in WARNINGS_OF_IMPORTS:
+        warnings.filterwarnings("ignore", message, UserWarning)
+    os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore:{text}:UserWarning" for text in WARNINGS_OF_IMPORTS))
+
+
 def with_config_file(argv: Sequence[str]) -> list[str]:
     """`--config FILE` put out as the flags that the file stands for, ours among them; flags on the command line win."""
     if "--config" not in argv:
@@ -148,14 +160,10 @@ def refuse_unsupported(argv: Sequence[str]) -> None:
     from whiflash_sglang.cpu import activate
 
     flags, rest = build_parser().parse_known_args(list(argv))
-    on_cpu = activate() is not None
-    if on_cpu and "--log-level" not in command_line.read(rest):
-        # Each import of a kernel warns that a CPU does not have it.
-        warnings.filterwarnings("ignore", "Triton is not supported|Only CUDA", UserWarning, r"sglang\.")
     given = given_flags(rest)
     if flags.whiflash_router != "off":
         refuse(REFUSALS, given)
-    if on_cpu:
+    if activate() is not None:
         refuse(CPU_REFUSALS, given)
     elif flags.whiflash_router != "off":
         refuse(CUDA_REFUSALS, given)
