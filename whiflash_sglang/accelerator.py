@@ -4,7 +4,10 @@ models' head sizes, and hold the target's KV beside a pool for every drafter. Pu
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from whiflash_sglang.checkpoints import DRAFTER_FLAGS, FLAG_TARGET, DrafterSpec, TargetSpec
@@ -22,6 +25,16 @@ HEAD_SIZES: Mapping[str, Sequence[int]] = {
 FLAG_FRACTION = "--mem-fraction-static"
 FLAG_POOL = "--max-total-tokens"
 GIB = 2**30
+
+
+_DEVICES = ("nvidia*", "kfd", "dri/render*", "dxg", "accel*", "davinci*", "habanalabs*")
+
+
+def surely_none() -> bool:
+    """Whether this machine has no accelerator, as far as that is known without torch: no device file of any, and
+    SGLang's own CPU engine (see `cpu.activate`) was not asked for."""
+    own_engine = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+    return not own_engine and sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _DEVICES)
 
 
 def check_attention(backends: Iterable[str], target: TargetSpec, drafters: Iterable[DrafterSpec]) -> None:

@@ -22,7 +22,14 @@ from typing import Any
 from whiflash_sglang import targets
 from whiflash_sglang.config import FLAG_DFLASH, FLAG_EAGLE, FLAG_ROUTER
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.safetensors_header import TensorInfo, read_headers, read_integers, read_json, refuse_pickled
+from whiflash_sglang.safetensors_header import (
+    TensorInfo,
+    check_files,
+    read_headers,
+    read_integers,
+    read_json,
+    refuse_pickled,
+)
 
 FLAG_TARGET = "--model-path"
 DRAFTER_FLAGS = {"df": FLAG_DFLASH, "e3": FLAG_EAGLE}
@@ -106,6 +113,11 @@ def load_target_spec(path: str) -> TargetSpec:
         num_layers=checkpoint.integer("num_hidden_layers"),
         **_width(checkpoint),
     )
+
+
+def check_weights(flag: str, path: str, needed: bool = False) -> None:
+    """Refuse weights that are cut, broken or not all there; and, if they are `needed`, a folder without any."""
+    (read_headers if needed else check_files)(flag, Path(path))
 
 
 def load_drafter_spec(path: str, kind: str, target: TargetSpec) -> DrafterSpec:

@@ -49,6 +49,8 @@ FLAG_STEPS = "--whiflash-eagle-steps"
 FLAG_CATCH_UP = "--whiflash-catchup"
 FLAG_BACKLOG = "--whiflash-max-backlog"
 
+WITHOUT_DRAFTERS = f"or {FLAG_ROUTER} off to serve without speculation"
+
 
 @dataclass(frozen=True)
 class WhiFlashConfig:
@@ -116,7 +118,12 @@ class WhiFlashConfig:
             needed = name in self.drafter_names
             asked = f"{FLAG_DRAFTERS} {self.drafters}"
             if needed and not path:
-                mend = f"give the {title} drafter's folder or hub id, or choose other drafters"
+                others = [other for other, (_, given, _) in flags.items() if given and other in self.drafter_names]
+                alone = f"or {FLAG_DRAFTERS} {others[0]} to draft with {flags[others[0]][2]} alone" if others else None
+                mend = (
+                    f"give the {title} drafter's folder or hub id, {alone or WITHOUT_DRAFTERS}; "
+                    "docs/routers.md tells how to train one"
+                )
                 raise ConfigError(flag, None, f"missing, but {asked} needs it", mend)
             if path and not needed:
                 mend = f"drop it or use {FLAG_DRAFTERS} df-e3"

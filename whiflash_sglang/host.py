@@ -96,6 +96,10 @@ class WhiFlashAlgorithm(CustomSpecAlgo):
 
         return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
 
+    def create_worker(self, server_args: Any) -> type:
+        """The base class warns that steps do not overlap, which is `handle_server_args`'s own choice."""
+        return self.factory(server_args)
+
     def handle_server_args(self, server_args: Any) -> None:
         """Settle what follows from the algorithm; runs inside SGLang's own argument resolution."""
         if server_args.tp_size > 1:

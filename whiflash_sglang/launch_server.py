@@ -4,7 +4,8 @@
         --speculative-draft-model-path DFLASH --whiflash-eagle-draft EAGLE3 [SGLang's flags]
     python -m whiflash_sglang.launch_server --demo --port 30000
 
-Checkpoints are judged before SGLang is started. `--whiflash-router off` starts SGLang without speculation: the
+Flags, ports and checkpoints are judged before SGLang is imported, which takes many seconds, and whatever is refused
+ends the process with one line and exit status 2. `--whiflash-router off` starts SGLang without speculation: the
 baseline that everything is compared with. The scheduler is a spawned process; our configuration reaches it through the
 environment, and importing this module must stay free of side effects.
 """
@@ -12,16 +13,31 @@ environment, and importing this module must stay free of side effects.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import importlib.util
+import json
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from whiflash_sglang import hub
-from whiflash_sglang.checkpoints import FLAG_TARGET, load_drafter_spec, load_target_spec
+from whiflash_sglang import bounds, command_line, hub, ports, progress
+from whiflash_sglang.accelerator import FLAG_POOL, surely_none
+from whiflash_sglang.checkpoints import (
+    DRAFTER_FLAGS,
+    FLAG_TARGET,
+    DrafterSpec,
+    check_ranks,
+    check_weights,
+    load_drafter_spec,
+    load_target_spec,
+)
 from whiflash_sglang.config import (
     ENVIRONMENT_VARIABLE,
     FLAG_BACKLOG,
@@ -34,11 +50,12 @@ from whiflash_sglang.config import (
     add_arguments,
 )
 from whiflash_sglang.errors import ConfigError, WhiFlashError
-from whiflash_sglang.refusals import CPU_REFUSALS, CUDA_REFUSALS, FLAG_WIDTH, REFUSALS, Given, refuse
+from whiflash_sglang.refusals import CPU_REFUSALS, CUDA_REFUSALS, FLAG_WIDTH, REFUSALS, Given, refuse, typed
 
 ALGORITHM = "WHIFLASH"
 PROGRAM = "python -m whiflash_sglang.launch_server"
 DEMO_MODELS = Path(__file__).parent / "demo_models"
+DEMO_REQUEST = DEMO_MODELS / "request.json"  # what the bundled models know how to answer
 # Come before the operator's own flags, and so give way to them: argparse takes the last value of a flag.
 DEMO_DEFAULTS = (
     "--served-model-name=whiflash-demo",
@@ -49,29 +66,41 @@ DEMO_DEFAULTS = (
     "--max-running-requests=16",
     "--sampling-backend=pytorch",
     "--reasoning-parser=qwen3",
-    "--tool-call-parser=qwen25",
+    "--tool-call-parser=qwen",
     "--enable-cache-report",
     "--skip-server-warmup",
     "--sleep-on-idle",
 )
 
+# Comes before the operator's own, as the demo's defaults do. SGLang's arguments alone are 14 KB of its log.
+QUIET = "--log-level=warning"
+
+# What SGLang's imports say on a CPU, each in every process: there are no such kernels.
+WARNINGS_OF_IMPORTS = ("Triton is not supported on current platform", "Only CUDA")
+
 FLAG_ALGORITHM = "--speculative-algorithm"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if importlib.util.find_spec("sglang") is None:
-        raise SystemExit("error: SGLang is not installed; run `pip install 'whiflash-sglang[server]'` or `make`")
-    if "-h" in argv or "--help" in argv:
-        print_help()
-        return
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        argv = with_config_file(argv)
-        refuse_unsupported(argv)
+        if importlib.util.find_spec("sglang") is None:
+            mend = "run `pip install 'whiflash-sglang[server]'` or `make`"
+            raise ConfigError("SGLang", None, "is not installed", mend)
+        if "-h" in argv or "--help" in argv:
+            print_help()
+            return
+        look_over(argv)
+        if "--config" in argv:
+            argv = with_config_file(argv)
+            look_over(argv)
         config, sglang_argv = build_argv(argv)
+        progress.say("importing SGLang")
+        if surely_none() and "--log-level" not in command_line.read(argv):
+            silence_imports()
+        refuse_unsupported(argv)
     except WhiFlashError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise refused(error) from error
     os.environ.pop(ENVIRONMENT_VARIABLE, None)
     if config.router == "off":
         # Nothing of ours is registered in a process that finds no configuration.
@@ -79,6 +108,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         config.to_environ(os.environ)
     serve(sglang_argv)
+
+
+def refused(error: Exception) -> SystemExit:
+    """Say on one line what was refused; the end of the process, to be raised."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return SystemExit(2)
+
+
+def look_over(argv: Sequence[str]) -> None:
+    """Refuse what the command line alone shows: flags, numbers and ports. Imports neither SGLang nor torch."""
+    flags, rest = build_parser().parse_known_args(list(argv))
+    given = command_line.read(rest)
+    if flags.whiflash_router != "off":
+        refuse(REFUSALS, typed(given))
+    if surely_none():
+        refuse(CPU_REFUSALS, typed(given))
+    bounds.check(given)
+    ports.check(command_line.read([*DEMO_DEFAULTS, *rest]) if flags.demo else given)
+
+
+def silence_imports() -> None:
+    """No warnings, from this process and those that it spawns, of kernels that only accelerators have."""
+    for message in WARNINGS_OF_IMPORTS:
+        warnings.filterwarnings("ignore", message, UserWarning)
+    os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore:{text}:UserWarning" for text in WARNINGS_OF_IMPORTS))
 
 
 def with_config_file(argv: Sequence[str]) -> list[str]:
@@ -99,7 +153,10 @@ def with_config_file(argv: Sequence[str]) -> list[str]:
 
 
 def refuse_unsupported(argv: Sequence[str]) -> None:
-    """Refuse flags of SGLang's that WHIFLASH, or the CPU platform, does not support; see `refusals`."""
+    """Refuse flags of SGLang's that WHIFLASH, or the CPU platform, does not support; see `refusals`, `bounds`.
+
+    The exact pass after `look_over`: SGLang's parser reads abbreviations, and whether there is a GPU is known.
+    """
     from whiflash_sglang.cpu import activate
 
     flags, rest = build_parser().parse_known_args(list(argv))
@@ -110,6 +167,8 @@ def refuse_unsupported(argv: Sequence[str]) -> None:
         refuse(CPU_REFUSALS, given)
     elif flags.whiflash_router != "off":
         refuse(CUDA_REFUSALS, given)
+    values = {flag: one.value for flag, one in given.items() if one.value != one.default}
+    bounds.check({flag: value if isinstance(value, list) else [value] for flag, value in values.items()})
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, Given]:
@@ -145,7 +204,11 @@ def build_argv(argv: Sequence[str]) -> tuple[WhiFlashConfig, list[str]]:
     defaults = list(DEMO_DEFAULTS) if flags.demo else []
     if flags.model_path is None:
         raise ConfigError(FLAG_TARGET, None, "missing", "give the target model's folder or hub id, or --demo")
+    given = command_line.read(rest)
     if config.router == "off":
+        check_room(1, given)
+        if Path(flags.model_path).is_dir():
+            check_weights(FLAG_TARGET, flags.model_path)
         return config, [
             *defaults,
             *_pass_on(FLAG_TARGET, flags.model_path),
@@ -159,13 +222,14 @@ def build_argv(argv: Sequence[str]) -> tuple[WhiFlashConfig, list[str]]:
         FLAG_TARGET, flags.model_path, revision=flags.revision, cache_dir=flags.download_dir, patterns=patterns
     )
     config = _with_local_drafters(config, flags)
+    width = check_checkpoints(config, target_path, flags.speculative_num_draft_tokens, given)
     _check_learned(config, target_path)
     if target_path != flags.model_path:
         defaults += _pass_on("--served-model-name", flags.model_path)
     speculation = [
         *_pass_on(FLAG_ALGORITHM, ALGORITHM),
         *_pass_on(FLAG_DFLASH, next(iter(config.draft_paths.values()))),
-        *_pass_on(FLAG_WIDTH, str(_verify_width(config, target_path, flags.speculative_num_draft_tokens))),
+        *_pass_on(FLAG_WIDTH, str(width)),
         # SGLang would quantize the drafters as --quantization says for the target.
         *_pass_on("--speculative-draft-model-quantization", "unquant"),
     ]
@@ -212,20 +276,36 @@ def serve(sglang_argv: Sequence[str]) -> None:
     is_ours = ENVIRONMENT_VARIABLE in os.environ
     load_plugins()
     try:
-        server_args = prepare_server_args(list(sglang_argv))
+        server_args = prepare_server_args([QUIET, *sglang_argv])
+        copy.deepcopy(server_args).check_server_args()  # run_server does so too, and settles things in it
         if is_ours:
             from whiflash_sglang import host
 
             host.check_accelerator(server_args)
     # Flags that do not go together, by SGLang or by us (host.py, cpu/platform.py).
-    except (ValueError, AssertionError, WhiFlashError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except (ValueError, TypeError, AssertionError, NotImplementedError, OSError, WhiFlashError) as error:
+        raise refused(error) from error
     if is_ours:
         host.install_http(server_args)
+    progress.say(f"loading the target {server_args.model_path}, in a process of its own")
+    request = curl(server_args)
+    threading.Thread(target=progress.say_when_ready, args=(server_args, request), daemon=True).start()
     try:
         run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def curl(server_args: Any) -> str:
+    """A command that asks this server something, to be pasted into a shell."""
+    if server_args.model_path == str(DEMO_MODELS / "target"):
+        body = f"@{DEMO_REQUEST}"
+    else:
+        message = {"role": "user", "content": "Which numbers are prime?"}
+        body = json.dumps({"model": server_args.served_model_name, "messages": [message], "max_tokens": 256})
+    key = ' -H "Authorization: Bearer $API_KEY"' if server_args.api_key else ""
+    url = f"{server_args.url()}/v1/chat/completions"
+    return f"curl {url} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
 
 
 def _refuse_what_sglang_would_misread(flags: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -297,10 +377,38 @@ def _check_learned(config: WhiFlashConfig, target_path: str) -> None:
     Learned.load(config, target_path)
 
 
-def _verify_width(config: WhiFlashConfig, target_path: str, asked: str | None) -> int:
-    """Tokens of a verify window: the anchor and the longest draft that any of the drafters makes."""
+def check_checkpoints(
+    config: WhiFlashConfig, target_path: str, asked_width: str | None, given: Mapping[str, Sequence[str]]
+) -> int:
+    """Refuse models that are not whole, do not fit each other, or find no room; the tokens of a verify window."""
     target = load_target_spec(target_path)
+    if command_line.last(given, "--load-format") in (None, "auto", "safetensors"):
+        check_weights(FLAG_TARGET, target_path, needed=True)
     specs = [load_drafter_spec(path, name, target) for name, path in config.draft_paths.items()]
+    width = _verify_width(config, specs, asked_width)
+    check_room(width, given)
+    num_ranks = int(command_line.last(given, "--tensor-parallel-size") or 1)
+    for flag, path in {FLAG_TARGET: target_path, **{DRAFTER_FLAGS[spec.kind]: spec.path for spec in specs}}.items():
+        check_ranks(flag, path, num_ranks)
+    return width
+
+
+def check_room(width: int, given: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a pool or a context that cannot hold a token and two windows of `width`: the one that is verified, and
+    the one that SGLang's admission keeps room for."""
+    page = int(bounds.number("--page-size", command_line.last(given, "--page-size") or 1))
+    needed = -(-(2 * width + 1) // page) * page
+    for flag in (FLAG_POOL, "--context-length"):
+        value = command_line.last(given, flag)
+        if value is not None and bounds.number(flag, value) < needed:
+            problem = (
+                f"is too small for verify windows of {width} tokens" if width > 1 else "is too small for a request"
+            )
+            raise ConfigError(flag, value, problem, f"give {needed} or more, e.g. 4096, or leave it out")
+
+
+def _verify_width(config: WhiFlashConfig, specs: Sequence[DrafterSpec], asked: str | None) -> int:
+    """Tokens of a verify window: the anchor and the longest draft that any of the drafters makes."""
     width = max(spec.block_size or 1 + config.eagle_steps for spec in specs)
     if config.max_backlog < width:
         problem = f"below the verify width, which is {width} for these drafters"

@@ -12,7 +12,7 @@ sizes and memory are judged in `accelerator.py`.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -38,6 +38,21 @@ class Refusal(NamedTuple):
     reason: str
     mend: str
     fine: tuple[object, ...] = ()
+
+
+def typed(given: Mapping[str, Sequence[str]]) -> dict[str, Given]:
+    """Flags as they were typed (`command_line.read`), with the defaults that SGLang's parser would tell."""
+    return {flag: Given(_value(values, DEFAULTS.get(flag)), DEFAULTS.get(flag)) for flag, values in given.items()}
+
+
+def _value(values: Sequence[str], default: object) -> object:
+    """What SGLang's parser would make of them: a switch, several, or one of the default's type."""
+    if len(values) != 1:
+        return list(values) or True
+    try:
+        return type(default)(values[0]) if isinstance(default, int | float) else values[0]
+    except ValueError:
+        return values[0]
 
 
 def refuse(table: Iterable[Refusal], given: Mapping[str, Given]) -> None:
@@ -266,6 +281,29 @@ CPU_REFUSALS: tuple[Refusal, ...] = (
         fine=(False,),
     ),
 )
+
+# What SGLang's parser has for flags of the tables where nobody gives them; the others have nothing, or are switches.
+DEFAULTS: Mapping[str, int | float | str] = {
+    "--speculative-accept-threshold-single": 1.0,
+    "--speculative-accept-threshold-acc": 1.0,
+    "--speculative-ngram-min-bfs-breadth": 1,
+    "--speculative-ngram-max-bfs-breadth": 10,
+    "--speculative-ngram-match-type": "BFS",
+    "--speculative-ngram-max-trie-depth": 18,
+    "--speculative-ngram-capacity": 10_000_000,
+    "--speculative-ngram-external-sam-budget": 0,
+    "--speculative-ngram-external-corpus-max-tokens": 10_000_000,
+    "--decoupled-spec-role": "null",
+    "--pipeline-parallel-size": 1,
+    "--decode-context-parallel-size": 1,
+    "--attention-context-parallel-size": 1,
+    "--dwdp-size": 1,
+    "--disaggregation-mode": "null",
+    "--tokenizer-worker-num": 1,
+    "--model-impl": "auto",
+    "--cpu-offload-gb": 0,
+    "--offload-group-size": -1,
+}
 
 
 def markdown(table: Iterable[Refusal]) -> str:

@@ -34,20 +34,30 @@ def refusal(config: Mapping[str, Any]) -> str | None:
 
 def _kind(config: Mapping[str, Any], architectures: list[str]) -> str | None:
     """What stands in the way, whatever the architecture is called; None: nothing that is known."""
-    layers = set(config.get("layer_types") or [_PLAIN]) - {_PLAIN}
     is_generation = any(name.endswith("ForConditionalGeneration") for name in architectures)
     if is_generation or any(isinstance(config.get(name), dict) for name in _MULTIMODAL):
-        return "a multimodal or vision-language model"
+        kind = "a multimodal or vision-language model"
+        text = config.get("text_config")
+        layers = _kind_of_layers(text) if isinstance(text, dict) else None
+        return f"{layers} (and {kind})" if layers else kind  # what would be left without the pictures
     if config.get("is_encoder_decoder"):
         return "an encoder-decoder model"
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         return "an encoder, classifier or embedding model, which writes no text"
+    return _kind_of_layers(config)
+
+
+def _kind_of_layers(config: Mapping[str, Any]) -> str | None:
+    """What of a text model's layers stands in the way."""
+    layers = set(config.get("layer_types") or [_PLAIN]) - {_PLAIN}
     if config.get("kv_lora_rank") is not None:
-        return "a model with multi-head latent attention (MLA)"
+        return "a model with multi-head latent attention (MLA), whose compressed KV verify windows are not made for"
     if any(config.get(name) is not None for name in _RECURRENT) or any("attention" not in name for name in layers):
         return "a hybrid or Mamba model, whose recurrent state cannot take a draft back"
     if any("linear" in name for name in layers):
         return "a hybrid with linear attention, whose recurrent state cannot take a draft back"
     if layers or config.get("use_sliding_window"):
-        return "a model with sliding-window layers"
+        return (
+            "a model with sliding-window layers, whose KV has pools of its own, where drafters share the slots of one"
+        )
     return None

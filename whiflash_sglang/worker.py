@@ -18,7 +18,7 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
-from whiflash_sglang import host
+from whiflash_sglang import host, progress
 from whiflash_sglang.adjust import penalize_next
 from whiflash_sglang.backlog import Backlog
 from whiflash_sglang.config import WhiFlashConfig
@@ -54,17 +54,22 @@ class WhiFlashWorker(BaseSpecWorker):
         self._target_worker = target_worker
         if self.config.router == "neural":  # before CUDA graphs are captured
             host.capture_final_hidden_states(target_worker.model_runner.model)
-        self.runners = {
-            name: host.build_draft_runner(spec, server_args, gpu_id, ps, nccl_port, target_worker)
-            for name, spec in self.specs.items()
-        }
+        self.show_start_block = ps.tp_rank == 0
+        self.runners = {}
+        for name, spec in self.specs.items():
+            self.say(f"loading drafter {name} {spec.path}")
+            self.runners[name] = host.build_draft_runner(spec, server_args, gpu_id, ps, nccl_port, target_worker)
         # SGLang asks for "the" draft worker when it reports memory; the first drafter's stands for both.
         self._draft_worker = next(iter(self.runners.values())).worker
         self.server_args = server_args
         self.ranks = host.tp_ranks()
-        self.show_start_block = ps.tp_rank == 0
         self.thirds_shown = 0
         self.shows_metrics = server_args.enable_metrics and ps.tp_rank == 0
+
+    def say(self, doing: str) -> None:
+        """Of several ranks the first one tells what they do."""
+        if self.show_start_block:
+            progress.say(doing)
 
     def alloc_memory_pool(
         self, memory_pool_config: Any = None, req_to_token_pool: Any = None, token_to_kv_pool_allocator: Any = None
@@ -88,6 +93,8 @@ class WhiFlashWorker(BaseSpecWorker):
     def init_cuda_graphs(self) -> None:
         target_runner = self._target_worker.model_runner
         sizes = graph_sizes(target_runner)
+        if sizes:
+            self.say("capturing CUDA graphs")
         for name, runner in self.runners.items():
             # What SGLang would capture is a forward of one kind of drafter; ours are captured with their drafts.
             runner.worker.init_cuda_graphs(capture_decode_cuda_graph=False)
@@ -169,9 +176,9 @@ class WhiFlashWorker(BaseSpecWorker):
     def show_progress(self, share: float) -> None:
         """One line for each third of measuring costs that is done."""
         thirds = int(3 * share)
-        if self.show_start_block and thirds > self.thirds_shown:
+        if thirds > self.thirds_shown:
             self.thirds_shown = thirds
-            print(f"measuring what rounds cost: {100 * thirds // 3}%", flush=True)
+            self.say(f"measuring what rounds cost: {100 * thirds // 3}%")
 
     def check_costs(self, costs: RoundCosts, measured: Measured) -> str:
         """Keep the costs of a quiet machine for later starts; take theirs, or the calibration's, on a busy one."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import time
@@ -26,6 +28,8 @@ from workloads.server import Server, start
 
 pytestmark = pytest.mark.e2e
 
+ROOT = Path(__file__).parents[2]
+REQUESTS = ROOT / "docs" / "requests.md"
 LAUNCHER = "whiflash_sglang.launch_server"
 NUM_TOKENS = 64
 END_SECONDS = 30
@@ -79,8 +83,45 @@ def test_each_drafter_alone(launch, prompts):
         counted = totals(server)
         assert set(counted["rounds_by_drafter"]) == {name}
         assert counted["accepted_drafts"] > counted["rounds"]
+        shows_little_and_a_command_that_works(server, name)
         end(server)
     assert both["df"] == both["e3"]
+
+
+def shows_little_and_a_command_that_works(server: Server, drafter: str) -> None:
+    """The phases in their order, one block, and a curl for the shell; SGLang's warnings, but none that are ours."""
+    printed = said(server, "ready; ask it something:")
+    phases = [
+        "importing SGLang",
+        "loading the target",
+        f"loading drafter {drafter}",
+        "WhiFlash\n  target",
+        "ready; ask",
+    ]
+    assert [printed.index(phase) for phase in phases] == sorted(printed.index(phase) for phase in phases)
+    assert "server_args=" not in printed and "Migrate the plugin" not in printed and "deprecated" not in printed
+    asks(printed.partition("ready; ask it something:\n")[2].splitlines()[0], server)
+    documented = re.findall(r"^    (curl .*/v1/chat/completions.*)$", REQUESTS.read_text(), re.MULTILINE)
+    assert len(documented) == 1
+    asks(documented[0].replace("http://127.0.0.1:30000", server.base_url), server)
+
+
+def asks(command: str, server: Server) -> None:
+    """Send what a curl command sends: the demo's model answers by looking the order up."""
+    _, url, flag, header, data, body = shlex.split(command)
+    assert url == f"{server.base_url}/v1/chat/completions" and (flag, data) == ("-H", "-d")
+    content = (ROOT / body.removeprefix("@")).read_bytes() if body.startswith("@") else body.encode()
+    reply = httpx.post(url, headers=dict([header.split(": ")]), content=content, timeout=60)
+    (call,) = reply.json()["choices"][0]["message"]["tool_calls"]
+    assert "1042" in call["function"]["arguments"]
+
+
+def said(server: Server, what: str) -> str:
+    """The log, as soon as it has `what`."""
+    deadline = time.monotonic() + END_SECONDS
+    while what not in (text := server.log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return text
 
 
 def ends_with_its_scheduler(server: Server) -> None:

@@ -17,6 +17,7 @@ from whiflash_sglang.accelerator import (
     check_draft_pools,
     check_room,
     kv_bytes,
+    surely_none,
 )
 from whiflash_sglang.checkpoints import DrafterSpec, TargetSpec, load_drafter_spec, load_target_spec
 from whiflash_sglang.config import ENVIRONMENT_VARIABLE, WhiFlashConfig
@@ -121,3 +122,18 @@ def test_resolved_arguments_are_judged_before_anything_is_loaded(arguments: Simp
         host.check_accelerator(arguments)
     arguments.device = "cpu"
     host.check_accelerator(arguments)
+
+
+def test_a_machine_without_a_device_file_has_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known without torch; where there is one, torch is asked later whether it can be used."""
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    present: set[str] = set()
+    monkeypatch.setattr("pathlib.Path.glob", lambda folder, name: iter(present & {name}))
+    assert surely_none()
+    for name in ("nvidia*", "kfd"):
+        present = {name}
+        assert not surely_none()
+    present = set()
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    assert not surely_none(), "SGLang's own engine has other limits"

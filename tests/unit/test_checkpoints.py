@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny_models
 from whiflash_sglang import hub, targets
-from whiflash_sglang.checkpoints import DrafterSpec, TargetSpec, check_ranks, load_drafter_spec, load_target_spec
+from whiflash_sglang.checkpoints import (
+    DrafterSpec,
+    TargetSpec,
+    check_ranks,
+    check_weights,
+    load_drafter_spec,
+    load_target_spec,
+)
 from whiflash_sglang.errors import CheckpointError
 
 FLAGS = {"df": "--speculative-draft-model-path", "e3": "--whiflash-eagle-draft"}
@@ -100,6 +107,17 @@ def test_every_target_that_is_accepted_is_one_that_is_served_in_tests(tmp_path: 
         ({"architectures": ["Qwen3NextForCausalLM"], "full_attention_interval": 4}, "a hybrid or Mamba model"),
         ({"layer_types": ["linear_attention", "full_attention"] * 2}, "a hybrid with linear attention"),
         ({"layer_types": ["sliding_attention", "full_attention"] * 2}, "a model with sliding-window layers"),
+        (
+            {
+                "architectures": ["Qwen3_5ForConditionalGeneration"],
+                "text_config": {"layer_types": ["linear_attention", "full_attention"], "full_attention_interval": 4},
+            },
+            "a hybrid or Mamba model, whose recurrent state cannot take a draft back (and a multimodal",
+        ),
+        (
+            {"architectures": ["GptOssForCausalLM"], "layer_types": ["sliding_attention", "full_attention"] * 2},
+            "['GptOssForCausalLM'], a model with sliding-window layers, whose KV has pools of its own",
+        ),
         ({"use_sliding_window": True}, "a model with sliding-window layers"),
         ({"architectures": ["Qwen2ForCausalLM"]}, "['Qwen2ForCausalLM'], which has not been tried as a target"),
         ({"architectures": None}, "architectures is [], which has not been tried as a target"),
@@ -231,6 +249,34 @@ def test_drafters_given_to_each_others_flag(models: Path) -> None:
         load_drafter_spec(str(models / "dflash"), "e3", target)
 
 
+def index(folder: Path, **places: str) -> None:
+    """An index of the folder's one file, and of what else is named."""
+    names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names | places}))
+
+
+def header(text: str) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode() + b"data"
+
+
+BROKEN_WEIGHTS: list[tuple[Callable[[Path], object], str]] = [
+    (lambda folder: (folder / "model.safetensors").write_bytes(header("{")), "has a broken header"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(header("[1]")), "has a broken header"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(header('{"a": {"dtype": "F32"}}')), "broken header"),
+    (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
+        "lacks the weight file model-00002-of-00002.safetensors",
+    ),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a'), "is no JSON"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "has no `weight_map`"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}'), "no `weight_map`"),
+    (lambda folder: index(folder, more="model-2.safetensors"), "lacks the weight file model-2.safetensors"),
+    (lambda folder: index(folder, more="model.safetensors"), "lacks more, which the index has in it"),
+    (lambda folder: (folder / "more.safetensors").symlink_to(folder / "gone"), "cannot be read (No such file"),
+    (lambda folder: (folder / "more.safetensors").mkdir(), "cannot be read (Is a directory)"),
+]
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -243,11 +289,36 @@ def test_drafters_given_to_each_others_flag(models: Path) -> None:
         (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs"), "no safetensors file"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "no safetensors file or cut short"),
         (lambda folder: os.truncate(folder / "model.safetensors", 20_000), "is cut short: 20000 of"),
+        *BROKEN_WEIGHTS,
     ],
 )
 def test_incomplete_folders(models: Path, spoil: Callable[[Path], object], said: str) -> None:
     spoil(models / "dflash")
     assert said in refusal(models, "df")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(lambda folder: os.truncate(folder / "model.safetensors", 20_000), "is cut short: 20000 of"), *BROKEN_WEIGHTS],
+)
+def test_a_target_that_is_not_whole(models: Path, spoil: Callable[[Path], object], said: str) -> None:
+    """The line that a drafter gets, although SGLang is to load it; its traceback names no file."""
+    check_weights("--model-path", str(models / "target"), needed=True)
+    spoil(models / "target")
+    with pytest.raises(CheckpointError, match=f"^--model-path {re.escape(str(models / 'target'))}.*{re.escape(said)}"):
+        check_weights("--model-path", str(models / "target"))
+
+
+def test_weights_that_sglang_does_not_load_may_be_anything(models: Path) -> None:
+    """With an index, it loads the files that the index names; without speculation it loads pickles and dummies too."""
+    index(models / "target")
+    (models / "target" / "consolidated.safetensors").write_bytes(b"cut")
+    check_weights("--model-path", str(models / "target"), needed=True)
+    for file in (models / "target").glob("*.safetensors*"):
+        file.unlink()
+    check_weights("--model-path", str(models / "target"))
+    with pytest.raises(CheckpointError, match=r"has no \*\.safetensors file"):
+        check_weights("--model-path", str(models / "target"), needed=True)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])

@@ -54,8 +54,15 @@ def test_router_off_needs_no_drafter_and_loads_none() -> None:
         ([*BOTH, "--whiflash-router", "random:"], ["random:", "random:0"]),
         ([*BOTH, "--whiflash-router", "random:-1"], ["random:-1", "random:0"]),
         ([*BOTH, "--whiflash-router", "random:x"], ["random:x", "random:0"]),
-        (BOTH[:2], ["--whiflash-eagle-draft", "missing", "df-e3", "give the EAGLE-3"]),
-        (BOTH[2:], ["--speculative-draft-model-path", "missing", "give the DFlash"]),
+        (
+            BOTH[:2],
+            ["--whiflash-eagle-draft", "missing", "df-e3", "give the EAGLE-3", "--whiflash-drafters df to draft"],
+        ),
+        (BOTH[2:], ["--speculative-draft-model-path", "missing", "give the DFlash", "--whiflash-drafters e3 to draft"]),
+        (
+            [],
+            ["--speculative-draft-model-path", "missing", "--whiflash-router off to serve without", "docs/routers.md"],
+        ),
         (["--whiflash-drafters", "e3"], ["--whiflash-eagle-draft", "missing"]),
         (["--whiflash-drafters", "df", *BOTH], ["--whiflash-eagle-draft", "models/e3", "drop it"]),
         (["--whiflash-drafters", "e3", *BOTH], ["--speculative-draft-model-path", "models/df", "drop it"]),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +25,9 @@ from whiflash_sglang.launch_server import build_argv
 from whiflash_sglang.priors import Priors, save_priors
 from whiflash_sglang.router.artefact import NeuralRouter, save_router
 from whiflash_sglang.router.neural import Network
+from workloads.demo.expert import SYSTEM
+from workloads.demo.world import TOOL_SCHEMAS
+from workloads.server import free_port
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +316,129 @@ def test_the_error_is_one_line_and_ends_the_process(capsys: pytest.CaptureFixtur
     assert isinstance(end.value.__cause__, WhiFlashError)
 
 
+def refusals_without_imports(lines: list[list[str]]) -> list[str]:
+    """What the launcher says to each command line, in a process in which it must import neither SGLang nor torch."""
+    program = (
+        "import json, sys\n"
+        "from whiflash_sglang import launch_server\n"
+        "for argv in json.loads(sys.stdin.read()):\n"
+        "    try: launch_server.main(argv)\n"
+        "    except SystemExit as end: assert end.code == 2, end.code\n"
+        "    imported = {'sglang', 'torch'} & set(sys.modules)\n"
+        "    assert not imported, f'{imported} for {argv}'\n"
+    )
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, input=json.dumps(lines), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    said = result.stderr.splitlines()
+    assert len(said) == len(lines), said
+    return said
+
+
+def test_what_is_refused_is_said_before_sglang_is_imported(tiny: tiny_models.TinyModels, both: list[str]) -> None:
+    """Its import takes many seconds. Each of these was a traceback after a minute or two of loading, or was taken."""
+    port = ["--port", str(free_port())]
+    demo, off = ["--demo", *port], ["--model-path", str(tiny.target), "--whiflash-router", "off", *port]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        taken = str(listener.getsockname()[1])
+        cases = {
+            "--max-total-tokens 1: is too small": [*demo, "--max-total-tokens", "1"],
+            "--max-total-tokens -5: must be": [*demo, "--max-total-tokens", "-5"],
+            "--max-total-tokens 0: must be": [*demo, "--max-total-tokens=0"],
+            "--max-total-tokens 7: is too small for verify windows of 8 tokens; give 17": [
+                *both,
+                *port,
+                "--max-total-tokens=7",
+            ],
+            "--max-total-tokens 48: is too small": [*both, *port, "--max-total-tokens=48", "--page-size=64"],
+            "--context-length 9: is too small": [*both, *port, "--context-length=9"],
+            "--max-total-tokens 2: is too small": [*off, "--max-total-tokens=2"],
+            "--mem-fraction-static nan: must be": [*off, "--mem-fraction-static", "nan"],
+            "--mem-fraction-static 1.5: must be": [*demo, "--mem-fraction-static", "1.5"],
+            "--max-running-requests 0: must be": [*demo, "--max-running-requests", "0"],
+            "--port 99999: must be": ["--demo", "--port", "99999"],
+            f"--port {taken}: is in use on 127.0.0.1": ["--demo", "--port", taken],
+            "--host 192.0.2.1: is no address of this machine": [*demo, "--host", "192.0.2.1"],
+            "--tp-size 3 does not divide": [*both, *port, "--tp", "3"],
+            "--enable-lora: the drafters' features": [*demo, "--enable-lora"],
+            "--pipeline-parallel-size 2: the drafters need": [*demo, "--pp-size=2"],
+            "--whiflash-router neutral: unknown router": [*demo, "--whiflash-router", "neutral"],
+            "--model-path: missing": port,
+        }
+        said = refusals_without_imports(list(cases.values()))
+    for expected, line in zip(cases, said, strict=True):
+        assert line.startswith("error: ") and expected in line
+
+
+def test_a_checkpoint_that_is_not_whole_is_said_before_sglang_is_imported(
+    tiny: tiny_models.TinyModels, both: list[str], tmp_path: Path
+) -> None:
+    port = ["--port", str(free_port())]
+    target, eagle3 = (Path(shutil.copytree(path, tmp_path / path.name)) for path in (tiny.target, tiny.eagle3))
+    for folder in (target, eagle3):
+        weights = folder / "model.safetensors"
+        os.truncate(weights, weights.stat().st_size // 2)
+    cut = [*both, *port, "--model-path", str(target)]
+    lines = [cut, [*cut, "--whiflash-router", "off"], [*both, *port, "--whiflash-eagle-draft", str(eagle3)]]
+    files = [target, target, eagle3]
+    for line, folder in zip(refusals_without_imports(lines), files, strict=True):
+        assert f"{folder / 'model.safetensors'}: is cut short" in line
+
+
+def test_dummy_weights_need_no_file(both: list[str], tiny: tiny_models.TinyModels, tmp_path: Path) -> None:
+    target = Path(shutil.copytree(tiny.target, tmp_path / "target"))
+    (target / "model.safetensors").unlink()
+    build_argv([*both, "--model-path", str(target), "--load-format=dummy"])
+    with pytest.raises(CheckpointError, match=r"has no \*\.safetensors file"):
+        build_argv([*both, "--model-path", str(target)])
+
+
+def test_without_sglang_the_launcher_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        launch_server.main(["--demo"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: SGLang: is not installed; run `pip install")
+
+
+@pytest.mark.parametrize("error", [ValueError("flags\ndo not go together"), AssertionError("no"), TypeError("no")])
+def test_what_sglang_refuses_is_one_line_too(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(argv: list[str]) -> None:
+        assert argv == [launch_server.QUIET, "--port=1"]  # the operator's own --log-level would come later, and win
+        raise error
+
+    monkeypatch.setattr("sglang.srt.server_args.prepare_server_args", refuse)
+    with pytest.raises(SystemExit) as end:
+        launch_server.serve(["--port=1"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
+
+
+def test_the_demo_request_is_the_order_desks_own() -> None:
+    """Word for word: the bundled models know nothing else."""
+    request = json.loads(launch_server.DEMO_REQUEST.read_text())
+    assert request["messages"][0] == {"role": "system", "content": SYSTEM}
+    assert request["tools"] == TOOL_SCHEMAS
+    assert "--served-model-name=" + request["model"] in launch_server.DEMO_DEFAULTS
+
+
+def test_a_command_to_ask_another_model_is_whole_and_shows_no_key() -> None:
+    args = SimpleNamespace(
+        model_path="/models/it's", served_model_name="it's", api_key="secret", url=lambda: "http://127.0.0.1:31000"
+    )
+    command = launch_server.curl(args)
+    assert "secret" not in command and '-H "Authorization: Bearer $API_KEY"' in command
+    words = shlex.split(command)
+    assert words[1] == "http://127.0.0.1:31000/v1/chat/completions"
+    assert json.loads(words[-1])["model"] == "it's"
+
+
 def test_only_a_speculating_server_leaves_a_configuration_behind(
     both: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -316,6 +446,7 @@ def test_only_a_speculating_server_leaves_a_configuration_behind(
     served = []
     monkeypatch.setattr(launch_server, "serve", served.append)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "left by another server")
+    both = [*both, "--port", str(free_port())]
     launch_server.main([*both, "--whiflash-router", "off"])
     assert ENVIRONMENT_VARIABLE not in os.environ
     assert "without speculation" in capsys.readouterr().out
@@ -330,15 +461,16 @@ def test_a_config_file_is_read_before_the_flags_are_judged(
     served: list[list[str]] = []
     monkeypatch.setattr(launch_server, "serve", served.append)
     file = tmp_path / "serve.yaml"
+    port = free_port()
     file.write_text(
         f"model-path: {tiny.target}\nspeculative-draft-model-path: {tiny.dflash}\nwhiflash-drafters: df\n"
         "port: 31000\ndisable-radix-cache: true\n"
     )
-    launch_server.main(["--config", str(file), "--port", "31001"])
+    launch_server.main(["--config", str(file), "--port", str(port)])
     assert WhiFlashConfig.from_environ(os.environ).draft_paths == {"df": str(tiny.dflash)}
     assert "--disable-radix-cache" in served[0] and "--config" not in served[0]
     ports = [served[0][i + 1] for i, flag in enumerate(served[0]) if flag == "--port"]
-    assert ports == ["31000", "31001"], "the last one counts: that of the command line"
+    assert ports == ["31000", str(port)], "the last one counts: that of the command line"
 
 
 @pytest.mark.parametrize(("content", "said"), [("- 1", "dictionary"), ("a: [", "--config"), (None, "not found")])

@@ -73,7 +73,7 @@ def test_every_tool_call_parser(name: str, caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_qwen() -> None:
-    found = markers("qwen3", "qwen25", "{{ '<tool_response>' }}")
+    found = markers("qwen3", "qwen", "{{ '<tool_response>' }}")
     assert found.reasoning == Pair("<think>", "</think>")
     assert found.tool_call == Pair("<tool_call>", "</tool_call>"), "line ends belong to other tokens"
     assert found.call_ends_reasoning
