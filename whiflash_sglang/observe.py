@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from whiflash_sglang.costs import RoundCosts
+from whiflash_sglang.health import Health
 from whiflash_sglang.ledger import NOBODY, Ledger, Record, Signals
 from whiflash_sglang.plans import drafter_by_row
 from whiflash_sglang.priors import Priors
@@ -70,7 +71,7 @@ class Totals:
         self.seconds = dict.fromkeys(STEPS, 0.0)
         self.steps = 0
         self.round_ended: float | None = None  # when the last step did, if it was a round
-        self.switched_off: list[str] = []
+        self.health = Health()  # of the round's drafters
         self.pool: dict[str, int] = {}  # KV tokens; each stands in the target's pool and in that of every drafter
         self.costs: RoundCosts | None = None  # of a router that weighs them
         self.prior_share: PriorShare | None = None  # of a router with priors
@@ -134,7 +135,8 @@ class Totals:
             **self._figures(self.sums, self.longest_ever),
             "steps": self.steps,
             "seconds": {step: round(seconds, 6) for step, seconds in self.seconds.items()},
-            "switched_off": dict.fromkeys(self.switched_off, 1),
+            "failed_by_drafter": dict(self.health.failures),
+            "switched_off": dict.fromkeys(self.health.tried_at, 1),
             "kv_pool": self.pool,
             "round_ms": {} if self.costs is None else self.costs.snapshot(),
             "prior_share": {} if self.prior_share is None else self.prior_share.snapshot(),
@@ -220,6 +222,7 @@ class Metrics:
         self.totals = totals
         self.labels = dict(labels)
         self.shown: dict[tuple[str, str], float] = {}
+        self.ever_off: set[str] = set()
         self.next_update = 0.0
         names = [*labels]
         counters = {
@@ -227,6 +230,7 @@ class Metrics:
             "drafted_tokens": ("Draft tokens proposed.", "drafter"),
             "accepted_tokens": ("Draft tokens accepted.", "drafter"),
             "ingested_tokens": ("Tokens ingested by a drafter while decoding.", "drafter"),
+            "failed_drafts": ("Rounds of a request whose drafts held NaN or infinities.", "drafter"),
             "catch_up_tokens": ("Those of them that it had missed while it was idle.", None),
             "catch_up_passes": ("Times that a drafter caught up with a request.", None),
             "catch_up_seconds": ("Wall time of catching up.", None),
@@ -245,7 +249,7 @@ class Metrics:
         self.pool = Gauge(
             "whiflash_kv_pool_tokens", "KV tokens of the pool, and lost to draft pools.", [*names, "kind"]
         )
-        self.off = Gauge("whiflash_drafter_switched_off", "1: produced NaN and is not used.", [*names, "drafter"])
+        self.off = Gauge("whiflash_drafter_switched_off", "1: produced NaN for several requests and is not used.", [*names, "drafter"])
 
     def update(self) -> None:
         """Bring the metrics up to the totals, at most once in a while."""
@@ -261,6 +265,7 @@ class Metrics:
             "drafted_tokens": figures["drafted_by_drafter"],
             "accepted_tokens": figures["accepted_by_drafter"],
             "ingested_tokens": figures["ingested_by_drafter"],
+            "failed_drafts": figures["failed_by_drafter"],
             "catch_up_tokens": {"": figures["catch_up"]["tokens"]},
             "catch_up_passes": {"": figures["catch_up"]["passes"]},
             "catch_up_seconds": {"": figures["catch_up"]["ms"] / 1000},
@@ -280,5 +285,6 @@ class Metrics:
         self.longest.labels(*self.labels.values()).set(figures["backlog_max"])
         for kind, tokens in figures["kv_pool"].items():
             self.pool.labels(*self.labels.values(), kind).set(tokens)
-        for name in figures["switched_off"]:
-            self.off.labels(*self.labels.values(), name).set(1)
+        self.ever_off.update(figures["switched_off"])
+        for name in self.ever_off:
+            self.off.labels(*self.labels.values(), name).set(figures["switched_off"].get(name, 0))

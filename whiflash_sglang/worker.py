@@ -123,6 +123,7 @@ class WhiFlashWorker(BaseSpecWorker):
             lazy=self.config.catch_up == "lazy",
             timed=self.totals.timed,
         )
+        self.totals.health = self.round.health
         router = describe_router(self.config, self.round.router)
         if isinstance(self.round.router, TrialRouter):
             self.totals.prior_share = self.round.router.inner.share
@@ -229,24 +230,24 @@ class WhiFlashWorker(BaseSpecWorker):
         with self.totals.timed("route"):
             self.round.router.learn(rows.host, result, 1000 * (time.perf_counter() - began))
         self.totals.count(rows.host, result, signals)
-        for name, is_finite in result.finite.items():
-            if not is_finite:
-                self.switch_off(name)
+        for name in self.round.health.judge(result, rows.host.slots, [request.rid for request in batch.reqs]):
+            self.tell_switched_off(name)
         if self.metrics is not None:
             self.metrics.update()
         return batch_result(rows, result, batch.reqs, self.target.logprobs)
 
-    def switch_off(self, name: str) -> None:
-        """A drafter whose arithmetic has failed: its drafts would be noise, and its KV may spread to other requests."""
+    def tell_switched_off(self, name: str) -> None:
+        """A drafter's arithmetic has failed several requests."""
+        off = self.round.health.tried_at
         logger.error(
-            "WHIFLASH: drafter %s (%s) produced NaN or infinite values and is switched off; "
-            "requests go on with %s. The text is not affected. Check the checkpoint and its dtype, then restart.",
+            "WHIFLASH: drafter %s (%s) produced NaN or infinite values for several requests and is switched off; "
+            "requests go on with %s. The text is not affected. It is tried again after %d rounds. "
+            "Check the checkpoint and its dtype.",
             name,
             self.specs[name].path,
-            " and ".join(other for other in self.round.drafters if other != name) or "no drafter",
+            " and ".join(other for other in self.round.drafters if other not in off) or "no drafter",
+            self.round.health.wait[name],
         )
-        self.round.switch_off(name)
-        self.totals.switched_off.append(name)
 
     def prepare_for_kv_cache_release(self, request: Any) -> None:
         """SGLang calls this when a request has ended, just before its KV slots go into the radix tree.

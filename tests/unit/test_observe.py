@@ -95,7 +95,11 @@ for rounds in (3, 5):
     totals.seconds["draft"] = rounds / 2
     totals.ledger.counts[("user", "reasoning", "df")] = [rounds, 4 * rounds]
     metrics.write(totals.snapshot())
-totals.switched_off.append("e3")
+totals.health.switch_off("e3")
+totals.health.switch_off("df")
+metrics.write(totals.snapshot())
+del totals.health.tried_at["df"]
+totals.health.failures["e3"] += 3
 metrics.write(totals.snapshot())
 print(generate_latest().decode())
 """
@@ -107,5 +111,7 @@ print(generate_latest().decode())
         'whiflash_context_tokens_total{context_kind="user",model_name="m"} 20.0',
         'whiflash_kv_pool_tokens{kind="lost_to_draft_pools",model_name="m"} 40.0',
         'whiflash_drafter_switched_off{drafter="e3",model_name="m"} 1.0',
+        'whiflash_drafter_switched_off{drafter="df",model_name="m"} 0.0',
+        'whiflash_failed_drafts_total{drafter="e3",model_name="m"} 3.0',
     ):
         assert line in shown.splitlines(), shown

@@ -259,7 +259,7 @@ def test_a_round_reads_the_device_once(device: PretendDevice, router: str, lazy:
     caught_up, traced = 0, 0
     for number in range(2 * TRY_EVERY // num_requests if "priors" in router else 14):
         if number == 10:
-            server.round.switch_off("e3")
+            server.round.health.switch_off("e3")
         if max(map(len, server.world.texts.values())) > MAX_LEN - 2 * WIDTH:
             break
         result, signals = server.decode()

@@ -172,15 +172,15 @@ def test_rows_of_a_drafter_that_is_switched_off_go_to_the_other_one(router: str)
     decode = decode_round(
         world, create_router(config(router, 0.0 if router == "entropy" else None), SLOTS), ["df", "e3"], [0, 1, 2]
     )
-    decode.drafters["e3"].broken = True
-    finite = decode.run(world.rows([0, 1, 2], 8)).finite
-    assert finite == {name: name == "df" for name in finite}
-    decode.switch_off("e3")
+    decode.drafters["e3"].fails = lambda slot: True
+    result = decode.run(world.rows([0, 1, 2], 8))
+    assert {name: set(finite) for name, finite in result.finite.items()} == {name: {name == "df"} for name in result.plan}
+    decode.health.switch_off("e3")
     for _ in range(4):
         result = decode.run(world.rows([0, 1, 2], 8))
         assert [*result.plan] == ["df"]
         assert result.num_drafts == [7, 7, 7]
-    decode.switch_off("df")
+    decode.health.switch_off("df")
     result = decode.run(world.rows([0, 1, 2], 8))
     assert not result.plan
     assert [len(tokens) for tokens in result.committed] == [1, 1, 1]
