@@ -56,11 +56,13 @@ from whiflash_sglang.spans import (
     ToolOutput,
     message_context,
 )
+from whiflash_sglang.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
 ALGORITHM = "WHIFLASH"
 PRIORS_FIELD, RANKS_FIELD = "whiflash_priors", "whiflash_ranks"  # of the scheduler's state
+ASKS_FOR_PRIORS = "whiflash_priors"  # id of a request for the state
 
 
 class WhiFlashAlgorithm(CustomSpecAlgo):
@@ -121,22 +123,25 @@ class WhiFlashDraftInput(DFlashDraftInputV2):
         from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
         from sglang.srt.runtime_context import get_spec
 
-        committed = torch.tensor([request.kv_committed_len for request in batch.reqs], dtype=torch.int64)
-        allocated = torch.tensor([request.kv.kv_allocated_len for request in batch.reqs], dtype=torch.int32)
-        reserved = allocated.maximum((committed + get_spec().speculative_num_draft_tokens).to(torch.int32))
+        window = get_spec().speculative_num_draft_tokens
+        committed = [request.kv_committed_len for request in batch.reqs]
+        allocated = [request.kv.kv_allocated_len for request in batch.reqs]
+        reserved = [max(known, length + window) for known, length in zip(allocated, committed, strict=True)]
+        lens = torch.tensor((allocated, reserved), dtype=torch.int32)
+        on_device = to_device(lens, torch.device(batch.device), torch.int32)
         alloc_for_spec_decode(
             batch.tree_cache,
             batch.req_to_token_pool,
             reqs=batch.reqs,
             req_pool_indices=batch.req_pool_indices,
-            cur_kv_lens=allocated.to(batch.device),
-            cur_kv_lens_cpu=allocated,
-            nxt_kv_lens=reserved.to(batch.device),
-            nxt_kv_lens_cpu=reserved,
-            num_needed_tokens=int((reserved - allocated).sum()),
+            cur_kv_lens=on_device[0],
+            cur_kv_lens_cpu=lens[0],
+            nxt_kv_lens=on_device[1],
+            nxt_kv_lens_cpu=lens[1],
+            num_needed_tokens=sum(reserved) - sum(allocated),
             batch=batch,
         )
-        batch.seq_lens_cpu, batch.seq_lens_sum = committed, int(committed.sum())
+        batch.seq_lens_cpu, batch.seq_lens_sum = torch.tensor(committed, dtype=torch.int64), sum(committed)
 
 
 def draft_input(bonus_tokens: torch.Tensor, new_seq_lens: torch.Tensor) -> WhiFlashDraftInput:
@@ -228,11 +233,9 @@ def install_http(server_args: Any) -> None:
     HookRegistry.register(f"{asked_for}._handle_parallel_sampling", _judge_samples, HookType.AFTER)
     HookRegistry.register(f"{manager}._create_tokenized_object", _judge_names, HookType.BEFORE)
     HookRegistry.register(f"{manager}._dispatch_to_scheduler", _judge_request, HookType.BEFORE)
-    # Secrets: /server_info shows all arguments to whoever may use the server, the operator's key among them, and of the
-    # scheduler's state more than the figures that are meant for it.
+    # Secrets: /server_info shows all arguments to whoever may use the server, the operator's key among them.
     HookRegistry.register(f"{manager}.resolved_config_dict", _without_keys, HookType.AFTER)
-    priors: dict[int, Any] = {}  # by replica
-    HookRegistry.register(f"{manager}.get_internal_state", functools.partial(_set_aside, priors), HookType.AROUND)
+    HookRegistry.register(f"{manager}.get_internal_state", _states_without_keys, HookType.AROUND)
     HookRegistry.apply_hooks()
 
     http_server.app.add_middleware(RefuseWhenEnding, is_ending=functools.partial(_is_ending, http_server))
@@ -240,10 +243,9 @@ def install_http(server_args: Any) -> None:
     config = active_config()
     about = {"model": server_args.served_model_name, "router": config.router, "drafters": config.draft_paths}
 
-    async def states() -> list[dict[str, Any]]:
-        """One of each replica (`--dp-size`)."""
-        found = await http_server.get_global_state().tokenizer_manager.get_internal_state()
-        found = [{**state, PRIORS_FIELD: priors.get(replica_of(state))} for state in found]
+    async def states(priors: bool = False) -> list[dict[str, Any]]:
+        """One of each replica (`--dp-size`), with its priors or without."""
+        found = await ask_schedulers(http_server.get_global_state().tokenizer_manager, priors)
         return sorted(found, key=replica_of)
 
     for_operators = auth_level(AuthLevel.ADMIN_OPTIONAL)
@@ -381,13 +383,21 @@ def _without_keys(arguments: dict[str, Any], *args: Any) -> dict[str, Any]:
     return {name: None if name in ("api_key", "admin_api_key") else value for name, value in arguments.items()}
 
 
-async def _set_aside(priors: dict[int, Any], original: Any, manager: Any) -> list[dict[str, Any]]:
-    """The schedulers' state without keys, and without their priors, which are kept for the route that is theirs."""
-    states: list[dict[str, Any]] = [_without_keys(state) for state in await original(manager)]
-    for state in states:
-        document = state.pop(PRIORS_FIELD, None)
-        priors[replica_of(state)] = document
-    return states
+async def _states_without_keys(original: Any, manager: Any) -> list[dict[str, Any]]:
+    return [_without_keys(state) for state in await original(manager)]
+
+
+async def ask_schedulers(manager: Any, priors: bool) -> list[dict[str, Any]]:
+    """The state of every replica's scheduler, as `TokenizerManager.get_internal_state`.
+
+    A document of priors takes as long as several rounds, and names tools: it is made where it is asked for, by the
+    route that is theirs.
+    """
+    from sglang.srt.managers.io_struct import GetInternalStateReq
+
+    manager.auto_create_handle_loop()
+    request = GetInternalStateReq(rid=ASKS_FOR_PRIORS if priors else None)
+    return [reply.internal_state for reply in await manager.get_internal_state_communicator(request)]
 
 
 def replica_of(state: Mapping[str, Any]) -> int:
@@ -454,13 +464,14 @@ async def _end_soon(original: Any, manager: Any) -> None:
     await original(manager)
 
 
-def _add_figures(result: Any, scheduler: Any, *args: Any) -> Any:
+def _add_figures(result: Any, scheduler: Any, request: Any) -> Any:
     worker = scheduler.draft_worker
     if getattr(worker, "totals", None) is not None:
         # The request for it comes to every rank in the same step, so that ranks can be compared here.
         result.internal_state["whiflash"] = worker.totals.snapshot()
         result.internal_state[RANKS_FIELD] = {"replica": scheduler.ps.dp_rank or 0, **worker.ranks.snapshot()}
-        result.internal_state[PRIORS_FIELD] = worker.priors_document()
+        if request.rid == ASKS_FOR_PRIORS:
+            result.internal_state[PRIORS_FIELD] = worker.priors_document()
     return result
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from whiflash_sglang.costs import RoundCosts
 from whiflash_sglang.health import Health
-from whiflash_sglang.ledger import NOBODY, Ledger, Record, Signals
+from whiflash_sglang.hints import Asked
+from whiflash_sglang.ledger import NOBODY, Ledger, Signals, Trace
 from whiflash_sglang.plans import drafter_by_row
 from whiflash_sglang.priors import Priors
 from whiflash_sglang.router.prior import PriorShare
@@ -194,11 +195,21 @@ class RequestFigures:
     SGLang slices this by the tokens that it is about to send, the last time when the request has ended.
     """
 
-    def __init__(self, totals: Totals, request: Any, record: Record):
+    def __init__(self, totals: Totals, request: Any, asked: Asked):
         self.totals = totals
         self.request = request
-        self.record = record
+        self.asked = asked
+        self.trace = Trace() if asked.hints.trace else None
+
+    def begin(self, sampled: int | None) -> None:
+        """The request is prefilled, with a chunk of its prompt (nothing is `sampled`) or the last of it; after a
+        retraction once more."""
+        ledger, request = self.totals.ledger, self.request
         self.slot = int(request.req_pool_idx)
+        self.record = ledger.record(
+            *self.asked, request.origin_input_ids, request.output_ids, sampled, self.trace
+        )
+        ledger.begin(self.slot, self.record)
 
     def __getitem__(self, tokens: slice) -> list[dict[str, Any]]:
         # The slot has been given back by then, but its figures stand until its next request's prefill.
@@ -251,10 +262,10 @@ class Metrics:
         )
         self.off = Gauge("whiflash_drafter_switched_off", "1: produced NaN for several requests and is not used.", [*names, "drafter"])
 
-    def update(self) -> None:
-        """Bring the metrics up to the totals, at most once in a while."""
+    def update(self, at_once: bool = False) -> None:
+        """Bring the metrics up to the totals: at most once in a while, and `at_once` where no round may follow."""
         now = time.monotonic()
-        if now < self.next_update:
+        if now < self.next_update and not at_once:
             return
         self.next_update = now + self.INTERVAL_S
         self.write(self.totals.snapshot())

@@ -274,7 +274,11 @@ class DecodeRound:
         for name in self.drafters:
             self.backlog.settle(name, rows.slots, lens)
 
-    def finish(self, slot: int, committed: int) -> dict[str, CatchUp]:
-        """Bring every drafter up to date with a request whose first `committed` positions are about to be shared."""
-        passes = {name: self.ingest(name, [slot], [committed]) for name in self.drafters}
+    def lags(self, slot: int, committed: int) -> bool:
+        """Whether a drafter has not ingested all `committed` positions of a request."""
+        return any(self.backlog.length(name, slot, committed) > 0 for name in self.drafters)
+
+    def finish(self, slots: Sequence[int], committed: Sequence[int]) -> dict[str, CatchUp]:
+        """Bring every drafter up to date with requests whose first `committed` positions are about to be shared."""
+        passes = {name: self.ingest(name, slots, committed) for name in self.drafters}
         return {name: done for name, done in passes.items() if done is not None}

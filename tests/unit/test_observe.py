@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from whiflash_sglang.hints import Hints
+from whiflash_sglang.hints import Asked, Hints
 from whiflash_sglang.ledger import Record
 from whiflash_sglang.observe import RequestFigures, Totals
 from whiflash_sglang.types import CatchUp, HostRows, RoundResult
@@ -71,8 +71,17 @@ def test_a_request_is_counted_by_itself_and_stays_in_the_totals(totals: Totals) 
 
 def test_figures_of_a_request_come_with_its_last_tokens(totals: Totals) -> None:
     ended = False
-    request = SimpleNamespace(req_pool_idx=torch.tensor(2), finished=lambda: ended, kv_committed_len=40)
-    figures = RequestFigures(totals, request, totals.ledger.records[2])
+    request = SimpleNamespace(
+        req_pool_idx=torch.tensor(2),
+        finished=lambda: ended,
+        kv_committed_len=40,
+        origin_input_ids=[],
+        output_ids=[],
+    )
+    counts = totals.ledger.records[2].counts
+    figures = RequestFigures(totals, request, Asked())
+    figures.begin(5)
+    figures.record.counts = counts
     assert figures[0:5] == []
     ended = True
     by_span = totals.ledger.records[2].figures()
@@ -84,7 +93,7 @@ def test_metrics_follow_the_totals() -> None:
     # In a process of its own: metrics are registered once for a whole process.
     program = """
 from prometheus_client import generate_latest
-from whiflash_sglang.hints import Hints
+from whiflash_sglang.hints import Asked, Hints
 from whiflash_sglang.ledger import Record
 from whiflash_sglang.observe import Metrics, Totals
 totals = Totals(("df", "e3"), 4)

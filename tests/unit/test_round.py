@@ -156,7 +156,7 @@ def test_a_request_that_ends_is_ingested_up_to_what_is_shared() -> None:
     decode = decode_round(world, create_router(config("fixed:e3"), SLOTS), ["df", "e3"], [3])
     for _ in range(3):
         commit(world, [3], decode.run(world.rows([3], 8)))
-    done = decode.finish(3, 14)  # two of the 16 committed positions lie behind a stop
+    done = decode.finish([3], [14])  # two of the 16 committed positions lie behind a stop
     assert {name: passed.lens for name, passed in done.items()} == {"df": [13], "e3": [3]}
     text, entries = world.texts[3], decode.drafters["df"].entries
     for position in range(14):
