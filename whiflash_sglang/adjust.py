@@ -9,9 +9,9 @@ The order is SGLang's: additive penalties, repetition penalty, grammar, logit bi
 step and forget what a retracted request has said; here all is computed from the request's output (`Said`).
 
 Nothing here waits for the device: what differs from round to round, the tokens that outputs have grown by, goes there
-by `to_device`, and what does not stays there. A grammar's mask is another matter: it is made on the host, of drafts that the device has
-made, so that SGLang's `GrammarTree.resolve` has to wait for these. It waits for all that the device was given before
-the tree was made.
+by `to_device`, and what does not stays there. A grammar's mask is another matter: it is made on the host, of drafts
+that the device has made, so that SGLang's `GrammarTree.resolve` has to wait for these. It waits for all that the device
+was given before the tree was made.
 """
 
 from __future__ import annotations

@@ -19,10 +19,24 @@ from typing import Any
 
 import msgspec
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from whiflash_sglang.accelerator import Memory, check_attention, check_draft_pools, check_room, kv_bytes
+from whiflash_sglang.accelerator import (
+    FLAG_GRAPHS,
+    FLAG_POOL,
+    FLAG_RUNNING,
+    MAX_RUNNING,
+    Memory,
+    Need,
+    check_attention,
+    check_needs,
+    check_room,
+    graph_bytes,
+    kv_bytes,
+    ring_bytes,
+)
 from whiflash_sglang.adjust import open_dead_ends
 from whiflash_sglang.admission import (
     judge_grammars,
@@ -44,7 +58,7 @@ from whiflash_sglang.checkpoints import (
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.drafters.runner import DraftRunner
 from whiflash_sglang.ending import RefuseWhenEnding, requests_have_ended
-from whiflash_sglang.errors import HintError
+from whiflash_sglang.errors import ConfigError, HintError
 from whiflash_sglang.hints import CONTEXT_FIELD, Asked, context_params, parse
 from whiflash_sglang.ranks import Ranks
 from whiflash_sglang.safetensors_header import weight_bytes
@@ -62,6 +76,7 @@ logger = logging.getLogger(__name__)
 
 ALGORITHM = "WHIFLASH"
 PRIORS_FIELD, RANKS_FIELD = "whiflash_priors", "whiflash_ranks"  # of the scheduler's state
+TRIED_ATTENTION = "triton"
 ASKS_FOR_PRIORS = "whiflash_priors"  # id of a request for the state
 
 
@@ -108,6 +123,11 @@ class WhiFlashAlgorithm(CustomSpecAlgo):
         server_args.speculative_num_steps = 1
         # A round ends when the host has read what it committed; overlap would need that to stay on the device.
         server_args.disable_overlap_schedule = True
+        if envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get():
+            problem = "KV has no memory yet while WHIFLASH captures graphs and measures what rounds cost"
+            raise ConfigError("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", 1, problem, "unset that environment variable")
+        if server_args.max_running_requests is None and server_args.device.startswith("cuda"):
+            server_args.max_running_requests = MAX_RUNNING
 
 
 @dataclass
@@ -193,6 +213,10 @@ def install_hooks() -> None:
     # Longest request: SGLang lets one fill the whole pool, without room for its last verify window.
     HookRegistry.register(
         "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info", _leave_room_for_a_window, HookType.AFTER
+    )
+    # Attention: SGLang takes fa3 or flashinfer where nothing is said, and rounds have been tried with triton only.
+    HookRegistry.register(
+        "sglang.srt.server_args.ServerArgs._get_default_attn_backend", _tried_attention, HookType.AROUND
     )
     # Refusals: SGLang names the algorithm of which ours counts as one of the family, and no mend; log probabilities,
     # which our rounds return, it refuses; hidden states, which they do not, it refuses only where steps overlap.
@@ -286,6 +310,11 @@ def _one_window(original: Any, server_args: Any = None) -> int:
     from sglang.srt.mem_cache.allocation_sizing import get_alloc_len_per_decode
 
     return int(get_alloc_len_per_decode(server_args))
+
+
+def _tried_attention(original: Any, server_args: Any, use_mla_backend: bool, model_config: Any) -> str:
+    ours = server_args.speculative_algorithm == ALGORITHM and server_args.device.startswith("cuda")
+    return TRIED_ATTENTION if ours else str(original(server_args, use_mla_backend, model_config))
 
 
 def _leave_room_for_a_window(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
@@ -507,13 +536,38 @@ def check_accelerator(server_args: Any) -> None:
     check_room(memory, token_bytes, server_args.speculative_num_draft_tokens)
 
 
-def check_draft_memory(runners: Mapping[str, DraftRunner], target_runner: Any, num_tokens: int) -> None:
-    """Refuse where a GPU has no room left for the drafters' pools, before they are allocated."""
-    if not str(target_runner.device).startswith("cuda"):
-        return
-    size = target_runner.kv_cache_dtype.itemsize
-    drafters = {name: kv_bytes(runner.spec, size, tp_ranks().size) for name, runner in runners.items()}
-    check_draft_pools(torch.cuda.mem_get_info()[0], drafters, num_tokens)
+def check_memory(config: WhiFlashConfig, specs: Mapping[str, DrafterSpec], target_runner: Any, requests: Any) -> None:
+    """Refuse where a GPU has no room left for what WHIFLASH needs, before any of it is allocated.
+
+    `requests`: SGLang's table of them (`ReqToTokenPool`).
+    """
+    if str(target_runner.device).startswith("cuda"):
+        check_needs(torch.cuda.mem_get_info()[0], memory_needs(config, specs, target_runner, requests))
+
+
+def memory_needs(
+    config: WhiFlashConfig, specs: Mapping[str, DrafterSpec], target_runner: Any, requests: Any
+) -> list[Need]:
+    """Draft pools, rings and CUDA graphs."""
+    element, tokens = target_runner.kv_cache_dtype.itemsize, target_runner.max_total_num_tokens
+    server_args = target_runner.server_args
+    num_slots, context = requests.req_to_token.shape
+    graphs = server_args.cuda_graph_config.decode
+    sizes = [] if graphs.backend == "disabled" else sorted({min(size, requests.size) for size in graphs.bs})
+    drafts = {name: spec.num_queries for name, spec in specs.items()}
+    windows = {1, *(config.eagle_steps + 1 if name == "e3" else width for name, width in drafts.items())}
+    of_feature = target_runner.dtype.itemsize
+    hidden = target_runner.model_config.hidden_size
+    captures = len(captured_layers(specs.values())) + (config.router == "neural")  # which reads final hidden states
+    pools = sum(tokens * kv_bytes(spec, element, server_args.tp_size) for spec in specs.values())
+    rings = ring_bytes(num_slots, config.max_backlog, [spec.hidden_size * of_feature for spec in specs.values()])
+    vocab_size = target_runner.model_config.vocab_size
+    captured = graph_bytes(sizes, windows, drafts.values(), captures * hidden * of_feature, vocab_size, context)
+    return [
+        Need("draft pools", pools, FLAG_POOL, tokens),
+        Need("features that wait for drafters", rings, FLAG_RUNNING, requests.size),
+        Need("CUDA graphs", captured, FLAG_GRAPHS, max(sizes, default=0)),
+    ]
 
 
 def tp_ranks() -> Ranks:
@@ -735,10 +789,21 @@ def print_start_block(
         "verify width": f"{width} (anchor and up to {width - 1} drafts)",
         "catch-up": f"{config.catch_up}, a drafter lags at most {config.max_backlog} tokens behind",
         "KV tokens": f"{tokens}, and {lost} more would fit without the draft pools",
-        "attention": ", ".join(f"{name} {backend}" for name, backend in backends.items()),
+        "attention": attention_line(backends, str(runner.device)),
+        "requests": f"up to {runner.req_to_token_pool.size} at once ({FLAG_RUNNING})",
         "CUDA graphs": captured if largest else "none",
     }
     print("WhiFlash\n" + "\n".join(f"  {key:<13}{value}" for key, value in lines.items()), flush=True)
+
+
+def attention_line(backends: Mapping[str, str], device: str) -> str:
+    """The start block's line: the backend of the target and of each drafter, and whether rounds were tried with it."""
+    line = ", ".join(f"{name} {backend}" for name, backend in backends.items())
+    if not device.startswith("cuda"):
+        return line
+    if {*backends.values()} == {TRIED_ATTENTION}:
+        return f"{line}; WHIFLASH's default on a GPU"
+    return f"{line}; not tried yet: --attention-backend {TRIED_ATTENTION} is the default"
 
 
 def kv_tokens_lost(target_runner: Any, runners: Iterable[DraftRunner]) -> tuple[int, int]:

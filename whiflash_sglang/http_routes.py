@@ -136,8 +136,8 @@ def routes(
     about: Mapping[str, Any],
     for_operators: Callable[[Endpoint], Endpoint],
 ) -> APIRouter:
-    """The routes. `states` asks every replica's scheduler, with `priors=True` for its priors too; `about`: model, router
-    and drafters of this server.
+    """The routes. `states` asks every replica's scheduler, with `priors=True` for its priors too; `about`: model,
+    router and drafters of this server.
 
     `for_operators` marks an endpoint that asks for the operator's key where there is one.
     """

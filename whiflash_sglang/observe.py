@@ -206,9 +206,7 @@ class RequestFigures:
         retraction once more."""
         ledger, request = self.totals.ledger, self.request
         self.slot = int(request.req_pool_idx)
-        self.record = ledger.record(
-            *self.asked, request.origin_input_ids, request.output_ids, sampled, self.trace
-        )
+        self.record = ledger.record(*self.asked, request.origin_input_ids, request.output_ids, sampled, self.trace)
         ledger.begin(self.slot, self.record)
 
     def __getitem__(self, tokens: slice) -> list[dict[str, Any]]:
@@ -260,7 +258,11 @@ class Metrics:
         self.pool = Gauge(
             "whiflash_kv_pool_tokens", "KV tokens of the pool, and lost to draft pools.", [*names, "kind"]
         )
-        self.off = Gauge("whiflash_drafter_switched_off", "1: produced NaN for several requests and is not used.", [*names, "drafter"])
+        self.off = Gauge(
+            "whiflash_drafter_switched_off",
+            "1: produced NaN for several requests and is not used.",
+            [*names, "drafter"],
+        )
 
     def update(self, at_once: bool = False) -> None:
         """Bring the metrics up to the totals: at most once in a while, and `at_once` where no round may follow."""

@@ -65,8 +65,7 @@ class WhiFlashWorker(BaseSpecWorker):
     def alloc_memory_pool(
         self, memory_pool_config: Any = None, req_to_token_pool: Any = None, token_to_kv_pool_allocator: Any = None
     ) -> None:
-        tokens = self._target_worker.model_runner.max_total_num_tokens
-        host.check_draft_memory(self.runners, self._target_worker.model_runner, tokens)
+        host.check_memory(self.config, self.specs, self._target_worker.model_runner, req_to_token_pool)
         for runner in self.runners.values():
             runner.worker.alloc_memory_pool(
                 memory_pool_config=memory_pool_config,

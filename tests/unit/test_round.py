@@ -174,7 +174,9 @@ def test_rows_of_a_drafter_that_is_switched_off_go_to_the_other_one(router: str)
     )
     decode.drafters["e3"].fails = lambda slot: True
     result = decode.run(world.rows([0, 1, 2], 8))
-    assert {name: set(finite) for name, finite in result.finite.items()} == {name: {name == "df"} for name in result.plan}
+    assert {name: set(finite) for name, finite in result.finite.items()} == {
+        name: {name == "df"} for name in result.plan
+    }
     decode.health.switch_off("e3")
     for _ in range(4):
         result = decode.run(world.rows([0, 1, 2], 8))
