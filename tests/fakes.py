@@ -116,7 +116,7 @@ class FakeDrafter:
         self.skill = skill
         self.sees_next = sees_next
         self.random = random.Random(f"{name}{seed}")
-        self.broken = False
+        self.fails = lambda slot: False  # for which requests its arithmetic overflows
         self.entries: dict[int, tuple[float, int, int]] = {}  # KV slot -> feature, next token, position
 
     def entry(self, feature: float, next_token: int, position: int) -> tuple[float, int, int]:
@@ -132,7 +132,7 @@ class FakeDrafter:
 
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
         tokens = torch.tensor([self.draft_row(rows, row, -float(last[row, 0])) for row in range(len(rows.slots))])
-        return Drafts(tokens, torch.tensor(not self.broken))
+        return Drafts(tokens, torch.tensor([not self.fails(slot) for slot in rows.host.slots]))
 
     def draft_row(self, rows: Rows, row: int, last: float) -> list[int]:
         slot = int(rows.slots[row])

@@ -344,7 +344,7 @@ class RadixWorld(World):
         length = len(request.prompt) + (request.answer_length() or 0)
         self.seen["accepted behind the end"] += request.committed > length
         request.committed = min(request.committed, length)
-        caught_up = self.decode.finish(request.row, request.committed)
+        caught_up = self.decode.finish([request.row], [request.committed])
         self.seen["ended with a backlog"] += any(max(done.missed) > 0 for done in caught_up.values())
 
     def end(self, request: Request) -> None:

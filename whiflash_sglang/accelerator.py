@@ -24,6 +24,9 @@ HEAD_SIZES: Mapping[str, Sequence[int]] = {
 
 FLAG_FRACTION = "--mem-fraction-static"
 FLAG_POOL = "--max-total-tokens"
+FLAG_RUNNING = "--max-running-requests"
+FLAG_GRAPHS = "--cuda-graph-max-bs"
+MAX_RUNNING = 48  # requests where nothing is said, as with SGLang's own DFLASH: rings and graphs grow with them
 GIB = 2**30
 
 
@@ -80,16 +83,52 @@ def check_room(memory: Memory, token_bytes: int, num_tokens: int) -> None:
         raise ConfigError(FLAG_FRACTION, memory.fraction, problem, mend)
 
 
-def check_draft_pools(free: int, drafters: Mapping[str, int], num_tokens: int) -> None:
-    """Refuse where the drafters' pools do not fit into `free` bytes; `drafters`: bytes of a token, by name.
+class Need(NamedTuple):
+    """What takes memory of a GPU besides weights and the target's KV."""
 
-    SGLang sizes the target's pool for all of them by its own estimate. Where that was too high, allocating would fail
-    with a message about tensors.
+    what: str
+    size: int  # bytes
+    flag: str  # which says how much of it there is, in proportion
+    value: int
+
+
+def ring_bytes(num_requests: int, backlog: int, feature_sizes: Iterable[int]) -> int:
+    """Bytes of the features (`feature_sizes`: of each drafter, in bytes) and tokens that wait for drafters."""
+    return num_requests * backlog * (sum(feature_sizes) + 8)
+
+
+def graph_bytes(
+    sizes: Sequence[int],
+    widths: Iterable[int],
+    draft_widths: Iterable[int],
+    features: int,
+    vocab_size: int,
+    context: int,
+) -> int:
+    """Bytes that CUDA graphs keep at least, for batches of `sizes`: of verify `widths` the outputs, `features` bytes a
+    position, and one buffer of logits; of every width KV indices for requests of `context` tokens."""
+    if not sizes:
+        return 0
+    verified, largest = [*widths], max(sizes)
+    outputs = sum(sizes) * sum(verified) * features
+    logits = largest * max(verified) * vocab_size * 4
+    return outputs + logits + largest * (sum(verified) + sum(draft_widths)) * context * 8
+
+
+def check_needs(free: int, needs: Sequence[Need]) -> None:
+    """Refuse where `needs` do not fit into `free` bytes, with the flag of the largest.
+
+    SGLang sizes the target's pool by its own estimate, which knows neither two drafters nor rings nor several widths of
+    graphs. Where that was too high, allocating would fail with a message about tensors.
     """
-    needed = num_tokens * sum(drafters.values())
-    if needed > free:
-        fits = int(num_tokens * free / needed)
-        pools = " and ".join(f"{name} {num_tokens * each / GIB:.2f}" for name, each in drafters.items())
-        problem = f"the draft pools take {pools} GiB, and {free / GIB:.2f} are free"
-        mend = f"give {FLAG_POOL} {fits} or less, lower {FLAG_FRACTION}, or load one drafter ({FLAG_DRAFTERS} df or e3)"
-        raise ConfigError(FLAG_POOL, num_tokens, problem, mend)
+    needed = sum(need.size for need in needs)
+    if needed <= free:
+        return
+    most = max(needs, key=lambda need: need.size)
+    fits = most.value * (free - needed + most.size) // most.size
+    takes = ", ".join(f"{need.what} {need.size / GIB:.2f}" for need in needs if need.size)
+    problem = f"besides weights and the target's KV there is room for {free / GIB:.2f} GiB, and these take: {takes}"
+    give = f"give {most.flag} {fits} or less, or " if fits > 0 else ""
+    raise ConfigError(
+        most.flag, most.value, problem, f"{give}lower {FLAG_FRACTION}, or load one drafter ({FLAG_DRAFTERS} df or e3)"
+    )

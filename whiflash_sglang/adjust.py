@@ -6,12 +6,12 @@ would adjust them after that text, so that rows with such adjustments are drafte
 accepted is the target's own adjusted choice.
 
 The order is SGLang's: additive penalties, repetition penalty, grammar, logit bias. Its own penalizers count one token a
-step and forget what a retracted request has said; here all is computed from the request's output, each time anew.
+step and forget what a retracted request has said; here all is computed from the request's output (`Said`).
 
-Nothing here waits for the device: what differs from round to round, the requests' outputs, goes there by `to_device`,
-and what does not stays there. A grammar's mask is another matter: it is made on the host, of drafts that the device has
-made, so that SGLang's `GrammarTree.resolve` has to wait for these. It waits for all that the device was given before
-the tree was made.
+Nothing here waits for the device: what differs from round to round, the tokens that outputs have grown by, goes there
+by `to_device`, and what does not stays there. A grammar's mask is another matter: it is made on the host, of drafts
+that the device has made, so that SGLang's `GrammarTree.resolve` has to wait for these. It waits for all that the device
+was given before the tree was made.
 """
 
 from __future__ import annotations
@@ -31,15 +31,51 @@ kept_on = cache(Indices)
 """Row numbers, strengths of penalties and forbidden tokens on a device: the same for as long as a batch is."""
 
 
-def adjust(logits: torch.Tensor, window: torch.Tensor, batch: Any, tree: GrammarTree | None = None) -> torch.Tensor:
+class Said:
+    """How often each token stands in requests' outputs, on a device: counted once, when an output has grown.
+
+    What it counts by is the output itself, the same list from round to round; another one is counted from its first
+    token. It remembers the outputs that it was asked for last.
+    """
+
+    def __init__(self) -> None:
+        self.outputs: Sequence[Sequence[int]] = ()
+        self.lens: Sequence[int] = ()  # tokens of each that have been counted
+        self.counts = torch.empty(0)  # [outputs, vocab] float32
+
+    def of(self, outputs: Sequence[Sequence[int]], vocab: int, device: torch.device) -> torch.Tensor:
+        """The counts of `outputs` [outputs, vocab] float32, which nobody else may write to."""
+        rows = {id(output): row for row, output in enumerate(self.outputs) if len(output) >= self.lens[row]}
+        known = [(row, rows[id(output)]) for row, output in enumerate(outputs) if id(output) in rows]
+        lens = [0] * len(outputs)
+        for row, before in known:
+            lens[row] = self.lens[before]
+        if len(known) < len(outputs) or any(row != before for row, before in known):
+            counts = torch.zeros((len(outputs), vocab), device=device)
+            if known:
+                to, origin = to_device(list(zip(*known, strict=True)), device)
+                counts.index_copy_(0, to, self.counts.index_select(0, origin))
+            self.counts = counts
+        places = [row * vocab + token for row, output in enumerate(outputs) for token in output[lens[row] :]]
+        if places:
+            index = to_device(places, device)
+            self.counts.view(-1).scatter_add_(0, index, torch.ones(len(index), device=device))
+        self.outputs, self.lens = outputs, [len(output) for output in outputs]
+        return self.counts
+
+
+def adjust(
+    logits: torch.Tensor, window: torch.Tensor, batch: Any, tree: GrammarTree | None = None, said: Said | None = None
+) -> torch.Tensor:
     """`logits` [rows, width, vocab] that follow `window` [rows, width], as the requests of the batch want them.
 
     The tensor itself where nobody wants anything, else a copy: the target's own are kept for the router's entropy.
     `tree`: `GrammarTree.from_linear_chain(window)`, if it was made before the target's forward was launched. A mask is
-    then made while the target computes; else the host waits for the forward first.
+    then made while the target computes; else the host waits for the forward first. `said`: what was counted in earlier
+    rounds.
     """
     sampling = batch.sampling_info
-    penalized = Penalized.of(batch.reqs, logits.shape[-1], logits.device)
+    penalized = Penalized.of(batch.reqs, logits.shape[-1], logits.device, said or Said())
     if penalized is None and not batch.has_grammar and sampling.logit_bias is None:
         return logits
     logits = logits.clone()
@@ -76,7 +112,7 @@ class Penalized(NamedTuple):
     # as places in [k, vocab]
 
     @classmethod
-    def of(cls, requests: Sequence[Any], vocab: int, device: torch.device) -> Penalized | None:
+    def of(cls, requests: Sequence[Any], vocab: int, device: torch.device, said: Said) -> Penalized | None:
         """None where no request has a penalty."""
         rows = tuple(row for row, request in enumerate(requests) if has_penalty(request.sampling_params))
         if not rows:
@@ -88,7 +124,7 @@ class Penalized(NamedTuple):
         frequency, presence, repetition = on_device.unbind(1)
         return cls(
             kept_on(device).of(rows),
-            count([request.output_ids for request in picked], vocab, device),
+            said.of([request.output_ids for request in picked], vocab, device),
             frequency,
             presence,
             repetition,
@@ -126,23 +162,12 @@ def places(row: int, tokens: Sequence[int], vocab: int) -> list[int]:
     return [row * vocab + token for token in tokens if token < vocab]
 
 
-def count(outputs: Sequence[Sequence[int]], vocab: int, device: torch.device) -> torch.Tensor:
-    """How often each token stands in each output, [outputs, vocab] float32.
-
-    The device counts, as outputs are short and a vocabulary is long.
-    """
-    counts = torch.zeros(len(outputs) * vocab, device=device)
-    said = [torch.tensor(output, dtype=torch.int64) + row * vocab for row, output in enumerate(outputs)]
-    index = to_device(torch.cat(said), device)
-    return counts.scatter_add_(0, index, torch.ones(len(index), device=device)).view(len(outputs), vocab)
-
-
 def penalize_next(batch: Any) -> None:
     """Let SGLang's own sampling after a prefill count what requests have said before they were retracted."""
     if not any(request.output_ids for request in batch.reqs):
         return
     sampling = batch.sampling_info
-    penalized = Penalized.of(batch.reqs, sampling.vocab_size, sampling.temperatures.device)
+    penalized = Penalized.of(batch.reqs, sampling.vocab_size, sampling.temperatures.device, Said())
     if penalized is None:
         return
     additive, scaling = penalized.penalties(penalized.counts)

@@ -10,25 +10,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 
-def tokens_to_end(request: Any, tokens: Sequence[int]) -> int:
+class Kept(NamedTuple):
+    """What of a round's accepted tokens belongs to a request's text."""
+
+    count: int
+    ends: bool  # whether the text ends there
+
+
+def tokens_to_end(request: Any, tokens: Sequence[int]) -> Kept:
     """How many of the accepted `tokens` belong to the request's text: through the first that ends it, or all."""
     params = request.sampling_params
     left = params.max_new_tokens - len(request.output_ids)
     count = min(len(tokens), max(1, left))
+    ends = count >= left
     if not params.ignore_eos:
-        ends = end_ids(request)
-        count = next((i + 1 for i, token in enumerate(tokens[:count]) if token in ends), count)
+        ids = end_ids(request)
+        first = next((i + 1 for i, token in enumerate(tokens[:count]) if token in ids), None)
+        count, ends = (count, ends) if first is None else (first, True)
     if not params.stop_strs and not params.stop_regex_strs:
-        return count
+        return Kept(count, ends)
     window = 1 + max(params.stop_str_max_len, params.stop_regex_max_len)  # tokens that SGLang looks for a stop in
     said = [*request.output_ids[-window:], *tokens[:count]]
     before = len(said) - count
     if not params.stop_regex_strs and not stops(request, said):
-        return count
-    return next((i for i in range(1, count) if stops(request, said[: before + i][-window:])), count)
+        return Kept(count, ends)
+    stop = next((i for i in range(1, count + 1) if stops(request, said[: before + i][-window:])), None)
+    return Kept(count, ends) if stop is None else Kept(stop, True)
 
 
 def end_ids(request: Any) -> set[int]:

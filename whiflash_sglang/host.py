@@ -19,10 +19,24 @@ from typing import Any
 
 import msgspec
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from whiflash_sglang.accelerator import Memory, check_attention, check_draft_pools, check_room, kv_bytes
+from whiflash_sglang.accelerator import (
+    FLAG_GRAPHS,
+    FLAG_POOL,
+    FLAG_RUNNING,
+    MAX_RUNNING,
+    Memory,
+    Need,
+    check_attention,
+    check_needs,
+    check_room,
+    graph_bytes,
+    kv_bytes,
+    ring_bytes,
+)
 from whiflash_sglang.adjust import open_dead_ends
 from whiflash_sglang.admission import (
     judge_grammars,
@@ -44,7 +58,7 @@ from whiflash_sglang.checkpoints import (
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.drafters.runner import DraftRunner
 from whiflash_sglang.ending import RefuseWhenEnding, requests_have_ended
-from whiflash_sglang.errors import HintError
+from whiflash_sglang.errors import ConfigError, HintError
 from whiflash_sglang.hints import CONTEXT_FIELD, Asked, context_params, parse
 from whiflash_sglang.ranks import Ranks
 from whiflash_sglang.safetensors_header import weight_bytes
@@ -56,11 +70,14 @@ from whiflash_sglang.spans import (
     ToolOutput,
     message_context,
 )
+from whiflash_sglang.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
 ALGORITHM = "WHIFLASH"
 PRIORS_FIELD, RANKS_FIELD = "whiflash_priors", "whiflash_ranks"  # of the scheduler's state
+TRIED_ATTENTION = "triton"
+ASKS_FOR_PRIORS = "whiflash_priors"  # id of a request for the state
 
 
 class WhiFlashAlgorithm(CustomSpecAlgo):
@@ -110,6 +127,11 @@ class WhiFlashAlgorithm(CustomSpecAlgo):
         server_args.speculative_num_steps = 1
         # A round ends when the host has read what it committed; overlap would need that to stay on the device.
         server_args.disable_overlap_schedule = True
+        if envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get():
+            problem = "KV has no memory yet while WHIFLASH captures graphs and measures what rounds cost"
+            raise ConfigError("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", 1, problem, "unset that environment variable")
+        if server_args.max_running_requests is None and server_args.device.startswith("cuda"):
+            server_args.max_running_requests = MAX_RUNNING
 
 
 @dataclass
@@ -125,22 +147,25 @@ class WhiFlashDraftInput(DFlashDraftInputV2):
         from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
         from sglang.srt.runtime_context import get_spec
 
-        committed = torch.tensor([request.kv_committed_len for request in batch.reqs], dtype=torch.int64)
-        allocated = torch.tensor([request.kv.kv_allocated_len for request in batch.reqs], dtype=torch.int32)
-        reserved = allocated.maximum((committed + get_spec().speculative_num_draft_tokens).to(torch.int32))
+        window = get_spec().speculative_num_draft_tokens
+        committed = [request.kv_committed_len for request in batch.reqs]
+        allocated = [request.kv.kv_allocated_len for request in batch.reqs]
+        reserved = [max(known, length + window) for known, length in zip(allocated, committed, strict=True)]
+        lens = torch.tensor((allocated, reserved), dtype=torch.int32)
+        on_device = to_device(lens, torch.device(batch.device), torch.int32)
         alloc_for_spec_decode(
             batch.tree_cache,
             batch.req_to_token_pool,
             reqs=batch.reqs,
             req_pool_indices=batch.req_pool_indices,
-            cur_kv_lens=allocated.to(batch.device),
-            cur_kv_lens_cpu=allocated,
-            nxt_kv_lens=reserved.to(batch.device),
-            nxt_kv_lens_cpu=reserved,
-            num_needed_tokens=int((reserved - allocated).sum()),
+            cur_kv_lens=on_device[0],
+            cur_kv_lens_cpu=lens[0],
+            nxt_kv_lens=on_device[1],
+            nxt_kv_lens_cpu=lens[1],
+            num_needed_tokens=sum(reserved) - sum(allocated),
             batch=batch,
         )
-        batch.seq_lens_cpu, batch.seq_lens_sum = committed, int(committed.sum())
+        batch.seq_lens_cpu, batch.seq_lens_sum = torch.tensor(committed, dtype=torch.int64), sum(committed)
 
 
 def draft_input(bonus_tokens: torch.Tensor, new_seq_lens: torch.Tensor) -> WhiFlashDraftInput:
@@ -193,6 +218,10 @@ def install_hooks() -> None:
     HookRegistry.register(
         "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info", _leave_room_for_a_window, HookType.AFTER
     )
+    # Attention: SGLang takes fa3 or flashinfer where nothing is said, and rounds have been tried with triton only.
+    HookRegistry.register(
+        "sglang.srt.server_args.ServerArgs._get_default_attn_backend", _tried_attention, HookType.AROUND
+    )
     # Refusals: SGLang names the algorithm of which ours counts as one of the family, and no mend; log probabilities,
     # which our rounds return, it refuses; hidden states, which they do not, it refuses only where steps overlap.
     HookRegistry.register(
@@ -236,11 +265,9 @@ def install_http(server_args: Any) -> None:
     HookRegistry.register(f"{asked_for}._handle_parallel_sampling", _judge_samples, HookType.AFTER)
     HookRegistry.register(f"{manager}._create_tokenized_object", _judge_names, HookType.BEFORE)
     HookRegistry.register(f"{manager}._dispatch_to_scheduler", _judge_request, HookType.BEFORE)
-    # Secrets: /server_info shows all arguments to whoever may use the server, the operator's key among them, and of the
-    # scheduler's state more than the figures that are meant for it.
+    # Secrets: /server_info shows all arguments to whoever may use the server, the operator's key among them.
     HookRegistry.register(f"{manager}.resolved_config_dict", _without_keys, HookType.AFTER)
-    priors: dict[int, Any] = {}  # by replica
-    HookRegistry.register(f"{manager}.get_internal_state", functools.partial(_set_aside, priors), HookType.AROUND)
+    HookRegistry.register(f"{manager}.get_internal_state", _states_without_keys, HookType.AROUND)
     HookRegistry.apply_hooks()
 
     http_server.app.add_middleware(RefuseWhenEnding, is_ending=functools.partial(_is_ending, http_server))
@@ -248,10 +275,9 @@ def install_http(server_args: Any) -> None:
     config = active_config()
     about = {"model": server_args.served_model_name, "router": config.router, "drafters": config.draft_paths}
 
-    async def states() -> list[dict[str, Any]]:
-        """One of each replica (`--dp-size`)."""
-        found = await http_server.get_global_state().tokenizer_manager.get_internal_state()
-        found = [{**state, PRIORS_FIELD: priors.get(replica_of(state))} for state in found]
+    async def states(priors: bool = False) -> list[dict[str, Any]]:
+        """One of each replica (`--dp-size`), with its priors or without."""
+        found = await ask_schedulers(http_server.get_global_state().tokenizer_manager, priors)
         return sorted(found, key=replica_of)
 
     for_operators = auth_level(AuthLevel.ADMIN_OPTIONAL)
@@ -296,6 +322,11 @@ def _one_window(original: Any, server_args: Any = None) -> int:
     from sglang.srt.mem_cache.allocation_sizing import get_alloc_len_per_decode
 
     return int(get_alloc_len_per_decode(server_args))
+
+
+def _tried_attention(original: Any, server_args: Any, use_mla_backend: bool, model_config: Any) -> str:
+    ours = server_args.speculative_algorithm == ALGORITHM and server_args.device.startswith("cuda")
+    return TRIED_ATTENTION if ours else str(original(server_args, use_mla_backend, model_config))
 
 
 def _leave_room_for_a_window(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
@@ -393,13 +424,21 @@ def _without_keys(arguments: dict[str, Any], *args: Any) -> dict[str, Any]:
     return {name: None if name in ("api_key", "admin_api_key") else value for name, value in arguments.items()}
 
 
-async def _set_aside(priors: dict[int, Any], original: Any, manager: Any) -> list[dict[str, Any]]:
-    """The schedulers' state without keys, and without their priors, which are kept for the route that is theirs."""
-    states: list[dict[str, Any]] = [_without_keys(state) for state in await original(manager)]
-    for state in states:
-        document = state.pop(PRIORS_FIELD, None)
-        priors[replica_of(state)] = document
-    return states
+async def _states_without_keys(original: Any, manager: Any) -> list[dict[str, Any]]:
+    return [_without_keys(state) for state in await original(manager)]
+
+
+async def ask_schedulers(manager: Any, priors: bool) -> list[dict[str, Any]]:
+    """The state of every replica's scheduler, as `TokenizerManager.get_internal_state`.
+
+    A document of priors takes as long as several rounds, and names tools: it is made where it is asked for, by the
+    route that is theirs.
+    """
+    from sglang.srt.managers.io_struct import GetInternalStateReq
+
+    manager.auto_create_handle_loop()
+    request = GetInternalStateReq(rid=ASKS_FOR_PRIORS if priors else None)
+    return [reply.internal_state for reply in await manager.get_internal_state_communicator(request)]
 
 
 def replica_of(state: Mapping[str, Any]) -> int:
@@ -466,13 +505,14 @@ async def _end_soon(original: Any, manager: Any) -> None:
     await original(manager)
 
 
-def _add_figures(result: Any, scheduler: Any, *args: Any) -> Any:
+def _add_figures(result: Any, scheduler: Any, request: Any) -> Any:
     worker = scheduler.draft_worker
     if getattr(worker, "totals", None) is not None:
         # The request for it comes to every rank in the same step, so that ranks can be compared here.
         result.internal_state["whiflash"] = worker.totals.snapshot()
         result.internal_state[RANKS_FIELD] = {"replica": scheduler.ps.dp_rank or 0, **worker.ranks.snapshot()}
-        result.internal_state[PRIORS_FIELD] = worker.priors_document()
+        if request.rid == ASKS_FOR_PRIORS:
+            result.internal_state[PRIORS_FIELD] = worker.priors_document()
     return result
 
 
@@ -508,13 +548,38 @@ def check_accelerator(server_args: Any) -> None:
     check_room(memory, token_bytes, server_args.speculative_num_draft_tokens)
 
 
-def check_draft_memory(runners: Mapping[str, DraftRunner], target_runner: Any, num_tokens: int) -> None:
-    """Refuse where a GPU has no room left for the drafters' pools, before they are allocated."""
-    if not str(target_runner.device).startswith("cuda"):
-        return
-    size = target_runner.kv_cache_dtype.itemsize
-    drafters = {name: kv_bytes(runner.spec, size, tp_ranks().size) for name, runner in runners.items()}
-    check_draft_pools(torch.cuda.mem_get_info()[0], drafters, num_tokens)
+def check_memory(config: WhiFlashConfig, specs: Mapping[str, DrafterSpec], target_runner: Any, requests: Any) -> None:
+    """Refuse where a GPU has no room left for what WHIFLASH needs, before any of it is allocated.
+
+    `requests`: SGLang's table of them (`ReqToTokenPool`).
+    """
+    if str(target_runner.device).startswith("cuda"):
+        check_needs(torch.cuda.mem_get_info()[0], memory_needs(config, specs, target_runner, requests))
+
+
+def memory_needs(
+    config: WhiFlashConfig, specs: Mapping[str, DrafterSpec], target_runner: Any, requests: Any
+) -> list[Need]:
+    """Draft pools, rings and CUDA graphs."""
+    element, tokens = target_runner.kv_cache_dtype.itemsize, target_runner.max_total_num_tokens
+    server_args = target_runner.server_args
+    num_slots, context = requests.req_to_token.shape
+    graphs = server_args.cuda_graph_config.decode
+    sizes = [] if graphs.backend == "disabled" else sorted({min(size, requests.size) for size in graphs.bs})
+    drafts = {name: spec.num_queries for name, spec in specs.items()}
+    windows = {1, *(config.eagle_steps + 1 if name == "e3" else width for name, width in drafts.items())}
+    of_feature = target_runner.dtype.itemsize
+    hidden = target_runner.model_config.hidden_size
+    captures = len(captured_layers(specs.values())) + (config.router == "neural")  # which reads final hidden states
+    pools = sum(tokens * kv_bytes(spec, element, server_args.tp_size) for spec in specs.values())
+    rings = ring_bytes(num_slots, config.max_backlog, [spec.hidden_size * of_feature for spec in specs.values()])
+    vocab_size = target_runner.model_config.vocab_size
+    captured = graph_bytes(sizes, windows, drafts.values(), captures * hidden * of_feature, vocab_size, context)
+    return [
+        Need("draft pools", pools, FLAG_POOL, tokens),
+        Need("features that wait for drafters", rings, FLAG_RUNNING, requests.size),
+        Need("CUDA graphs", captured, FLAG_GRAPHS, max(sizes, default=0)),
+    ]
 
 
 def tp_ranks() -> Ranks:
@@ -736,10 +801,21 @@ def print_start_block(
         "verify width": f"{width} (anchor and up to {width - 1} drafts)",
         "catch-up": f"{config.catch_up}, a drafter lags at most {config.max_backlog} tokens behind",
         "KV tokens": f"{tokens}, and {lost} more would fit without the draft pools",
-        "attention": ", ".join(f"{name} {backend}" for name, backend in backends.items()),
+        "attention": attention_line(backends, str(runner.device)),
+        "requests": f"up to {runner.req_to_token_pool.size} at once ({FLAG_RUNNING})",
         "CUDA graphs": captured if largest else "none",
     }
     print("WhiFlash\n" + "\n".join(f"  {key:<13}{value}" for key, value in lines.items()), flush=True)
+
+
+def attention_line(backends: Mapping[str, str], device: str) -> str:
+    """The start block's line: the backend of the target and of each drafter, and whether rounds were tried with it."""
+    line = ", ".join(f"{name} {backend}" for name, backend in backends.items())
+    if not device.startswith("cuda"):
+        return line
+    if {*backends.values()} == {TRIED_ATTENTION}:
+        return f"{line}; WHIFLASH's default on a GPU"
+    return f"{line}; not tried yet: --attention-backend {TRIED_ATTENTION} is the default"
 
 
 def kv_tokens_lost(target_runner: Any, runners: Iterable[DraftRunner]) -> tuple[int, int]:

@@ -132,11 +132,12 @@ def with_texts(figures: dict[str, Any], texts: TokenTexts) -> dict[str, Any]:
 
 def routes(
     finished: Finished,
-    states: Callable[[], Awaitable[Sequence[Mapping[str, Any]]]],
+    states: Callable[..., Awaitable[Sequence[Mapping[str, Any]]]],
     about: Mapping[str, Any],
     for_operators: Callable[[Endpoint], Endpoint],
 ) -> APIRouter:
-    """The routes. `states` asks every replica's scheduler; `about`: model, router and drafters of this server.
+    """The routes. `states` asks every replica's scheduler, with `priors=True` for its priors too; `about`: model,
+    router and drafters of this server.
 
     `for_operators` marks an endpoint that asks for the operator's key where there is one.
     """
@@ -153,7 +154,7 @@ def routes(
     @router.get("/priors")
     @for_operators
     async def priors(replica: int = 0) -> Response:
-        replicas = await states()
+        replicas = await states(priors=True)
         if not 0 <= replica < len(replicas):
             return not_found(f"No replica {replica}: this server has {len(replicas)}, counted from 0.")
         content = replicas[replica]["whiflash_priors"]

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from whiflash_sglang.hints import OFF, Hints
 from whiflash_sglang.plans import drafter_by_row
 from whiflash_sglang.priors import Priors
-from whiflash_sglang.spans import Context, Place, SpanReader
+from whiflash_sglang.spans import ANSWER, Context, Place, SpanReader
 from whiflash_sglang.types import HostRows, RoundResult, Standing
 
 NOBODY = "none"  # a row that was not drafted for
@@ -116,16 +116,18 @@ class Ledger:
     ) -> Record:
         """A request whose text so far is `prompt` and `output`, and the token `sampled` by its prefill.
 
-        `output`: what it had when it was retracted. None is sampled while chunks of the prompt are still to come.
+        `output`: what it had when it was retracted. None is sampled while chunks of the prompt are still to come, and
+        nothing is read then: the last chunk's call reads all of it.
         """
+        if sampled is None:
+            return Record(hints, context or Context(), Place(hints.span or ANSWER, ""), trace, self.priors)
         place = self.reader.begin(prompt)
         if hints.span is not None:
             place = Place(hints.span, place.tail)
         place = self.reader.follow(place, output)
-        if sampled is not None:
-            if trace is not None:
-                trace.begin(sampled, place.span)
-            place = self.reader.follow(place, [sampled])
+        if trace is not None:
+            trace.begin(sampled, place.span)
+        place = self.reader.follow(place, [sampled])
         known = self.reader.context(prompt) if context is None else context
         return Record(hints, known, place, trace, self.priors)
 

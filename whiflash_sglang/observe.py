@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from whiflash_sglang.costs import RoundCosts
-from whiflash_sglang.ledger import NOBODY, Ledger, Record, Signals
+from whiflash_sglang.health import Health
+from whiflash_sglang.hints import Asked
+from whiflash_sglang.ledger import NOBODY, Ledger, Signals, Trace
 from whiflash_sglang.plans import drafter_by_row
 from whiflash_sglang.priors import Priors
 from whiflash_sglang.router.prior import PriorShare
@@ -107,7 +109,7 @@ class Totals:
         self.seconds = dict.fromkeys(STEPS, 0.0)
         self.steps = 0
         self.round_ended: float | None = None  # when the last step did, if it was a round
-        self.switched_off: list[str] = []
+        self.health = Health()  # of the round's drafters
         self.pool: dict[str, int] = {}  # KV tokens; each stands in the target's pool and in that of every drafter
         self.costs: RoundCosts | None = None  # of a router that weighs them
         self.prior_share: PriorShare | None = None  # of a router with priors
@@ -173,7 +175,8 @@ class Totals:
             **self._figures(self.sums, self.longest_ever),
             "steps": self.steps,
             "seconds": {step: round(seconds, 6) for step, seconds in self.seconds.items()},
-            "switched_off": dict.fromkeys(self.switched_off, 1),
+            "failed_by_drafter": dict(self.health.failures),
+            "switched_off": dict.fromkeys(self.health.tried_at, 1),
             "kv_pool": self.pool,
             "round_ms": {} if self.costs is None else self.costs.snapshot(),
             "round_costs": {} if self.costs is None else self.costs.health(),
@@ -233,11 +236,19 @@ class RequestFigures:
     SGLang slices this by the tokens that it is about to send, the last time when the request has ended.
     """
 
-    def __init__(self, totals: Totals, request: Any, record: Record):
+    def __init__(self, totals: Totals, request: Any, asked: Asked):
         self.totals = totals
         self.request = request
-        self.record = record
+        self.asked = asked
+        self.trace = Trace() if asked.hints.trace else None
+
+    def begin(self, sampled: int | None) -> None:
+        """The request is prefilled, with a chunk of its prompt (nothing is `sampled`) or the last of it; after a
+        retraction once more."""
+        ledger, request = self.totals.ledger, self.request
         self.slot = int(request.req_pool_idx)
+        self.record = ledger.record(*self.asked, request.origin_input_ids, request.output_ids, sampled, self.trace)
+        ledger.begin(self.slot, self.record)
 
     def __getitem__(self, tokens: slice) -> list[dict[str, Any]]:
         # The slot has been given back by then, but its figures stand until its next request's prefill.
@@ -261,6 +272,7 @@ class Metrics:
         self.totals = totals
         self.labels = dict(labels)
         self.shown: dict[tuple[str, str], float] = {}
+        self.ever_off: set[str] = set()
         self.next_update = 0.0
         names = [*labels]
         counters = {
@@ -268,6 +280,7 @@ class Metrics:
             "drafted_tokens": ("Draft tokens proposed.", "drafter"),
             "accepted_tokens": ("Draft tokens accepted.", "drafter"),
             "ingested_tokens": ("Tokens ingested by a drafter while decoding.", "drafter"),
+            "failed_drafts": ("Rounds of a request whose drafts held NaN or infinities.", "drafter"),
             "catch_up_tokens": ("Those of them that it had missed while it was idle.", None),
             "catch_up_passes": ("Times that a drafter caught up with a request.", None),
             "catch_up_seconds": ("Wall time of catching up.", None),
@@ -292,12 +305,16 @@ class Metrics:
         self.wrong = Gauge(
             "whiflash_round_costs_wrong", "Times that a round took twice or half of what the start had measured.", names
         )
-        self.off = Gauge("whiflash_drafter_switched_off", "1: produced NaN and is not used.", [*names, "drafter"])
+        self.off = Gauge(
+            "whiflash_drafter_switched_off",
+            "1: produced NaN for several requests and is not used.",
+            [*names, "drafter"],
+        )
 
-    def update(self) -> None:
-        """Bring the metrics up to the totals, at most once in a while."""
+    def update(self, at_once: bool = False) -> None:
+        """Bring the metrics up to the totals: at most once in a while, and `at_once` where no round may follow."""
         now = time.monotonic()
-        if now < self.next_update:
+        if now < self.next_update and not at_once:
             return
         self.next_update = now + self.INTERVAL_S
         self.write(self.totals.snapshot())
@@ -308,6 +325,7 @@ class Metrics:
             "drafted_tokens": figures["drafted_by_drafter"],
             "accepted_tokens": figures["accepted_by_drafter"],
             "ingested_tokens": figures["ingested_by_drafter"],
+            "failed_drafts": figures["failed_by_drafter"],
             "catch_up_tokens": {"": figures["catch_up"]["tokens"]},
             "catch_up_passes": {"": figures["catch_up"]["passes"]},
             "catch_up_seconds": {"": figures["catch_up"]["ms"] / 1000},
@@ -329,5 +347,6 @@ class Metrics:
             self.pool.labels(*self.labels.values(), kind).set(tokens)
         self.not_drafted.labels(*self.labels.values()).set(figures["not_drafted_share"])
         self.wrong.labels(*self.labels.values()).set(figures["round_costs"].get("wrong", 0))
-        for name in figures["switched_off"]:
-            self.off.labels(*self.labels.values(), name).set(1)
+        self.ever_off.update(figures["switched_off"])
+        for name in self.ever_off:
+            self.off.labels(*self.labels.values(), name).set(figures["switched_off"].get(name, 0))

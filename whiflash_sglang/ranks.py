@@ -156,10 +156,9 @@ class SharedDrafter(Drafter):
 
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
         tokens, finite = self.inner.draft(rows, last)
-        # One message: the tokens, and behind them whether they can be trusted.
-        packed = torch.cat([tokens.reshape(-1).to(torch.int64), finite.reshape(1).to(torch.int64)])
-        packed = self.ranks.same(packed)
-        return Drafts(packed[:-1].view_as(tokens), packed[-1] != 0)
+        # One message: the tokens of each row, and whether they can be trusted.
+        packed = self.ranks.same(torch.cat([tokens.to(torch.int64), finite[:, None].to(torch.int64)], dim=1))
+        return Drafts(packed[:, :-1], packed[:, -1] != 0)
 
 
 class SharedTarget(Target):

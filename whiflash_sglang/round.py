@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from typing import Protocol
 
 import torch
@@ -19,6 +18,7 @@ import torch
 from whiflash_sglang.accept import accept
 from whiflash_sglang.asked import grant
 from whiflash_sglang.backlog import Backlog
+from whiflash_sglang.health import Health
 from whiflash_sglang.transfer import Indices, to_host
 from whiflash_sglang.types import (
     Accepted,
@@ -105,7 +105,7 @@ Timed = Callable[[str], AbstractContextManager[None]]
 
 
 class DecodeRound:
-    """Runs rounds. What it keeps from one to the next is the backlog, and which drafters have been switched off.
+    """Runs rounds. What it keeps from one to the next is the backlog, and which drafters have failed whom.
 
     With `lazy`, only drafters that a round needs are brought up to date; else all of them are, in every round.
     `timed` is given the name of each step, to measure it.
@@ -128,6 +128,7 @@ class DecodeRound:
         self.lazy = lazy
         self.timed = timed
         self.indices = Indices(backlog.device)
+        self.health = Health()
         self.max_width = 1 + max(drafter.num_drafts for drafter in drafters.values())
 
     def prefill(self, prefill: Prefill, logits: torch.Tensor) -> list[int]:
@@ -136,6 +137,7 @@ class DecodeRound:
         `logits` [requests, vocab]: those that each request's newest token was chosen from. Returns these tokens,
         `prefill.sampled`, as the host has got them.
         """
+        self.health.begin(prefill.slots)
         with self.timed("prefill_drafters"):
             for name, drafter in self.drafters.items():
                 features = drafter.fuse(prefill.features)
@@ -151,7 +153,8 @@ class DecodeRound:
     def run(self, rows: Rows) -> RoundResult:
         """One round of all rows. Of the device nothing is read before the end, and then all at once."""
         with self.timed("route"):
-            plan = self.reroute(grant(rows.host, self.router.route(rows.host)))
+            plan = grant(rows.host, self.router.route(rows.host))
+            plan = self.health.reroute(plan, rows.host.slots, self.drafters)
             probe = self.probe(rows.host, plan)
         with self.timed("catch_up"):
             catch_ups = self.catch_up(rows.host, plan, probe)
@@ -177,22 +180,15 @@ class DecodeRound:
         committed = [row[:count] for row, count in zip(tokens.tolist(), num_committed.tolist(), strict=True)]
         if not self.lazy:
             self.settle(rows.host, committed)
-        is_finite = {name: bool(flag) for name, flag in zip(finite, told, strict=False)}
+        is_finite = dict(zip(finite, told, strict=False))
         return RoundResult(plan, num_drafts, window, tokens, committed, is_finite, catch_ups, probe)
 
-    def reroute(self, plan: Plan) -> Plan:
-        """Rows of a drafter that has been switched off go to one that is left, or are not drafted for."""
-        if all(name in self.drafters for name in plan):
-            return plan
-        left = next(iter(self.drafters), None)
-        return {} if left is None else {left: tuple(sorted(chain(*plan.values())))}
-
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
-        """The router's probe, unless that drafter has been switched off or drafts for the row anyway."""
+        """The router's probe, unless that drafter may not draft for the row, or does so anyway."""
         probe = self.router.probe(rows, plan)
-        if probe is None or probe.drafter not in self.drafters or probe.row in plan.get(probe.drafter, ()):
+        if probe is None or probe.row in plan.get(probe.drafter, ()):
             return None
-        return probe
+        return probe if self.health.allows(probe.drafter, rows.slots[probe.row]) else None
 
     def catch_up(self, rows: HostRows, plan: Plan, probe: Probe | None = None) -> dict[str, CatchUp]:
         """Let each drafter ingest what it lacks of its rows, and of those whose backlog is as long as it may be."""
@@ -301,11 +297,11 @@ class DecodeRound:
         for name in self.drafters:
             self.backlog.settle(name, rows.slots, lens)
 
-    def finish(self, slot: int, committed: int) -> dict[str, CatchUp]:
-        """Bring every drafter up to date with a request whose first `committed` positions are about to be shared."""
-        passes = {name: self.ingest(name, [slot], [committed]) for name in self.drafters}
-        return {name: done for name, done in passes.items() if done is not None}
+    def lags(self, slot: int, committed: int) -> bool:
+        """Whether a drafter has not ingested all `committed` positions of a request."""
+        return any(self.backlog.length(name, slot, committed) > 0 for name in self.drafters)
 
-    def switch_off(self, name: str) -> None:
-        """Never ask this drafter again."""
-        del self.drafters[name]
+    def finish(self, slots: Sequence[int], committed: Sequence[int]) -> dict[str, CatchUp]:
+        """Bring every drafter up to date with requests whose first `committed` positions are about to be shared."""
+        passes = {name: self.ingest(name, slots, committed) for name in self.drafters}
+        return {name: done for name, done in passes.items() if done is not None}

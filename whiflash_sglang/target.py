@@ -17,7 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.spec_utils import GrammarTree
 
-from whiflash_sglang.adjust import adjust
+from whiflash_sglang.adjust import Said, adjust
 from whiflash_sglang.types import Proposal, Rows, Verified
 from whiflash_sglang.widths import VerifyWidth
 
@@ -34,6 +34,7 @@ class SGLangTarget:
         self.feature_size = feature_size
         self.widths = widths
         self.batch: Any = None
+        self.said = Said()
         self.logprobs: LogitsProcessorOutput | None = None  # of the last verify, where the batch wants them
 
     def bind(self, batch: Any) -> None:
@@ -81,7 +82,7 @@ class SGLangTarget:
         `tree` as `adjust` takes it.
         """
         batch, sampling = self.batch, self.batch.sampling_info
-        logits = adjust(logits, window, batch, tree)
+        logits = adjust(logits, window, batch, tree, self.said)
         if sampling.has_custom_logit_processor:
             logits = process_first(logits, sampling)
         num_rows, width = positions.shape

@@ -138,7 +138,7 @@ class Drafts(NamedTuple):
     """What a drafter proposes."""
 
     tokens: torch.Tensor  # [rows, num_drafts] int64
-    finite: torch.Tensor  # [] bool; False where the drafter's hidden states hold a NaN or an infinity
+    finite: torch.Tensor  # [rows] bool; False where what a row's drafts were made of holds a NaN or an infinity
 
 
 class CatchUp(NamedTuple):
@@ -166,6 +166,6 @@ class RoundResult(NamedTuple):
     window: torch.Tensor  # [rows, width] int64, what was verified: anchor, drafts, padding
     tokens: torch.Tensor  # [rows, width] int64, as `Accepted.tokens`
     committed: Sequence[Sequence[int]]  # [rows], the new tokens of each; their number is its acceptance length
-    finite: Mapping[str, bool]  # by drafter that drafted
+    finite: Mapping[str, Sequence[bool]]  # by drafter that drafted, of its rows in the plan: `Drafts.finite`
     catch_ups: Mapping[str, CatchUp]  # by drafter
     probe: Probe | None = None

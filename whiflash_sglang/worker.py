@@ -27,7 +27,6 @@ from whiflash_sglang.costs import BATCH_SIZES, CONTEXTS, Measured, RoundCosts, m
 from whiflash_sglang.drafters import DRAFTERS
 from whiflash_sglang.ends import tokens_to_end
 from whiflash_sglang.identity import Identity
-from whiflash_sglang.ledger import Trace
 from whiflash_sglang.observe import Metrics, RequestFigures, Totals
 from whiflash_sglang.priors import document
 from whiflash_sglang.probe import RoundProbe
@@ -74,8 +73,7 @@ class WhiFlashWorker(BaseSpecWorker):
     def alloc_memory_pool(
         self, memory_pool_config: Any = None, req_to_token_pool: Any = None, token_to_kv_pool_allocator: Any = None
     ) -> None:
-        tokens = self._target_worker.model_runner.max_total_num_tokens
-        host.check_draft_memory(self.runners, self._target_worker.model_runner, tokens)
+        host.check_memory(self.config, self.specs, self._target_worker.model_runner, req_to_token_pool)
         for runner in self.runners.values():
             runner.worker.alloc_memory_pool(
                 memory_pool_config=memory_pool_config,
@@ -133,6 +131,7 @@ class WhiFlashWorker(BaseSpecWorker):
             lazy=self.config.catch_up == "lazy",
             timed=self.totals.timed,
         )
+        self.totals.health = self.round.health
         router = describe_router(self.config, self.round.router)
         if isinstance(self.round.router, TrialRouter):
             self.totals.prior_share = self.round.router.inner.share
@@ -252,20 +251,11 @@ class WhiFlashWorker(BaseSpecWorker):
     def begin_records(self, batch: Any, sampled: list[int]) -> None:
         """What is known of each prefilled request; it is shown in the request's meta_info when it has ended."""
         for row, request in enumerate(batch.reqs):
-            asked = host.asked(request, self.config)
-            earlier = request.customized_info  # of a chunk, or before a retraction
-            trace = earlier["whiflash"].record.trace if earlier else Trace() if asked.hints.trace else None
+            if request.customized_info is None:  # else it has had a chunk of its prompt, or was retracted
+                figures = RequestFigures(self.totals, request, host.asked(request, self.config))
+                request.customized_info = {"whiflash": figures}
             is_whole = host.prompt_token(request, batch.prefix_lens[row] + batch.extend_lens[row]) is None
-            record = self.totals.ledger.record(
-                asked.hints,
-                asked.context,
-                request.origin_input_ids,
-                request.output_ids,
-                sampled[row] if is_whole else None,
-                trace,
-            )
-            self.totals.ledger.begin(int(request.req_pool_idx), record)
-            request.customized_info = {"whiflash": RequestFigures(self.totals, request, record)}
+            request.customized_info["whiflash"].begin(sampled[row] if is_whole else None)
 
     def decode(self, batch: Any) -> GenerationBatchResult:
         """One round for every request of the batch."""
@@ -282,24 +272,28 @@ class WhiFlashWorker(BaseSpecWorker):
         self.totals.count(rows.host, result, signals)
         if self.totals.not_drafted.is_due():
             logger.warning("WHIFLASH: %s", self.totals.not_drafted)
-        for name, is_finite in result.finite.items():
-            if not is_finite:
-                self.switch_off(name)
+        for name in self.round.health.judge(result, rows.host.slots, [request.rid for request in batch.reqs]):
+            self.tell_switched_off(name)
+        kept = [tokens_to_end(*text) for text in zip(batch.reqs, result.committed, strict=True)]
+        ending = [row for row, text in enumerate(kept) if text.ends or batch.reqs[row].to_finish]
+        known = rows.host
+        self.finish([known.slots[row] for row in ending], [known.prefix_lens[row] + kept[row].count for row in ending])
         if self.metrics is not None:
-            self.metrics.update()
-        return batch_result(rows, result, batch.reqs, self.target.logprobs)
+            self.metrics.update(at_once=len(ending) == len(kept))
+        return batch_result(rows, result, [text.count for text in kept], self.target.logprobs)
 
-    def switch_off(self, name: str) -> None:
-        """A drafter whose arithmetic has failed: its drafts would be noise, and its KV may spread to other requests."""
+    def tell_switched_off(self, name: str) -> None:
+        """A drafter's arithmetic has failed several requests."""
+        off = self.round.health.tried_at
         logger.error(
-            "WHIFLASH: drafter %s (%s) produced NaN or infinite values and is switched off; "
-            "requests go on with %s. The text is not affected. Check the checkpoint and its dtype, then restart.",
+            "WHIFLASH: drafter %s (%s) produced NaN or infinite values for several requests and is switched off; "
+            "requests go on with %s. The text is not affected. It is tried again after %d rounds. "
+            "Check the checkpoint and its dtype.",
             name,
             self.specs[name].path,
-            " and ".join(other for other in self.round.drafters if other != name) or "no drafter",
+            " and ".join(other for other in self.round.drafters if other not in off) or "no drafter",
+            self.round.health.wait[name],
         )
-        self.round.switch_off(name)
-        self.totals.switched_off.append(name)
 
     def prepare_for_kv_cache_release(self, request: Any) -> None:
         """SGLang calls this when a request has ended, just before its KV slots go into the radix tree.
@@ -309,11 +303,17 @@ class WhiFlashWorker(BaseSpecWorker):
         """
         length = len(request.origin_input_ids) + len(request.output_ids_through_stop)
         request.kv_committed_len = min(request.kv_committed_len, length)
+        slot = int(request.req_pool_idx)
+        if self.round.lags(slot, request.kv_committed_len):  # its end was not to be foreseen
+            self.finish([slot], [request.kv_committed_len])
+
+    def finish(self, slots: Sequence[int], lens: Sequence[int]) -> None:
+        """Bring the drafters up to date with requests that end, all of a round's in one pass."""
+        if not slots:
+            return
         with self.totals.timed("catch_up"):
-            catch_ups = self.round.finish(int(request.req_pool_idx), request.kv_committed_len)
+            catch_ups = self.round.finish(slots, lens)
         self.totals.count_catch_ups(catch_ups)
-        if self.metrics is not None:
-            self.metrics.write(self.totals.snapshot())
 
     def priors_document(self) -> dict[str, Any] | None:
         """What a file of this server's priors would hold (`priors.py`); None without priors."""
@@ -402,12 +402,11 @@ def prefill_positions(
     )
 
 
-def batch_result(rows: Rows, result: RoundResult, requests: Sequence[Any], logprobs: Any) -> GenerationBatchResult:
+def batch_result(rows: Rows, result: RoundResult, kept: Sequence[int], logprobs: Any) -> GenerationBatchResult:
     """A round as SGLang wants it: one stride for all rows, `accept_lens` with the bonus token.
 
-    What was accepted behind the end of a request's text is left out.
+    `kept` [rows]: how many tokens belong to each request's text; what was accepted behind its end is left out.
     """
-    kept = [tokens_to_end(*text) for text in zip(requests, result.committed, strict=True)]
     bonus = [tokens[count - 1] for tokens, count in zip(result.committed, kept, strict=True)]
     new_lens = [length + count for length, count in zip(rows.host.prefix_lens, kept, strict=True)]
     state = to_device((bonus, new_lens), rows.slots.device)  # one copy to the device

@@ -17,6 +17,7 @@ pytest.importorskip("sglang")
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from whiflash_sglang.health import REQUESTS
 from whiflash_sglang.launch_server import DEMO_MODELS
 from workloads.chaos.poison import FLAGS, WEIGHTS, with_nan
 from workloads.lossless import generate
@@ -124,11 +125,13 @@ def test_a_drafter_that_yields_nan_is_switched_off_and_the_text_stays(broken, he
 
 
 def test_requests_go_on_without_the_drafter_that_is_off(broken, healthy):
-    """After its first round, in which it showed, nobody is drafted for by it; without any drafter rounds go on too."""
+    """It fails each of the first requests once, and then nobody is drafted for by it; rounds go on without drafters."""
     names, seen = broken
     rounds = seen.totals["rounds_by_drafter"]
-    assert all(rounds[name] == 1 for name in names)
+    failed = dict.fromkeys(names, REQUESTS)
+    assert {name: rounds[name] for name in names} == seen.totals["failed_by_drafter"] == failed
+    assert seen.metrics["whiflash_failed_drafts_total"] == failed
     rest = "none" if len(names) == 2 else "df"
-    assert rounds[rest] == seen.totals["rounds"] - len(names)
+    assert rounds[rest] == seen.totals["rounds"] - REQUESTS * len(names)
     if rest == "df":
         assert seen.totals["accepted_by_drafter"]["df"] > rounds["df"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,11 +12,15 @@ import pytest
 
 from whiflash_sglang.accelerator import (
     GIB,
+    MAX_RUNNING,
     Memory,
+    Need,
     check_attention,
-    check_draft_pools,
+    check_needs,
     check_room,
+    graph_bytes,
     kv_bytes,
+    ring_bytes,
     surely_none,
 )
 from whiflash_sglang.checkpoints import DrafterSpec, TargetSpec, load_drafter_spec, load_target_spec
@@ -73,17 +77,40 @@ def test_room_for_one_window() -> None:
     assert "--whiflash-drafters" in said and "--tp-size" in said and "\n" not in said
 
 
+def needs(tokens: int, requests: int = 48, graphs: Sequence[int] = ()) -> list[Need]:
+    """Of Qwen3-8B with a DFlash and an EAGLE-3 drafter, in bfloat16."""
+    captured = graph_bytes(graphs, (1, 6, 16), (16, 1), 8 * 4096 * 2, 151_936, 40_960)
+    return [
+        Need("draft pools", tokens * (20_480 + 4096), "--max-total-tokens", tokens),
+        Need("rings", ring_bytes(requests, 128, [8192, 8192]), "--max-running-requests", requests),
+        Need("CUDA graphs", captured, "--cuda-graph-max-bs", max(graphs, default=0)),
+    ]
+
+
 def test_room_for_the_draft_pools() -> None:
-    check_draft_pools(3 * GIB, {"df": 20_480, "e3": 4096}, 100_000)
+    check_needs(3 * GIB, needs(100_000))
     with pytest.raises(ConfigError) as refusal:
-        check_draft_pools(GIB, {"df": 20_480, "e3": 4096}, 100_000)
+        check_needs(GIB, needs(100_000))
     said = str(refusal.value)
-    assert said.startswith("--max-total-tokens 100000: the draft pools take df 1.91 and e3 0.38 GiB, and 1.00 are free")
-    assert "give --max-total-tokens 43690 or less" in said and "--mem-fraction-static" in said
+    assert said.startswith("--max-total-tokens 100000: ") and "room for 1.00 GiB" in said
+    assert "draft pools 2.29, rings 0.09" in said and "graphs" not in said
+    assert "give --max-total-tokens 39592 or less" in said and "--mem-fraction-static" in said
+    check_needs(GIB, needs(39_592))
 
 
-def test_the_mend_for_the_draft_pools_mends() -> None:
-    check_draft_pools(GIB, {"df": 20_480, "e3": 4096}, 43_690)
+def test_room_for_rings_and_graphs() -> None:
+    """An H100 with SGLang's own defaults would run out of memory: 3,400 requests, graphs up to 256."""
+    sizes = [1, 2, 4, *range(8, 257, 8)]
+    assert [round(need.size / GIB, 1) for need in needs(100_000, 3400, sizes)] == [2.3, 6.6, 11.4]
+    with pytest.raises(
+        ConfigError, match=r"^--cuda-graph-max-bs 256: .*give --cuda-graph-max-bs \d+ or less, or lower"
+    ):
+        check_needs(13 * GIB, needs(100_000, 3400, sizes))
+    with pytest.raises(ConfigError, match=r"^--max-running-requests 3400: .*give --max-running-requests \d+ or less"):
+        check_needs(8 * GIB, needs(100_000, 3400))
+    with pytest.raises(ConfigError, match=r"; lower --mem-fraction-static, or load one drafter"):
+        check_needs(GIB, needs(100_000, 3400, sizes))
+    check_needs(5 * GIB, needs(100_000, MAX_RUNNING, [size for size in sizes if size <= MAX_RUNNING]))
 
 
 @pytest.fixture

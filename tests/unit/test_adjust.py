@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from sglang.srt.sampling import penaltylib
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_utils import GrammarTree
 
-from whiflash_sglang.adjust import adjust, penalize_next
+from whiflash_sglang.adjust import Said, adjust, penalize_next
 from whiflash_sglang.cpu import twins
 
 VOCAB, WIDTH = 24, 6
@@ -114,6 +115,52 @@ def test_a_retracted_request_goes_on_with_its_penalties():
     adjusted = torch.where(adjusted < 0, adjusted * info.acc_scaling_penalties, adjusted / info.acc_scaling_penalties)
     torch.testing.assert_close(adjusted[0], logits[0])
     torch.testing.assert_close(adjusted[1], of_sglang(logits[1], asked[1], said))
+
+
+class Looked(list[int]):
+    """An output that knows how many of its tokens were looked at."""
+
+    tokens = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        Looked.tokens += len(found) if isinstance(index, slice) else 1
+        return found
+
+    def __iter__(self) -> Any:
+        raise AssertionError("the whole output is gone through")
+
+
+def test_what_was_said_is_counted_once():
+    """Of 64 outputs of 2,000 tokens a round looks at those that came last, and its counts are those of all."""
+    said, device = Said(), torch.device("cpu")
+    outputs = [Looked((7 * row + place) % VOCAB for place in range(2000)) for row in range(64)]
+    said.of(outputs, VOCAB, device)
+    assert Looked.tokens == 64 * 2000
+    for number in range(20):
+        Looked.tokens = 0
+        for row, output in enumerate(outputs):
+            output.extend(range(1 + (row + number) % 4))
+        grown = sum(1 + (row + number) % 4 for row in range(64))
+        counts = said.of([*outputs], VOCAB, device)
+        assert Looked.tokens == grown
+    for row, output in enumerate(outputs):
+        assert counts[row].tolist() == torch.bincount(torch.tensor(output[:]), minlength=VOCAB).tolist()
+
+
+def test_counts_follow_requests_that_come_go_and_return():
+    """In any order; another output is counted from its first token."""
+    shuffle, said = random.Random(3), Said()
+    outputs = {number: [number] for number in range(8)}
+    for _ in range(200):
+        running = shuffle.sample(sorted(outputs), shuffle.randint(1, 8))
+        for number in running:
+            if shuffle.random() < 0.1:
+                outputs[number] = outputs[number][:2]
+            outputs[number].extend(shuffle.choices(range(VOCAB), k=shuffle.randint(0, 4)))
+        counts = said.of([outputs[number] for number in running], VOCAB, torch.device("cpu"))
+        for row, number in enumerate(running):
+            assert counts[row].tolist() == torch.bincount(torch.tensor(outputs[number]), minlength=VOCAB).tolist()
 
 
 LETTERS = ("<end>", *"abcdefghijklmnopqrstuvw")

@@ -150,7 +150,7 @@ def test_graphs_draft_as_eager_forwards_do(captured: list[PretendGraphs], kind: 
         (expected, entries), (drafts, left) = draft(plain, slots, lens), draft(graphed, slots, lens)
         assert drafts.tokens.tolist() == expected.tokens.tolist(), (slots, lens)
         assert torch.equal(left, entries), "what was written where"
-        assert bool(drafts.finite)
+        assert drafts.finite.tolist() == [True] * len(slots)
     assert len(captured) == 1, "one capture, at start"
     links = NUM_DRAFTS if kind == "e3" and plans_on_host else 1
     assert [key.size for key in captured[0].replays] == [size for size in (4, 1, 4, 2, 4) for _ in range(links)]
@@ -163,10 +163,10 @@ def test_rows_that_fill_up_a_batch_say_nothing_about_the_drafter(captured: list[
     model = made.runner.model
     model.entries[model.kv_table[0, 0]] = torch.nan  # read by rows of slot 0, as the fillers are
     drafts, _ = draft(made, [2, 3], [4, 5])
-    assert bool(drafts.finite)
+    assert drafts.finite.tolist() == [True, True]
     model.entries[model.kv_table[3, 1]] = torch.nan
     drafts, _ = draft(made, [2, 3], [4, 5])
-    assert not bool(drafts.finite)
+    assert drafts.finite.tolist() == [True, False], "the row itself, and no other"
 
 
 def test_a_chain_whose_attention_is_planned_on_the_host_is_no_graph(captured: list[PretendGraphs]) -> None:

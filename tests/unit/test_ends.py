@@ -62,9 +62,28 @@ def tokens(text: str) -> list[int]:
     ],
 )
 def test_what_lies_behind_the_first_end_is_cut(asked: SimpleNamespace, accepted: str, kept: str) -> None:
-    assert tokens(accepted)[: tokens_to_end(asked, tokens(accepted))] == tokens(kept)
+    assert tokens(accepted)[: tokens_to_end(asked, tokens(accepted)).count] == tokens(kept)
 
 
 def test_ends_of_the_model_and_of_its_tokenizer() -> None:
-    assert tokens_to_end(request(), [97, 3, 97]) == 2
-    assert tokens_to_end(request(), [97, 98, 4, 97]) == 3
+    assert tokens_to_end(request(), [97, 3, 97]) == (2, True)
+    assert tokens_to_end(request(), [97, 98, 4, 97]) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "accepted", "ends"),
+    [
+        (request(), "abc", False),
+        (request("abc", longest=5), "de", True),
+        (request("abc", longest=6), "de", False),
+        (request(), "ab$", True),
+        (request(ignore_eos=True), "ab$", False),
+        (request(strings=["bc"]), "abc", True),
+        (request(strings=["bc"]), "ab", False),
+        (request(patterns=["[0-9]$"]), "ab1", True),
+        (request(patterns=["[0-9]$"]), "abc", False),
+        (request(patterns=["("]), "abcd", False),
+    ],
+)
+def test_whether_a_text_ends_is_known_with_the_round(asked: SimpleNamespace, accepted: str, ends: bool) -> None:
+    assert tokens_to_end(asked, tokens(accepted)).ends == ends

@@ -11,7 +11,12 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from sglang.srt.managers.io_struct import BatchTokenizedGenerateReqInput, FlushCacheReqInput, TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import (
+    BatchTokenizedGenerateReqInput,
+    FlushCacheReqInput,
+    GetInternalStateReq,
+    TokenizedGenerateReqInput,
+)
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from whiflash_sglang.config import WhiFlashConfig
@@ -20,11 +25,13 @@ from whiflash_sglang.hints import Asked, Hints
 from whiflash_sglang.host import (
     PRIORS_FIELD,
     RANKS_FIELD,
+    _add_figures,
     _judge_custom_params,
     _judge_request,
     _name_ourselves,
-    _set_aside,
+    _states_without_keys,
     _tell_context,
+    ask_schedulers,
     asked,
 )
 from whiflash_sglang.spans import Context
@@ -137,19 +144,35 @@ def test_one_bad_request_of_a_batch_is_enough(given: dict[str, Any], said: str) 
             _judge_request(MANAGER, sent)
 
 
-def test_the_state_of_the_scheduler_is_shown_without_keys_and_priors() -> None:
-    of_second = {RANKS_FIELD: {"replica": 1}, PRIORS_FIELD: None}
-
+def test_the_state_of_the_scheduler_is_shown_without_keys() -> None:
     async def state(manager: object) -> list[dict[str, Any]]:
-        return [
-            {"api_key": "a", "admin_api_key": "b", "whiflash": {"rounds": 1}, PRIORS_FIELD: {"scores": {}}},
-            of_second,
-        ]
+        return [{"api_key": "a", "admin_api_key": "b", "whiflash": {"rounds": 1}}, {RANKS_FIELD: {"replica": 1}}]
 
-    priors: dict[int, Any] = {}
-    shown = asyncio.run(_set_aside(priors, state, None))
+    shown = asyncio.run(_states_without_keys(state, None))
     assert shown == [{"api_key": None, "admin_api_key": None, "whiflash": {"rounds": 1}}, {RANKS_FIELD: {"replica": 1}}]
-    assert priors == {0: {"scores": {}}, 1: None}
+
+
+def test_a_document_of_priors_is_made_only_where_it_is_asked_for() -> None:
+    """Not for `/server_info` or `/whiflash/stats`, however often these are read."""
+    made: list[str] = []
+    worker = SimpleNamespace(
+        totals=SimpleNamespace(snapshot=lambda: {"rounds": 1}),
+        ranks=SimpleNamespace(snapshot=lambda: {"size": 1}),
+        priors_document=lambda: made.append("document") or {"scores": {}},
+    )
+    scheduler = SimpleNamespace(draft_worker=worker, ps=SimpleNamespace(dp_rank=None))
+
+    async def ask(request: GetInternalStateReq) -> list[Any]:
+        return [_add_figures(SimpleNamespace(internal_state={}), scheduler, request)]
+
+    manager = SimpleNamespace(auto_create_handle_loop=lambda: None, get_internal_state_communicator=ask)
+    for _ in range(10):
+        (state,) = asyncio.run(ask_schedulers(manager, priors=False))
+        asyncio.run(ask(GetInternalStateReq()))  # SGLang's own
+        assert PRIORS_FIELD not in state and state["whiflash"] == {"rounds": 1}
+    assert not made
+    (state,) = asyncio.run(ask_schedulers(manager, priors=True))
+    assert state[PRIORS_FIELD] == {"scores": {}} and made == ["document"]
 
 
 @pytest.mark.parametrize("way", ["update_weights_from_disk", "update_weights_from_ipc"])

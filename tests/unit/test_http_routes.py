@@ -116,8 +116,8 @@ def client_of(*replicas: dict[str, Any]) -> TestClient:
     finished = Finished()
     finished.keep("abc", figures(2))
 
-    async def states() -> list[dict[str, Any]]:
-        return list(replicas)
+    async def states(priors: bool = False) -> list[dict[str, Any]]:
+        return [{**replica, "whiflash_priors": replica["whiflash_priors"] if priors else None} for replica in replicas]
 
     app = FastAPI()
     app.include_router(routes(finished, states, {"model": "m", "router": "entropy"}, lambda endpoint: endpoint))

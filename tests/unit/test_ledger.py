@@ -89,7 +89,7 @@ def test_a_retracted_request_goes_on_in_its_span(ledger: Ledger) -> None:
 
 def test_a_chunk_of_a_prompt_samples_nothing(ledger: Ledger) -> None:
     trace = Trace()
-    assert ledger.record(Hints(trace=True), None, [5, THINK], [], None, trace).place.span == "reasoning"
+    ledger.record(Hints(trace=True), None, [5, THINK], [], None, trace)
     assert trace.figures()["first"] is None
 
 
@@ -188,7 +188,7 @@ def test_every_router_gives_requests_the_drafter_that_they_want(router: str, swi
         ledger.begin(slot, ledger.record(Hints(route=routes[slot]), Context(), prompts[slot], [], 1, None))
     decode.prefill(world.prefill(slots), torch.randn(len(slots), VOCAB))
     if switched_off:
-        decode.switch_off("e3")
+        decode.health.switch_off("e3")
     shuffle = random.Random(router)
     for _ in range(12):
         batch = shuffle.sample(slots, shuffle.randint(1, len(slots)))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from whiflash_sglang.hints import Hints
+from whiflash_sglang.hints import Asked, Hints
 from whiflash_sglang.ledger import Record
 from whiflash_sglang.observe import NotDrafted, RequestFigures, Totals
 from whiflash_sglang.types import CatchUp, HostRows, RoundResult
@@ -71,8 +71,17 @@ def test_a_request_is_counted_by_itself_and_stays_in_the_totals(totals: Totals) 
 
 def test_figures_of_a_request_come_with_its_last_tokens(totals: Totals) -> None:
     ended = False
-    request = SimpleNamespace(req_pool_idx=torch.tensor(2), finished=lambda: ended, kv_committed_len=40)
-    figures = RequestFigures(totals, request, totals.ledger.records[2])
+    request = SimpleNamespace(
+        req_pool_idx=torch.tensor(2),
+        finished=lambda: ended,
+        kv_committed_len=40,
+        origin_input_ids=[],
+        output_ids=[],
+    )
+    counts = totals.ledger.records[2].counts
+    figures = RequestFigures(totals, request, Asked())
+    figures.begin(5)
+    figures.record.counts = counts
     assert figures[0:5] == []
     ended = True
     by_span = totals.ledger.records[2].figures()
@@ -84,7 +93,7 @@ def test_metrics_follow_the_totals() -> None:
     # In a process of its own: metrics are registered once for a whole process.
     program = """
 from prometheus_client import generate_latest
-from whiflash_sglang.hints import Hints
+from whiflash_sglang.hints import Asked, Hints
 from whiflash_sglang.ledger import Record
 from whiflash_sglang.observe import Metrics, Totals
 totals = Totals(("df", "e3"), 4)
@@ -95,8 +104,12 @@ for rounds in (3, 5):
     totals.seconds["draft"] = rounds / 2
     totals.ledger.counts[("user", "reasoning", "df")] = [rounds, 4 * rounds]
     metrics.write(totals.snapshot())
-totals.switched_off.append("e3")
+totals.health.switch_off("e3")
+totals.health.switch_off("df")
 totals.not_drafted.count(4, 1)
+metrics.write(totals.snapshot())
+del totals.health.tried_at["df"]
+totals.health.failures["e3"] += 3
 metrics.write(totals.snapshot())
 print(generate_latest().decode())
 """
@@ -110,6 +123,8 @@ print(generate_latest().decode())
         'whiflash_drafter_switched_off{drafter="e3",model_name="m"} 1.0',
         'whiflash_not_drafted_share{model_name="m"} 0.75',
         'whiflash_round_costs_wrong{model_name="m"} 0.0',
+        'whiflash_drafter_switched_off{drafter="df",model_name="m"} 0.0',
+        'whiflash_failed_drafts_total{drafter="e3",model_name="m"} 3.0',
     ):
         assert line in shown.splitlines(), shown
 

@@ -20,6 +20,7 @@ from whiflash_sglang.drafters.dflash import DFlashDrafter
 from whiflash_sglang.drafters.eagle3 import Eagle3Drafter
 from whiflash_sglang.drafters.graphs import runs
 from whiflash_sglang.drafters.runner import DraftRunner
+from whiflash_sglang.ends import tokens_to_end
 from whiflash_sglang.hints import Hints
 from whiflash_sglang.ledger import Trace
 from whiflash_sglang.observe import Totals
@@ -220,7 +221,8 @@ class Server:
         result = self.round.run(rows)
         self.round.router.learn(rows.host, result, 12.0)
         self.totals.count(rows.host, result, signals)
-        given = batch_result(rows, result, self.requests, None)
+        kept = [tokens_to_end(*text).count for text in zip(self.requests, result.committed, strict=True)]
+        given = batch_result(rows, result, kept, None)
         # What SGLang's scheduler reads next is on the host; what its next forward reads is on the device.
         flat, counts, stride = (
             given.next_token_ids.tolist(),
@@ -259,7 +261,7 @@ def test_a_round_reads_the_device_once(device: PretendDevice, router: str, lazy:
     caught_up, traced = 0, 0
     for number in range(2 * TRY_EVERY // num_requests if "priors" in router else 14):
         if number == 10:
-            server.round.switch_off("e3")
+            server.round.health.switch_off("e3")
         if max(map(len, server.world.texts.values())) > MAX_LEN - 2 * WIDTH:
             break
         result, signals = server.decode()
@@ -271,8 +273,8 @@ def test_a_round_reads_the_device_once(device: PretendDevice, router: str, lazy:
     for slot, text in server.world.texts.items():
         assert text[3:] == plain_greedy([slot, 5, 7], len(text) - 3)
     device.forget()
-    for slot in range(num_requests):
-        server.round.finish(slot, len(server.world.texts[slot]) - 1)
+    lens = [len(server.world.texts[slot]) - 1 for slot in range(num_requests)]
+    server.round.finish(range(num_requests), lens)
     assert not device.copies and not device.waits, "the end of a request is no reason to wait either"
 
 

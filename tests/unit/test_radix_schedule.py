@@ -277,7 +277,7 @@ def without_begin(world: RadixWorld) -> None:
 
 
 def without_cut(world: RadixWorld) -> None:
-    world.prepare_release = lambda request: world.decode.finish(request.row, request.committed)
+    world.prepare_release = lambda request: world.decode.finish([request.row], [request.committed])
 
 
 def with_a_late_drafter(world: RadixWorld) -> None:

@@ -160,7 +160,7 @@ def test_a_drafter_that_is_switched_off_is_not_probed() -> None:
     world = World(SLOTS, MAX_LEN)
     world.texts[0] = [1, 2]
     decode = decode_round(world, Probing("df"), ["df", "e3"], [0])
-    decode.switch_off("df")
+    decode.health.switch_off("df")
     assert all(decode.run(world.rows([0], 8)).probe is None for _ in range(4))
 
 
@@ -204,7 +204,7 @@ def test_a_request_that_ends_is_ingested_up_to_what_is_shared() -> None:
     decode = decode_round(world, create_router(config("fixed:e3"), SLOTS), ["df", "e3"], [3])
     for _ in range(3):
         commit(world, [3], decode.run(world.rows([3], 8)))
-    done = decode.finish(3, 14)  # two of the 16 committed positions lie behind a stop
+    done = decode.finish([3], [14])  # two of the 16 committed positions lie behind a stop
     assert {name: passed.lens for name, passed in done.items()} == {"df": [13], "e3": [3]}
     text, entries = world.texts[3], decode.drafters["df"].entries
     for position in range(14):
@@ -220,15 +220,17 @@ def test_rows_of_a_drafter_that_is_switched_off_go_to_the_other_one(router: str)
     decode = decode_round(
         world, create_router(config(router, 0.0 if router == "entropy" else None), SLOTS), ["df", "e3"], [0, 1, 2]
     )
-    decode.drafters["e3"].broken = True
-    finite = decode.run(world.rows([0, 1, 2], 8)).finite
-    assert finite == {name: name == "df" for name in finite}
-    decode.switch_off("e3")
+    decode.drafters["e3"].fails = lambda slot: True
+    result = decode.run(world.rows([0, 1, 2], 8))
+    assert {name: set(finite) for name, finite in result.finite.items()} == {
+        name: {name == "df"} for name in result.plan
+    }
+    decode.health.switch_off("e3")
     for _ in range(4):
         result = decode.run(world.rows([0, 1, 2], 8))
         assert [*result.plan] == ["df"]
         assert result.num_drafts == [7, 7, 7]
-    decode.switch_off("df")
+    decode.health.switch_off("df")
     result = decode.run(world.rows([0, 1, 2], 8))
     assert not result.plan
     assert [len(tokens) for tokens in result.committed] == [1, 1, 1]

@@ -61,6 +61,21 @@ def test_the_best_token_is_that_of_the_whole_head(monkeypatch, size):
     assert all(torch.equal(tokens, expected) for tokens in best(monkeypatch, weight, hidden, size))
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_logits_are_made_for_some_rows_at_a_time(monkeypatch, size):
+    """And the tokens are those of all rows at once."""
+    generator = torch.Generator().manual_seed(size)
+    weight = torch.randn(17, HIDDEN, generator=generator)
+    hidden = torch.randn(9, 15, HIDDEN, generator=generator).abs()
+    whole = best(monkeypatch, weight, hidden, size)
+    made: list[int] = []
+    project = runner.project
+    monkeypatch.setattr(runner, "HEAD_ROWS", 16)
+    monkeypatch.setattr(runner, "project", lambda x, weight: made.append(len(x)) or project(x, weight))
+    assert all(map(torch.equal, best(monkeypatch, weight, hidden, size), whole))
+    assert max(made) == 16 and sum(made) == size * 9 * 15
+
+
 def test_of_equals_the_lowest_token_wins_on_every_rank(monkeypatch):
     weight = torch.zeros(8, HIDDEN)
     weight[[1, 6]] = 1.0

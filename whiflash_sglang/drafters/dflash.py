@@ -82,8 +82,7 @@ class DFlashDrafter:
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
         block_size = self.block.shape[1]
         begin = Begin(rows.slots, rows.anchors, rows.prefix_lens, rows.kv_slots[:, 1 : 1 + block_size])
-        tokens, finite = self.fill(begin, rows.host.prefix_lens)
-        return Drafts(tokens, finite.all())
+        return Drafts(*self.fill(begin, rows.host.prefix_lens))
 
     def propose(self, begin: Begin, plan: Plan) -> tuple[torch.Tensor, ...]:
         """Drafts [rows, block - 1] of a block at `begin`; and [rows], whether what they were made of was finite."""

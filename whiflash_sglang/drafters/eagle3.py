@@ -89,7 +89,7 @@ class Eagle3Drafter:
             drafts[:, links], hidden, finite = self.chain(begin, lens)
             tokens = drafts[:, links.stop - 1]
         # Each step is made of the one before it: a NaN in any shows in the last logits.
-        return Drafts(drafts, finite.all())
+        return Drafts(drafts, finite)
 
     def propose(self, begin: Begin, plan: Plan) -> tuple[torch.Tensor, ...]:
         """A chain of drafts [rows, n], one for each of the entries; the hidden state [rows, hidden] that the next would

@@ -94,6 +94,9 @@ def tell_lens(batch: ForwardBatch, lens: Sequence[int]) -> None:
     batch.seq_lens_sum = sum(lens)
 
 
+HEAD_ROWS = 1024  # 48 rows of a block of 16 are 720; logits of so many take 0.3 GB with a vocabulary of 152k
+
+
 class TargetHead:
     """The target's head for a drafter that has none of its own: the best token for each hidden state.
 
@@ -112,7 +115,10 @@ class TargetHead:
         self.weight = head.weight[:num_rows]
 
     def best(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Token ids [...] for hidden states [..., hidden]."""
+        """Token ids [...] for hidden states [..., hidden]. Logits are made for `HEAD_ROWS` of them at a time."""
+        if hidden[..., 0].numel() > HEAD_ROWS:
+            parts = hidden.reshape(-1, hidden.shape[-1]).split(HEAD_ROWS)
+            return torch.cat([self.best(part) for part in parts]).view(hidden.shape[:-1])
         logits = project(hidden.to(self.weight.dtype), self.weight)
         if self.group.world_size == 1:
             return logits.argmax(dim=-1)

@@ -3,16 +3,24 @@
 Every session has a tip: its last request and reply. A request goes on with a session if its messages are those of the
 tip's request, then the tip's reply as the client sends it back, then more. The request takes the tip with it, so that
 another one that extends the same reply finds none and begins a session of its own: a branch.
+
+A tip that nobody has extended for a day is forgotten, and so are the oldest of more than `MAX_TIPS`: a request that
+comes later begins a session with its whole history. What is kept of a session for good is its name, as names are
+unique in a file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 Raw = dict[str, Any]
+
+FORGET_AFTER_S = 24 * 3600.0  # time of replies
+MAX_TIPS = 20_000  # each holds a reply: kilobytes
 
 
 class Tip(NamedTuple):
@@ -40,7 +48,7 @@ class SessionBook:
     def __init__(self, taken: Iterable[str] = ()):
         self._taken = set(taken)
         self._next = 1
-        self._tips: dict[bytes, list[Tip]] = {}
+        self._tips: OrderedDict[bytes, list[Tip]] = OrderedDict()  # those that were added last are at the end
 
     def open(self, affinity: str | None, tools: list[Any], messages: list[Raw]) -> Opened:
         """The place of a request; the tip that it extends is taken out."""
@@ -65,12 +73,18 @@ class SessionBook:
 
     def advance(self, opened: Opened, session_id: str, part: int, reply: Raw, replied: float) -> None:
         """The part has been written: the session can be gone on with from this reply."""
-        self._tips.setdefault(opened.end, []).append(Tip(session_id, part + 1, reply, replied))
+        self._add(opened.end, Tip(session_id, part + 1, reply, replied))
+        while len(self._tips) > MAX_TIPS or next(iter(self._tips.values()))[-1].replied < replied - FORGET_AFTER_S:
+            self._tips.popitem(last=False)
 
     def release(self, opened: Opened) -> None:
         """The request came to nothing: its tip can be extended by another one, as by a retry."""
         if opened.tip is not None:
-            self._tips.setdefault(opened.found_at, []).append(opened.tip)
+            self._add(opened.found_at, opened.tip)
+
+    def _add(self, digest: bytes, tip: Tip) -> None:
+        self._tips.setdefault(digest, []).append(tip)
+        self._tips.move_to_end(digest)
 
     def _unused(self, affinity: str | None) -> str:
         name = affinity
