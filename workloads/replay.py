@@ -65,8 +65,8 @@ def run(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     settings = flags.settings(parser, args)
     try:
-        loaded = load_traces(args.traces, skip_bad=args.skip_bad)
-        sessions = loaded.sessions[: args.limit]
+        loaded = load_traces(args.traces, skip_bad=args.skip_bad, limit=args.limit)
+        sessions = loaded.sessions
         check(sessions, settings)
     except (TraceError, ValueError) as error:
         return _refuse(error)
