@@ -17,7 +17,7 @@ from whiflash_sglang.ledger import NOBODY, Ledger, Record, Signals
 from whiflash_sglang.plans import drafter_by_row
 from whiflash_sglang.priors import Priors
 from whiflash_sglang.router.prior import PriorShare
-from whiflash_sglang.spans import Markers, SpanReader
+from whiflash_sglang.spans import CONTEXT_KINDS, SPANS, Markers, SpanReader
 from whiflash_sglang.types import CatchUp, HostRows, RoundResult
 
 STEPS = (
@@ -293,6 +293,14 @@ class Metrics:
             "whiflash_round_costs_wrong", "Times that a round took twice or half of what the start had measured.", names
         )
         self.off = Gauge("whiflash_drafter_switched_off", "1: produced NaN and is not used.", [*names, "drafter"])
+        # Every series is there from the start: a rate over one that comes with its first count lacks that count.
+        known = {"drafter": totals.names, "step": STEPS, "span": SPANS, "context_kind": CONTEXT_KINDS, None: [None]}
+        for key, (_, label) in counters.items():
+            for value in known[label]:
+                self.counters[key].labels(*labels.values(), *([value] if value else []))
+        for name in totals.names[:-1]:
+            self.off.labels(*labels.values(), name).set(0)
+        self.write(totals.snapshot())
 
     def update(self) -> None:
         """Bring the metrics up to the totals, at most once in a while."""
