@@ -12,6 +12,7 @@ import torch
 from whiflash_sglang.hints import Hints
 from whiflash_sglang.ledger import Record
 from whiflash_sglang.observe import NotDrafted, RequestFigures, Totals
+from whiflash_sglang.spans import CONTEXT_KINDS, SPANS
 from whiflash_sglang.types import CatchUp, HostRows, RoundResult
 
 
