@@ -15,14 +15,18 @@ Everything that ChatOpenAI can do is left as it is. Added are:
   `extra_body`, and these over the instance's. None is needed for what the server reads in the messages itself: the
   span that is being written, and the tool whose output stands last;
 - each reply's speculation figures, unless `speculation_figures=False`. They cost one small request after the reply;
-- the model's reasoning, which ChatOpenAI drops both ways. Sent back with the history, the prompt of the next turn
-  extends the text that the model generated, and the server finds it in its cache.
+- the model's reasoning, which ChatOpenAI drops both ways: in `content_blocks` too, and counted in `usage_metadata`.
+  Sent back with the history, the prompt of the next turn extends the text that the model generated, and the server
+  finds it in its cache;
+- a warning where the model called a tool that it was not offered. SGLang's parsers drop such a call, so that the reply
+  is empty and ends with `stop`: `response_metadata["whiflash"]["dropped_call"]` is true then.
 
 It speaks chat completions only; OpenAI's Responses API has none of this.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -39,10 +43,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
 from agents.figures import FigureReader, Figures
 from agents.hints import Hints, hints_in
 
+log = logging.getLogger(__name__)
+
 SESSION_HEADER = "X-Session-Affinity"
 GATEWAY_HEADER = "X-SMG-Routing-Key"  # what SGLang's gateway goes by, with its policy `manual`
 FIGURES = "whiflash"  # in response_metadata
 REASONING = "reasoning_content"  # in additional_kwargs, and in the messages of requests and replies
+DROPPED_CALL = "dropped_call"  # in the figures
+# In response_metadata. By that of ChatOpenAI `content_blocks` are made as of OpenAI's own replies, without reasoning.
+PROVIDER = {"model_provider": "whiflash"}
 
 
 def new_session_id() -> str:
@@ -119,6 +128,9 @@ class ChatWhiFlash(ChatOpenAI):
         body = response if isinstance(response, dict) else response.model_dump()
         for generation, choice in zip(result.generations, body["choices"], strict=True):
             _keep_reasoning(generation.message, choice["message"])
+            _count_reasoning(generation.message, body.get("usage"))
+            generation.message.response_metadata |= PROVIDER
+        result.llm_output |= PROVIDER
         return result
 
     def _convert_chunk_to_generation_chunk(
@@ -126,7 +138,11 @@ class ChatWhiFlash(ChatOpenAI):
     ) -> ChatGenerationChunk | None:
         converted = super()._convert_chunk_to_generation_chunk(chunk, default_chunk_class, base_generation_info)
         body = chunk.get("chunk") or chunk  # with a response format, OpenAI's client wraps what was sent
-        if converted is None or not body.get("choices"):
+        if converted is None:
+            return None
+        converted.message.response_metadata |= PROVIDER
+        _count_reasoning(converted.message, body.get("usage"))
+        if not body.get("choices"):
             return converted
         choice = body["choices"][0]
         _keep_reasoning(converted.message, choice["delta"])
@@ -149,7 +165,7 @@ class ChatWhiFlash(ChatOpenAI):
     ) -> ChatResult:
         result = super()._generate(messages, stop=stop, run_manager=run_manager, **kwargs)
         if self.speculation_figures:
-            _put(self._figures.read(self.root_client, result.llm_output.get("id")), result)
+            _put(self._figures.read(self.root_client, result.llm_output.get("id")), result, kwargs)
         return result
 
     async def _agenerate(
@@ -161,7 +177,7 @@ class ChatWhiFlash(ChatOpenAI):
     ) -> ChatResult:
         result = await super()._agenerate(messages, stop=stop, run_manager=run_manager, **kwargs)
         if self.speculation_figures:
-            _put(await self._figures.aread(self.root_async_client, result.llm_output.get("id")), result)
+            _put(await self._figures.aread(self.root_async_client, result.llm_output.get("id")), result, kwargs)
         return result
 
     def _stream(
@@ -171,12 +187,15 @@ class ChatWhiFlash(ChatOpenAI):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        response_id = None
+        response_id, called, ending = None, False, None
         for chunk in super()._stream(messages, stop=stop, run_manager=run_manager, **kwargs):
             response_id = chunk.message.response_metadata.get("id", response_id)
+            called |= bool(chunk.message.tool_call_chunks)
+            ending = (chunk.generation_info or {}).get("finish_reason", ending)
             yield chunk
         if self.speculation_figures and response_id is not None:
-            last = _chunk_of(self._figures.read(self.root_client, response_id))
+            figures = self._figures.read(self.root_client, response_id)
+            last = _chunk_of(_with_dropped_call(figures, called, ending, kwargs))
             if run_manager:
                 run_manager.on_llm_new_token("", chunk=last)
             yield last
@@ -188,12 +207,15 @@ class ChatWhiFlash(ChatOpenAI):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        response_id = None
+        response_id, called, ending = None, False, None
         async for chunk in super()._astream(messages, stop=stop, run_manager=run_manager, **kwargs):
             response_id = chunk.message.response_metadata.get("id", response_id)
+            called |= bool(chunk.message.tool_call_chunks)
+            ending = (chunk.generation_info or {}).get("finish_reason", ending)
             yield chunk
         if self.speculation_figures and response_id is not None:
-            last = _chunk_of(await self._figures.aread(self.root_async_client, response_id))
+            figures = await self._figures.aread(self.root_async_client, response_id)
+            last = _chunk_of(_with_dropped_call(figures, called, ending, kwargs))
             if run_manager:
                 await run_manager.on_llm_new_token("", chunk=last)
             yield last
@@ -204,9 +226,37 @@ def _keep_reasoning(message: BaseMessage, sent: Mapping[str, Any] | None) -> Non
         message.additional_kwargs[REASONING] = reasoning
 
 
-def _put(figures: Figures | None, result: ChatResult) -> None:
-    for generation in result.generations:
-        generation.message.response_metadata[FIGURES] = figures
+def _count_reasoning(message: BaseMessage, usage: Mapping[str, Any] | None) -> None:
+    """SGLang counts them beside OpenAI's fields."""
+    counted = getattr(message, "usage_metadata", None)  # of an AIMessage that has a count at all
+    if counted is not None and isinstance(tokens := (usage or {}).get("reasoning_tokens"), int):
+        counted["output_token_details"] = {"reasoning": tokens, **(counted.get("output_token_details") or {})}
+
+
+def _put(figures: Figures | None, result: ChatResult, request: Mapping[str, Any]) -> None:
+    messages = [generation.message for generation in result.generations]
+    called = any(message.tool_calls or message.invalid_tool_calls for message in messages)
+    endings = [(generation.generation_info or {}).get("finish_reason") for generation in result.generations]
+    figures = _with_dropped_call(figures, called, endings[0], request)
+    for message in messages:
+        message.response_metadata[FIGURES] = figures
+
+
+def _with_dropped_call(
+    figures: Figures | None, called: bool, ending: str | None, request: Mapping[str, Any]
+) -> Figures | None:
+    """The figures, and whether the model wrote a call that the reply does not have; of that a line of log too."""
+    if figures is None or "by_span" not in figures:
+        return figures
+    offered = [tool.get("function", {}).get("name") for tool in request.get("tools") or ()]
+    dropped = bool(offered) and "tool_call" in figures["by_span"] and not called and ending != "length"
+    if dropped:
+        log.warning(
+            "the model wrote a tool call that is not in the reply: its tool is none of %s, or the call cannot be read; "
+            "offer the tool, or start the server with SGLANG_FORWARD_UNKNOWN_TOOLS=1 to be given the call as it is",
+            ", ".join(map(str, offered)),
+        )
+    return figures | {DROPPED_CALL: dropped}
 
 
 def _chunk_of(figures: Figures | None) -> ChatGenerationChunk:

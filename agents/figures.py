@@ -5,6 +5,7 @@
 
 `GET {root}/whiflash/requests/{id}`, where the root is the OpenAI base URL without its `/v1`. A server that does not
 know the reply, or is no WhiFlash server, is no failure: figures are None, and the first time one line of log says so.
+Such a server (a gateway has no such route) is asked after fewer and fewer replies, as asking may take 2 s each time.
 """
 
 from __future__ import annotations
@@ -24,17 +25,22 @@ Figures = dict[str, Any]
 OPTIONS: Any = {"timeout": 2.0, "max_retries": 0}
 FAILURES = (openai.APIError, json.JSONDecodeError)
 NO_ID = "its reply has no id"
+MOST_PASSED_OVER = 64  # replies, between two attempts
 
 
 class FigureReader:
-    """Reads the figures of replies. One is shared by a model and its copies, so that they log a lack only once."""
+    """Reads the figures of replies. One is shared by a model and its copies, so that what one learned all know."""
 
     def __init__(self) -> None:
         self.has_told = False
+        self.pause = 0  # replies that are passed over after the last failure
+        self.left = 0  # of these, still to come
 
     def read(self, client: openai.OpenAI, response_id: str | None) -> Figures | None:
         if not response_id:
             return self._none(client, NO_ID)
+        if self._passes_over():
+            return None
         try:
             return self._checked(client.get(_url(client, response_id), cast_to=object, options=OPTIONS), client)
         except FAILURES as error:
@@ -43,19 +49,29 @@ class FigureReader:
     async def aread(self, client: openai.AsyncOpenAI, response_id: str | None) -> Figures | None:
         if not response_id:
             return self._none(client, NO_ID)
+        if self._passes_over():
+            return None
         try:
             return self._checked(await client.get(_url(client, response_id), cast_to=object, options=OPTIONS), client)
         except FAILURES as error:
             return self._none(client, error)
 
+    def _passes_over(self) -> bool:
+        if self.left == 0:
+            return False
+        self.left -= 1
+        return True
+
     def _checked(self, reply: object, client: openai.OpenAI | openai.AsyncOpenAI) -> Figures | None:
-        return (
-            reply if isinstance(reply, dict) else self._none(client, f"a reply that is no JSON object: {reply!r:.80}")
-        )
+        if not isinstance(reply, dict):
+            return self._none(client, f"a reply that is no JSON object: {reply!r:.80}")
+        self.pause = 0
+        return reply
 
     def _none(self, client: openai.OpenAI | openai.AsyncOpenAI, reason: object) -> None:
         level = logging.DEBUG if self.has_told else logging.WARNING
         self.has_told = True
+        self.left = self.pause = min(2 * self.pause + 1, MOST_PASSED_OVER)
         log.log(
             level,
             "no speculation figures from %s (%s): response_metadata['whiflash'] is None; "

@@ -90,6 +90,9 @@ CONTRACT = Words(
         "host.py:_tell_context.request": f"{SRT}.entrypoints.openai.protocol.ChatCompletionRequest",
         "host.py:_judge_samples.asked": f"{IO}.GenerateReqInput",
         "host.py:_judge_names.asked": f"{IO}.GenerateReqInput",
+        "host.py:_hand_on_custom_params.asked": f"{IO}.GenerateReqInput",
+        "host.py:_keep_custom_params.asked": NOTHING,  # passed on as it is
+        "raw_request": NOTHING,  # of Starlette
         "host.py:_judge_request.sent": NOTHING,  # one of several kinds, told apart there
         "host.py:_judge_request.request": f"{IO}.TokenizedGenerateReqInput",
         "host.py:_tell_context.params": NOTHING,  # a dict

@@ -26,7 +26,6 @@ from typing import Any
 import httpx
 from langchain_core.messages import AIMessage, AnyMessage
 from langgraph.errors import GraphRecursionError
-from rich.console import Console
 from rich.table import Table
 
 from agents.chat import FIGURES, REASONING, ChatWhiFlash
@@ -34,6 +33,7 @@ from agents.desk import connect, desk_agent, steps
 from agents.figures import acceptance_length
 from workloads import server
 from workloads.demo.tasks import Task, Verdict, heldout_tasks, judge
+from workloads.printing import Console, to_readers
 from workloads.provenance import provenance
 
 ON, OFF = "entropy", "off"
@@ -179,12 +179,13 @@ def main() -> None:
         urls = start_servers(logs, stack)
         runs = measure({router: warm_up(url, spare) for router, url in urls.items()}, tasks)
     figures = summary(runs)
-    Console(width=100).print(table(runs))
     arguments = {"tasks": args.tasks, "min_solved": args.min_solved}
     line = json.dumps({"benchmark": "agent", "arguments": arguments, **figures, **provenance()})
     if args.results:
         args.results.write_text(line + "\n")
-    print(line)
+    with to_readers():
+        Console(width=100).print(table(runs))
+        print(line)
     if figures["same_as_off"] < figures["tasks"]:
         raise SystemExit("error: a conversation differs from that of `off`; see the logs in " + str(logs))
     if figures["solved"] < args.min_solved * figures["tasks"]:

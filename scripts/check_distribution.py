@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from whiflash_sglang.config import WhiFlashConfig
@@ -28,6 +27,7 @@ from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.training.continuations import Sampling, continuations, joint_p_value, open_place
 from whiflash_sglang.training.models import ModelPaths, load_models
 from workloads import sampled, server
+from workloads.printing import Console, to_readers
 from workloads.provenance import provenance
 from workloads.tokens import heldout_histories
 
@@ -74,9 +74,10 @@ def main() -> None:
     view = Table("route", "continuations", "p", title="Continuations against the target's own distribution")
     for route, found in routes.items():
         view.add_row(route, str(found["continuations"]), f"{found['p']:.3f}")
-    Console().print(view)
     about = {"benchmark": "check_distribution", "arguments": vars(args), "routes": routes, "seconds": seconds}
-    print(json.dumps(about | provenance()))
+    with to_readers():
+        Console().print(view)
+        print(json.dumps(about | provenance()))
     if any(found["p"] <= LEAST for found in routes.values()):
         raise SystemExit(1)
 

@@ -19,11 +19,11 @@ import tempfile
 from itertools import chain, islice
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from workloads import server
 from workloads.lossless import Comparison, compare, generate
+from workloads.printing import Console, to_readers
 from workloads.provenance import provenance
 from workloads.tokens import TOKENIZER, heldout_histories
 
@@ -78,10 +78,11 @@ def main() -> None:
     server.stop_on_signals()
     log = Path(tempfile.mkdtemp(prefix="whiflash-lossless-"))
     results = check(args, args.launcher_flags or ["--demo"], log)
-    Console().print(table(results))
     figures = {policy: {mode: c.figures() for mode, c in modes.items()} for policy, modes in results.items()}
     arguments = vars(args) | {"tokenizer": None if args.tokenizer == TOKENIZER else str(args.tokenizer)}
-    print(json.dumps({"benchmark": "check_lossless", "arguments": arguments, "policies": figures, **provenance()}))
+    with to_readers():
+        Console().print(table(results))
+        print(json.dumps({"benchmark": "check_lossless", "arguments": arguments, "policies": figures, **provenance()}))
     if any(mode["different"] for modes in figures.values() for mode in modes.values()):
         raise SystemExit(1)
 

@@ -17,11 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from workloads import server
 from workloads.bench import finish, note, replay_in_turns, warm_up
 from workloads.loaders import load_traces
+from workloads.printing import Console, to_readers
 from workloads.provenance import provenance
 from workloads.replay import TABLE_WIDTH, Report, merge, table
 
@@ -89,7 +88,8 @@ def main() -> None:
         parts = replay_in_turns(urls, sessions[: args.sessions], args.blocks, concurrency=args.concurrency)
     reports = {policy: merge(found) for policy, found in parts.items()}
     policies = summary(reports)
-    Console(width=TABLE_WIDTH).print(table({policy: report.figures() for policy, report in reports.items()}))
+    with to_readers():
+        Console(width=TABLE_WIDTH).print(table({policy: report.figures() for policy, report in reports.items()}))
     arguments = {name: value for name, value in vars(args).items() if name != "results"}
     line = {"benchmark": "demo_replay", "arguments": arguments, "policies": policies, **provenance()}
     good = all(figures["identical_to_off"] and not figures["failed"] for figures in policies.values())

@@ -28,6 +28,7 @@ from whiflash_sglang.training.loop import Result, Settings
 from whiflash_sglang.training.target import CONFIG, new_target, save_target, train_target
 from whiflash_sglang.training.train_drafter import Recipe, fit_dflash, fit_eagle3
 from workloads.demo.generate import sessions
+from workloads.printing import to_readers
 
 ROOT = Path(__file__).resolve().parents[1]
 EAGLE3_LAYERS = (1, 3, 6)
@@ -190,7 +191,8 @@ def main() -> None:
 def report(args: argparse.Namespace, stage: str, figures: dict[str, Any]) -> None:
     if sizes_of(args) == {name: CONFIG[name] for name in SIZES}:  # the card tells of the demo models
         card.note(args.out, stage, figures)
-    print(json.dumps({stage: figures}), flush=True)
+    with to_readers():
+        print(json.dumps({stage: figures}))
 
 
 if __name__ == "__main__":

@@ -27,10 +27,12 @@ class FakeOpenAI:
         *,
         figures: Json | None = None,
         failure: Json | Exception | None = None,
+        usage: Json = USAGE,
     ):
         self.replies = list(replies)
         self.figures = figures
         self.failure = failure
+        self.usage = usage
         self.refusal: Json | None = None  # what completions are answered with instead
         self.bodies: list[Json] = []
         self.headers: list[httpx.Headers] = []
@@ -53,13 +55,16 @@ class FakeOpenAI:
         number = len(self.bodies)
         message = {"role": "assistant", **self.replies[number - 1]}
         head = {"id": f"chatcmpl-{number}", "created": 1, "model": "fake"}
-        finish = "tool_calls" if message.get("tool_calls") else "stop"
+        finish = message.pop("finish_reason", "tool_calls" if message.get("tool_calls") else "stop")
         if body.get("stream"):
-            events = [json.dumps(head | {"object": "chat.completion.chunk"} | part) for part in _parts(message, finish)]
+            events = [
+                json.dumps(head | {"object": "chat.completion.chunk"} | part)
+                for part in _parts(message, finish, self.usage)
+            ]
             content = "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"])
             return httpx.Response(200, headers={"Content-Type": "text/event-stream"}, content=content)
         choice = {"index": 0, "message": message, "finish_reason": finish}
-        return httpx.Response(200, json=head | {"object": "chat.completion", "choices": [choice], "usage": USAGE})
+        return httpx.Response(200, json=head | {"object": "chat.completion", "choices": [choice], "usage": self.usage})
 
     def answer_figures(self, request: httpx.Request) -> httpx.Response:
         self.asked.append(str(request.url))
@@ -72,7 +77,7 @@ class FakeOpenAI:
         return httpx.Response(200, json=self.figures)
 
 
-def _parts(message: Json, finish: str) -> Iterator[Json]:
+def _parts(message: Json, finish: str, usage: Json) -> Iterator[Json]:
     """A reply as chunks: each text in two halves, each call in one chunk, then the end and the token counts."""
     for field in ("reasoning_content", "content"):
         text = message.get(field) or ""
@@ -82,7 +87,7 @@ def _parts(message: Json, finish: str) -> Iterator[Json]:
     for index, call in enumerate(message.get("tool_calls") or []):
         yield _chunk({"role": "assistant", "tool_calls": [{"index": index, **call}]})
     yield _chunk({}, finish)
-    yield {"choices": [], "usage": USAGE}
+    yield {"choices": [], "usage": usage}
 
 
 def _chunk(delta: Json, finish: str | None = None) -> Json:

@@ -37,6 +37,7 @@ from whiflash_sglang.training.models import ModelPaths, add_arguments, paths_of
 from whiflash_sglang.training.router_data import Record, RouterData, load_router_data
 from whiflash_sglang.training.walk import best_threshold, by_worth, gather, lengths_of, oracle, round_starts, walk
 from workloads import server
+from workloads.printing import to_readers
 from workloads.provenance import provenance
 from workloads.schema import TraceError
 from workloads.tokens import totals
@@ -200,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (WhiFlashError, TraceError, server.ServerError) as error:
         raise SystemExit(f"error: {error}") from error
     show(result)
-    print(json.dumps(result))
+    with to_readers():
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -252,12 +252,21 @@ def install_http(server_args: Any) -> None:
     # Context: only here are the messages of a chat known, and so what its reply reacts to.
     chat = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat"
     HookRegistry.register(f"{chat}._convert_to_internal_request", _tell_context, HookType.AFTER)
+    # Hints: the schemas of these routes know no `custom_params`, and drop them without a word.
+    anthropic = "sglang.srt.entrypoints.anthropic.serving.AnthropicServing"
+    ollama = "sglang.srt.entrypoints.ollama.serving.OllamaServing"
+    responses = "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses"
+    HookRegistry.register(f"{responses}.create_responses", _keep_custom_params, HookType.AROUND)
+    HookRegistry.register(f"{anthropic}.handle_messages", _keep_custom_params, HookType.AROUND)
+    HookRegistry.register(f"{ollama}.handle_chat", _keep_custom_params, HookType.AROUND)
+    HookRegistry.register(f"{ollama}.handle_generate", _keep_custom_params, HookType.AROUND)
     # Log probabilities: of a streamed chat's piece SGLang gives every token the alternatives of the first.
     HookRegistry.register(f"{chat}._process_logprobs_tokens", _each_its_own, HookType.AROUND)
     # Figures: a chat reply has no meta_info, which passes here for every request.
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
     keep = functools.partial(_keep_finished, finished)
     HookRegistry.register(f"{manager}._handle_batch_output", keep, HookType.BEFORE)
+    HookRegistry.register(f"{manager}.generate_request", _hand_on_custom_params, HookType.BEFORE)
     # Ending: SGLang waits for running requests without end, and takes new ones meanwhile.
     HookRegistry.register(f"{manager}.sigterm_watchdog", _end_soon, HookType.AROUND)
     # Admission: what the scheduler cannot decode or compute ends it; nothing between here and there judges it.
@@ -407,6 +416,28 @@ def _judge_request(manager: Any, sent: Any) -> None:
         if refusal is not None:
             raise ValueError(refusal)
         judge_logprobs(request.top_logprobs_num, vocab_size)
+
+
+async def _keep_custom_params(original: Any, serving: Any, asked: Any, raw_request: Any = None) -> Any:
+    """Keep what the body says beside the route's schema, for `_hand_on_custom_params`.
+
+    Hints are judged here too: these routes answer what is found later with status 500, or within a stream.
+    """
+    from fastapi import HTTPException
+
+    if raw_request is not None:
+        raw_request.state.custom_params = (await raw_request.json()).get("custom_params")
+        try:
+            _judge_custom_params(active_config().drafter_names, None, raw_request.state)
+        except HintError as error:
+            raise HTTPException(400, str(error)) from error
+    return await original(serving, asked, raw_request)
+
+
+def _hand_on_custom_params(manager: Any, asked: Any, raw_request: Any = None) -> None:
+    if kept := getattr(getattr(raw_request, "state", None), "custom_params", None):
+        own = asked.sampling_params.get("custom_params") or {}
+        asked.sampling_params = {**asked.sampling_params, "custom_params": {**kept, **own}}
 
 
 def _tell_context(result: tuple[Any, Any], serving: Any, request: Any, *args: Any) -> None:

@@ -19,7 +19,7 @@ from whiflash_sglang.ledger import NOBODY, Ledger, Signals, Trace
 from whiflash_sglang.plans import drafter_by_row
 from whiflash_sglang.priors import Priors
 from whiflash_sglang.router.prior import PriorShare
-from whiflash_sglang.spans import Markers, SpanReader
+from whiflash_sglang.spans import CONTEXT_KINDS, SPANS, Markers, SpanReader
 from whiflash_sglang.types import CatchUp, HostRows, RoundResult
 
 STEPS = (
@@ -272,7 +272,6 @@ class Metrics:
         self.totals = totals
         self.labels = dict(labels)
         self.shown: dict[tuple[str, str], float] = {}
-        self.ever_off: set[str] = set()
         self.next_update = 0.0
         names = [*labels]
         counters = {
@@ -310,6 +309,12 @@ class Metrics:
             "1: produced NaN for several requests and is not used.",
             [*names, "drafter"],
         )
+        # Every series is there from the start: a rate over one that comes with its first count lacks that count.
+        known = {"drafter": totals.names, "step": STEPS, "span": SPANS, "context_kind": CONTEXT_KINDS, None: [None]}
+        for key, (_, label) in counters.items():
+            for value in known[label]:
+                self.counters[key].labels(*labels.values(), *([value] if value else []))
+        self.write(totals.snapshot())
 
     def update(self, at_once: bool = False) -> None:
         """Bring the metrics up to the totals: at most once in a while, and `at_once` where no round may follow."""
@@ -347,6 +352,5 @@ class Metrics:
             self.pool.labels(*self.labels.values(), kind).set(tokens)
         self.not_drafted.labels(*self.labels.values()).set(figures["not_drafted_share"])
         self.wrong.labels(*self.labels.values()).set(figures["round_costs"].get("wrong", 0))
-        self.ever_off.update(figures["switched_off"])
-        for name in self.ever_off:
+        for name in self.totals.names[:-1]:
             self.off.labels(*self.labels.values(), name).set(figures["switched_off"].get(name, 0))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from workloads import server
+from workloads.printing import to_readers
 from workloads.replay import Report, replay
 from workloads.report import Totals
 from workloads.schema import Session
@@ -104,10 +105,11 @@ def route_share(counted: Sequence[Totals]) -> float:
 
 
 def finish(line: Mapping[str, Any], results: Path | None, failure: str | None) -> None:
-    """Print the JSON line, write it to the file of --results too, and end with `failure` where there is one."""
+    """Write the JSON line to the file of --results, print it too, and end with `failure` where there is one."""
     text = json.dumps(line)
     if results:
         results.write_text(text + "\n")
-    print(text)
+    with to_readers():
+        print(text)
     if failure is not None:
         raise SystemExit(failure)

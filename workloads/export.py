@@ -21,6 +21,7 @@ from typing import Any
 
 from workloads.formats.mooncake import MS
 from workloads.loaders import load_traces
+from workloads.printing import to_readers
 from workloads.schema import AssistantMessage, Message, Session, ToolMessage, TraceError, UserMessage, to_openai
 
 Row = dict[str, Any]
@@ -109,8 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if any("message_mode" in row for row in lines):
         print("note: replies are missing in the history: written as deltas, for AIPerf after 0.13.0", file=sys.stderr)
-    timed = "timestamp" in lines[0]
-    print(f"{len(lines)} turns of {len(loaded.sessions)} sessions in {args.out}{'' if timed else ', without times'}")
+    timed = "" if "timestamp" in lines[0] else ", without times"
+    with to_readers():
+        print(f"{len(lines)} turns of {len(loaded.sessions)} sessions in {args.out}{timed}")
     return 0
 
 

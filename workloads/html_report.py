@@ -21,6 +21,8 @@ from markupsafe import Markup
 from workloads.charts import Bar, Panel, bars, number, panel
 from workloads.display import length_only
 from workloads.figures import depth_labels
+from workloads.printing import to_readers
+from workloads.report import remarks
 from workloads.results import Arguments, Result, ResultError, View, read
 
 LATENCIES = {
@@ -94,6 +96,7 @@ def warnings(results: Mapping[str, Result]) -> list[str]:
         figures = result.figures
         if figures["ending"] != "complete":
             said.append(f"{label}: {figures['ending']}; {figures['not_asked']} turns were not asked")
+        said += [f"{label}: {remark}" for remark in remarks(figures)]
         if figures["length_only"]:
             said.append(f"{label}: {length_only(figures)}")
         if figures["failed"]:
@@ -271,7 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: --out {args.out}: cannot be written ({error.strerror}); give another file", file=sys.stderr)
         return 2
-    print(args.out)
+    with to_readers():
+        print(args.out)
     return 0
 
 

@@ -6,12 +6,16 @@ lines, a record each.
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from workloads.adapted import BYTE_ORDER_MARK
 from workloads.formats import Item, Record, format_of, reader
 from workloads.schema import SKIP, Session, TraceError
 
@@ -25,32 +29,46 @@ class Loaded:
 
     sessions: tuple[Session, ...]
     skipped: tuple[str, ...] = ()
+    changed: Mapping[str, int] = field(default_factory=dict)  # what is not as it was written, and how often
 
 
-def load_traces(paths: Sequence[Path | str], skip_bad: bool = False) -> Loaded:
-    """All sessions of all files. A bad record raises TraceError, or with `skip_bad` is left out and counted."""
+def load_traces(paths: Sequence[Path | str], skip_bad: bool = False, limit: int | None = None) -> Loaded:
+    """The sessions of all files, or the first `limit` of them.
+
+    A bad record raises TraceError, or with `skip_bad` is left out and counted.
+    """
     sessions: list[Session] = []
     skipped: list[str] = []
+    changed: Counter[str] = Counter()
     for path in map(Path, paths):
-        for item in _read(path):
+        for item in _read(path, changed):
             if isinstance(item, Session):
                 sessions.append(item)
             elif skip_bad:
                 skipped.append(str(item))
             else:
                 raise item
-    return Loaded(tuple(sessions), tuple(skipped))
+    sessions = sessions[:limit]
+    for session in sessions:
+        changed.update(session.changed)
+    return Loaded(tuple(sessions), tuple(skipped), dict(changed))
 
 
-def _read(path: Path) -> Iterator[Session | TraceError]:
+def _read(path: Path, changed: Counter[str]) -> Iterator[Session | TraceError]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding=_encoding(path))
     except OSError as error:
         yield TraceError(path, 0, "(file)", f"cannot be read ({error.strerror})", "give the path of a trace file")
         return
     except UnicodeDecodeError as error:
-        yield TraceError(path, 0, "(file)", f"is not UTF-8 ({error.reason})", "give a trace file in UTF-8")
+        yield TraceError(
+            path, 0, "(file)", f"is not {error.encoding.upper()} ({error.reason})", "give a trace file in UTF-8"
+        )
         return
+    # At the start of a file, and of a line where files were joined.
+    text, marks = re.subn("^\ufeff", "", text, flags=re.MULTILINE)
+    if marks:
+        changed[BYTE_ORDER_MARK] += marks
     items = _items(path, text)
     first = next((item.value for item in items if isinstance(item, Record) and isinstance(item.value, dict)), None)
     name = format_of(first) if first is not None else None
@@ -59,6 +77,13 @@ def _read(path: Path) -> Iterator[Session | TraceError]:
         return
     # Without a record there may still be errors, which say more.
     yield from [item for item in items if isinstance(item, TraceError)] or [_of_no_format(path)]
+
+
+def _encoding(path: Path) -> str:
+    """UTF-8, or what a byte order mark says, which stays in the text."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    return {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}.get(start, "utf-8")
 
 
 def _of_no_format(path: Path) -> TraceError:

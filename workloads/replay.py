@@ -21,13 +21,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
-
 from workloads import flags, pacing, results
 from workloads.client import ServerUnreachable
 from workloads.display import Display, details, notes
 from workloads.html_report import render
 from workloads.loaders import load_traces
+from workloads.printing import Console, to_readers
 from workloads.provenance import provenance
 from workloads.report import TABLE_WIDTH, Report, Turn, merge, table
 from workloads.runner import Settings, replay_async
@@ -65,8 +64,8 @@ def run(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     settings = flags.settings(parser, args)
     try:
-        loaded = load_traces(args.traces, skip_bad=args.skip_bad)
-        sessions = loaded.sessions[: args.limit]
+        loaded = load_traces(args.traces, skip_bad=args.skip_bad, limit=args.limit)
+        sessions = loaded.sessions
         check(sessions, settings)
     except (TraceError, ValueError) as error:
         return _refuse(error)
@@ -78,20 +77,21 @@ def run(argv: Sequence[str] | None) -> int:
             report = asyncio.run(_until_ctrl_c(sessions, args.base_url, settings, args.label, display.show))
     except (ServerUnreachable, ValueError) as error:
         return _refuse(error)
-    figures = report.figures() | {"sessions": len(counted), "skipped": len(loaded.skipped)}
-    console = Console(width=TABLE_WIDTH)
-    for view in (table({args.label: figures}), *details(figures)):
-        console.print(view)
-    for note in notes(figures, report.turns):
-        print(f"note: {note}", file=sys.stderr)
+    figures = report.figures() | {"sessions": len(counted), "skipped": len(loaded.skipped), "changed": loaded.changed}
     arguments = flags.plain(args) | {"marker": settings.marker}
     record = {"benchmark": "replay", "arguments": arguments, "figures": figures, **provenance()}
-    print(json.dumps(record), flush=True)
     result = results.Result.model_validate(record | {"detail": results.detail(report, counted)})
     if args.json_out:
         args.json_out.write_text(result.model_dump_json() + "\n", encoding="utf-8")
     if args.report:
         args.report.write_text(render([result]), encoding="utf-8")
+    for note in notes(figures, report.turns):
+        print(f"note: {note}", file=sys.stderr)
+    with to_readers():
+        console = Console(width=TABLE_WIDTH)
+        for view in (table({args.label: figures}), *details(figures)):
+            console.print(view)
+        print(json.dumps(record))
     if report.ending == "interrupted":
         return INTERRUPTED
     return 1 if figures["failed"] or report.ending != "complete" else 0

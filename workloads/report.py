@@ -168,9 +168,10 @@ def difference(after: Totals, before: Totals) -> Totals:
 
 
 def table(figures_by_label: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row for each label; tokens/s also as a multiple of `off`, where that was measured."""
+    """A row for each label; tokens/s also as a multiple of `off`, where that was measured. Below: `remarks`."""
     baseline = figures_by_label.get("off", {}).get("tokens_per_s")
-    view = Table(title="Replay")
+    said = [f"{label}: {remark}" for label, figures in figures_by_label.items() for remark in remarks(figures)]
+    view = Table(title="Replay", caption="\n".join(said) or None, caption_justify="left")
     columns = ("policy", "tokens/s", "x off", "AL", "rounds", "by drafter", "switches")
     for column in (*columns, "TTFT ms p50 / p95", "ms/token p50 / p95", "cached", "host", "failed"):
         view.add_column(column, justify="left" if column == "policy" else "right")
@@ -191,6 +192,19 @@ def table(figures_by_label: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{figures['failed']}",
         )
     return view
+
+
+def remarks(figures: Mapping[str, Any]) -> list[str]:
+    """What was asked otherwise than it was recorded, a line each."""
+    said, turns = [], figures["turns"]
+    if cut := figures["cut_prompts"]:
+        said.append(f"{cut} of {turns} prompts were cut: their oldest turns are left out, so that they fit the context")
+    if shortened := figures["shortened_prompts"]:
+        said.append(f"{shortened} of {turns} prompts have a message that was shortened, as whole turns were not enough")
+    if changed := figures.get("changed"):
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in changed.items())
+        said.append(f"traces were not asked as they are written ({kinds}); docs/traces.md says what they became")
+    return said
 
 
 def _shown(value: float | None, form: str = "{}") -> str:

@@ -25,6 +25,7 @@ message that has something before it; `Session.turns` are their indices. Beside 
     resent               assistant  the message as later requests carry it, where that differs
     reply_known          assistant  false: the trace tells what was asked, not what was answered (default: true)
     lengths              user       the text is not known, only its length and the prefixes that it shares
+    changed              all        what was changed so that a request of today carries it (workloads/adapted.py)
 
 Version 1 is the first form in one line without these fields, and is read too. A record that does not fit raises
 `TraceError`, which names file, line, field and mend.
@@ -32,6 +33,7 @@ Version 1 is the first form in one line without these fields, and is read too. A
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
@@ -46,6 +48,8 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+
+from workloads.adapted import adapted, wire
 
 SCHEMA_VERSION: Final = 2
 BLOCK_TOKENS = 512  # of one hash id, in Mooncake's traces
@@ -110,6 +114,7 @@ def _text_or_parts(content: object) -> object:
     raise ValueError("is neither text nor a list of content parts")
 
 
+Resent = Annotated[dict[str, Any] | None, BeforeValidator(wire)]
 Content = Annotated[str | list[dict[str, Any]], BeforeValidator(_text_or_parts)]
 
 
@@ -117,9 +122,10 @@ class _Message(BaseModel):
     """A message as a request or a reply carried it (`wire`), and what was noted beside it."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    noted: ClassVar[frozenset[str]] = frozenset({"timestamp_s"})
+    noted: ClassVar[frozenset[str]] = frozenset({"timestamp_s", "changed"})
 
     timestamp_s: Seconds | None = None
+    changed: tuple[str, ...] = ()
     _wire: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
@@ -168,7 +174,7 @@ class AssistantMessage(_Message):
     asked: bool = True
     options: dict[str, Any] | None = None
     output_tokens: int | None = Field(default=None, ge=0)
-    resent: dict[str, Any] | None = None
+    resent: Resent = None
     reply_known: bool = True
 
 
@@ -181,7 +187,10 @@ class ToolMessage(_Message):
     tool_duration_s: Seconds | None = Field(default=None, ge=0)
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+Message = Annotated[
+    Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")],
+    BeforeValidator(adapted),
+]
 NOTED = SystemMessage.noted | UserMessage.noted | AssistantMessage.noted | ToolMessage.noted
 
 
@@ -198,6 +207,11 @@ class Session(_Record):
     def turns(self) -> tuple[int, ...]:
         """Indices of the assistant messages that were asked for: what a replay asks for."""
         return tuple(i for i, message in enumerate(self.messages) if i and _was_asked(message))
+
+    @property
+    def changed(self) -> Counter[str]:
+        """What was changed in its messages, and how often."""
+        return Counter(change for message in self.messages for change in message.changed)
 
     @property
     def length_only(self) -> bool:
@@ -218,7 +232,7 @@ class Part(_Record):
     part: int = Field(ge=0)
     source: str = "recorded"
     tools: list[dict[str, Any]] = []
-    resent: dict[str, Any] | None = None
+    resent: Resent = None
     messages: list[Message] = Field(min_length=1)
 
 

@@ -84,10 +84,11 @@ def broken(request, prompts, tmp_path_factory) -> Iterator[tuple[list[str], Seen
 def test_metrics_say_what_the_totals_say(healthy):
     counted, shown = healthy.totals, healthy.metrics
     assert set(counted["rounds_by_drafter"]) == {"df", "e3"}
-    assert shown["whiflash_rounds_total"] == counted["rounds_by_drafter"]
-    assert shown["whiflash_drafted_tokens_total"] == counted["drafted_by_drafter"]
-    assert shown["whiflash_accepted_tokens_total"] == counted["accepted_by_drafter"]
-    assert shown["whiflash_ingested_tokens_total"] == counted["ingested_by_drafter"]
+    nought = dict.fromkeys(("df", "e3", "none"), 0)
+    assert shown["whiflash_rounds_total"] == nought | counted["rounds_by_drafter"]
+    assert shown["whiflash_drafted_tokens_total"] == nought | counted["drafted_by_drafter"]
+    assert shown["whiflash_accepted_tokens_total"] == nought | counted["accepted_by_drafter"]
+    assert shown["whiflash_ingested_tokens_total"] == nought | counted["ingested_by_drafter"]
     assert shown["whiflash_switches_total"] == {"": counted["switches"]}
     assert shown["whiflash_catch_up_tokens_total"] == {"": counted["catch_up"]["tokens"]}
     assert shown["whiflash_catch_up_passes_total"] == {"": counted["catch_up"]["passes"]}
@@ -95,7 +96,7 @@ def test_metrics_say_what_the_totals_say(healthy):
     assert shown["whiflash_backlog_max_tokens"] == {"": counted["backlog_max"]}
     assert shown["whiflash_kv_pool_tokens"] == counted["kv_pool"]
     assert shown["whiflash_step_seconds_total"] == pytest.approx(counted["seconds"])
-    assert "whiflash_drafter_switched_off" not in shown
+    assert shown["whiflash_drafter_switched_off"] == {"df": 0.0, "e3": 0.0}
 
 
 def test_totals_are_those_of_the_texts(healthy):
@@ -116,7 +117,7 @@ def test_a_drafter_that_yields_nan_is_switched_off_and_the_text_stays(broken, he
     names, seen = broken
     assert seen.texts == healthy.texts
     assert seen.totals["switched_off"] == dict.fromkeys(names, 1)
-    assert seen.metrics["whiflash_drafter_switched_off"] == dict.fromkeys(names, 1.0)
+    assert seen.metrics["whiflash_drafter_switched_off"] == {name: float(name in names) for name in ("df", "e3")}
     lines = [line for line in seen.log.splitlines() if "switched off" in line]
     assert len(lines) == len(names)
     for name in names:

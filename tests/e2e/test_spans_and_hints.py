@@ -326,3 +326,78 @@ def test_routes_are_guarded_by_the_api_key(server, client):
     missing = client.get("/whiflash/requests/nobody")
     assert missing.status_code == 404
     assert "nobody" in missing.json()["message"]
+
+
+# Routes whose schemas know no hints
+
+
+def elsewhere(session: dict[str, Any], route: str, **more: Any) -> dict[str, Any]:
+    """A request of another route for a session's first reply."""
+    system, user = (message["content"] for message in session["messages"][:2])
+    asked = {"role": "user", "content": user}
+    bodies = {
+        "/v1/responses": {"instructions": system, "input": user, "max_output_tokens": 40, "temperature": 0},
+        "/v1/messages": {"system": system, "messages": [asked], "max_tokens": 40, "temperature": 0},
+        "/api/chat": {"messages": [{"role": "system", "content": system}, asked]},
+        "/api/generate": {"system": system, "prompt": user},
+    }
+    if route.startswith("/api"):
+        more = {"options": {"temperature": 0, "num_predict": 40}, "stream": False} | more
+    return {"model": MODEL, **bodies[route], **more}
+
+
+OTHER_ROUTES = ["/v1/responses", "/v1/messages", "/api/chat", "/api/generate"]
+
+
+def rounds_by_drafter(client: httpx.Client) -> Counter[str]:
+    return Counter(client.get("/whiflash/stats").json()["rounds_by_drafter"])
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("route", OTHER_ROUTES)
+def test_hints_work_on_every_route(client, session, route, stream):
+    """Who drafts is as asked for, and the text is the same."""
+    texts = set()
+    for drafter, name in (("df", "df"), ("e3", "e3"), ("off", "none")):
+        before = rounds_by_drafter(client)
+        params = {"whiflash": {"route": drafter}}
+        reply = client.post(route, json=elsewhere(session, route, stream=stream, custom_params=params))
+        assert reply.status_code == 200, reply.text
+        assert set(rounds_by_drafter(client) - before) == {name}
+        texts.add(text_of(reply.text, stream))
+    assert len(texts) == 1
+
+
+def text_of(body: str, stream: bool) -> str:
+    """All text of a reply, by whatever names the route gives it."""
+    lines = [line.removeprefix("data: ") for line in body.splitlines() if line.startswith(("data: {", "{"))]
+    documents = [json.loads(line) for line in lines] if stream else [json.loads(body)]
+    keys = ("delta", "text", "thinking", "content", "response")
+    found: list[str] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            found.extend(value[key] for key in keys if isinstance(value.get(key), str))
+            value = list(value.values())
+        for part in value if isinstance(value, list) else ():
+            walk(part)
+
+    walk(documents)
+    assert "".join(found)
+    return "".join(found)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("route", OTHER_ROUTES)
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"whiflash": {"route": "bogus"}}, "custom_params.whiflash.route"),
+        ({"whiflash": "df"}, "custom_params.whiflash"),
+        (["whiflash"], "custom_params"),
+        ({"other": {"deep": [[1]]}}, "custom_params"),
+    ],
+)
+def test_wrong_hints_are_refused_on_every_route(client, session, route, stream, params, said):
+    reply = client.post(route, json=elsewhere(session, route, stream=stream, custom_params=params))
+    assert reply.status_code == 400 and said in reply.text

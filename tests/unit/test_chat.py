@@ -13,7 +13,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, Too
 from pydantic import BaseModel, ValidationError
 
 from agents import ChatWhiFlash, HintError, Hints
-from tests.fake_openai import BASE_URL, FakeOpenAI
+from tests.fake_openai import BASE_URL, USAGE, FakeOpenAI
 
 FIGURES = {
     "rounds": 4,
@@ -241,3 +241,112 @@ def test_hints_as_a_record() -> None:
     server = FakeOpenAI([REPLY])
     model_of(server, hints=Hints(route="e3")).invoke("hi")
     assert sent_hints(server) == {"route": "e3"}
+
+
+# ---- LangChain's standards
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reply", [REPLY, CALLING], ids=["answer", "call"])
+def test_reasoning_is_a_content_block(way: str, reply: dict[str, Any]) -> None:
+    message = ask(model_of(FakeOpenAI([reply], figures=FIGURES)), way)
+    reasoning, *others = message.content_blocks
+    assert reasoning == {"type": "reasoning", "reasoning": THOUGHT}
+    if reply is CALLING:
+        (call,) = others
+        assert (call["type"], call["name"], call["args"]) == ("tool_call", "lookup_order", {"order_id": 7})
+    else:
+        assert others == [{"type": "text", "text": REPLY["content"]}]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_reasoning_tokens_are_counted(way: str) -> None:
+    server = FakeOpenAI([REPLY], figures=FIGURES, usage=USAGE | {"reasoning_tokens": 3})
+    message = ask(model_of(server), way)
+    assert message.usage_metadata["output_token_details"] == {"reasoning": 3}
+    assert message.usage_metadata["output_tokens"] == 5
+
+
+def test_a_server_that_counts_no_reasoning_has_no_details() -> None:
+    message = model_of(FakeOpenAI([REPLY], figures=FIGURES)).invoke("hi")
+    assert not message.usage_metadata.get("output_token_details")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_blocks_of_version_1_have_the_reasoning_and_go_back_as_text(way: str) -> None:
+    server = FakeOpenAI([REPLY, REPLY], figures=FIGURES)
+    model = model_of(server, output_version="v1")
+    message = ask(model, way)
+    assert [block["type"] for block in message.content_blocks] == ["reasoning", "text"]
+    ask(model, way, [HumanMessage("Where is order 7?"), message, HumanMessage("And now?")])
+    sent = server.bodies[-1]["messages"][1]
+    assert sent["reasoning_content"] == THOUGHT
+    content = sent["content"]
+    assert content == REPLY["content"] or [part["text"] for part in content] == [REPLY["content"]]
+
+
+# ---- calls of tools that were not offered
+
+SEARCH = {"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}
+SWALLOWED = {"content": "", "reasoning_content": THOUGHT}
+CALL_SPAN = {"reasoning": {"rounds": 2, "tokens": 9}, "tool_call": {"rounds": 3, "tokens": 20}}
+
+
+def spans(**by_span: Any) -> dict[str, Any]:
+    return FIGURES | {"by_span": by_span}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_call_that_the_parser_dropped_is_said(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    server = FakeOpenAI([SWALLOWED], figures=spans(**CALL_SPAN))
+    reply = ask(model_of(server).bind_tools([SEARCH]), way)
+    assert reply.response_metadata["whiflash"]["dropped_call"] is True
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert line.startswith("the model wrote a tool call that is not in the reply: its tool is none of search")
+    assert "SGLANG_FORWARD_UNKNOWN_TOOLS=1" in line
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("reply", "figures", "tools"),
+    [
+        (CALLING, spans(**CALL_SPAN), [SEARCH]),  # the call is there
+        (REPLY, spans(answer={"rounds": 4, "tokens": 20}), [SEARCH]),  # none was written
+        (SWALLOWED, spans(**CALL_SPAN), []),  # without tools the server leaves calls in the text
+        ({**SWALLOWED, "finish_reason": "length"}, spans(**CALL_SPAN), [SEARCH]),  # it was cut off
+    ],
+    ids=["called", "answered", "no tools", "cut off"],
+)
+def test_other_replies_are_not_said_to_lack_a_call(
+    way: str, reply: dict[str, Any], figures: dict[str, Any], tools: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of(FakeOpenAI([reply], figures=figures))
+    message = ask(model.bind_tools(tools) if tools else model, way)
+    assert message.response_metadata["whiflash"]["dropped_call"] is False
+    assert "not in the reply" not in caplog.text
+
+
+# ---- a route that is not there
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_route_that_is_not_there_is_asked_for_rarely(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway may let every such request wait for its time limit."""
+    monkeypatch.setattr("agents.figures.MOST_PASSED_OVER", 4)
+    server = FakeOpenAI([REPLY] * 20, failure=httpx.ReadTimeout("too late"))
+    model = model_of(server)
+    asked = []
+    for _ in range(20):
+        ask(model.with_session(), way)
+        asked.append(len(server.asked))
+    attempts = [number for number, (now, before) in enumerate(zip(asked, [0, *asked], strict=False)) if now > before]
+    assert attempts == [0, 2, 6, 11, 16]
+
+
+def test_a_route_that_is_there_again_is_asked_after_every_reply() -> None:
+    server = FakeOpenAI([REPLY] * 5, figures=FIGURES, failure=httpx.ConnectError("refused"))
+    model = model_of(server)
+    assert model.invoke("hi").response_metadata["whiflash"] is None
+    server.failure = None
+    found = [model.invoke("hi").response_metadata["whiflash"] for _ in range(4)]
+    assert found == [None, FIGURES, FIGURES, FIGURES]

@@ -136,6 +136,14 @@ def test_what_a_report_lacks_is_said() -> None:
     assert 'id="data"' not in page
 
 
+def test_what_was_asked_otherwise_than_recorded_is_said() -> None:
+    original = result("entropy", 2)
+    said = warnings({"entropy": changed(original, cut_prompts=4, shortened_prompts=1, changed={"function role": 3})})
+    turns = original.figures["turns"]
+    assert [line.partition(" prompts")[0] for line in said[:2]] == [f"entropy: {count} of {turns}" for count in (4, 1)]
+    assert len(said) == 3 and "3 x function role" in said[2]
+
+
 def test_a_policy_without_speculation_is_what_others_are_compared_with() -> None:
     assert warnings({label: result(label, 2) for label in ("off", "entropy")}) == []
 

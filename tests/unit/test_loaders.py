@@ -210,7 +210,8 @@ def test_a_swe_agent_output_that_answers_no_call(tmp_path: Path, ids: object) ->
         (b"", r"a\.jsonl, line 1, field \(file\): holds no session"),
         (b" \n\n", r"a\.jsonl, line 1, field \(file\): holds no session"),
         (b"[]", r"a\.jsonl, line 1, field \(file\): holds no session"),
-        (b"\xff\xfe", r"a\.jsonl, line 0, field \(file\): is not UTF-8"),
+        (b"\xff\xff", r"a\.jsonl, line 0, field \(file\): is not UTF-8"),
+        (b"\xff\xfe\x00", r"a\.jsonl, line 0, field \(file\): is not UTF-16-LE"),
     ],
 )
 def test_a_file_that_holds_no_traces(tmp_path: Path, content: bytes, said: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from whiflash_sglang.hints import Asked, Hints
 from whiflash_sglang.ledger import Record
 from whiflash_sglang.observe import NotDrafted, RequestFigures, Totals
+from whiflash_sglang.spans import CONTEXT_KINDS, SPANS
 from whiflash_sglang.types import CatchUp, HostRows, RoundResult
 
 
@@ -99,6 +100,7 @@ from whiflash_sglang.observe import Metrics, Totals
 totals = Totals(("df", "e3"), 4)
 totals.pool = {"tokens": 100, "lost_to_draft_pools": 40}
 metrics = Metrics(totals, {"model_name": "m"})
+print(generate_latest().decode(), "----")
 for rounds in (3, 5):
     totals.sums[0][0] = rounds
     totals.seconds["draft"] = rounds / 2
@@ -113,7 +115,18 @@ totals.health.failures["e3"] += 3
 metrics.write(totals.snapshot())
 print(generate_latest().decode())
 """
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    first, _, shown = printed.partition("----")
+    for line in (
+        *(f'whiflash_rounds_total{{drafter="{name}",model_name="m"}} 0.0' for name in ("df", "e3", "none")),
+        'whiflash_switches_total{model_name="m"} 0.0',
+        'whiflash_step_seconds_total{model_name="m",step="verify"} 0.0',
+        *(f'whiflash_span_tokens_total{{model_name="m",span="{span}"}} 0.0' for span in SPANS),
+        *(f'whiflash_context_rounds_total{{context_kind="{kind}",model_name="m"}} 0.0' for kind in CONTEXT_KINDS),
+        'whiflash_kv_pool_tokens{kind="tokens",model_name="m"} 100.0',
+        'whiflash_drafter_switched_off{drafter="e3",model_name="m"} 0.0',
+    ):
+        assert line in first.splitlines(), first
     for line in (
         'whiflash_rounds_total{drafter="df",model_name="m"} 5.0',
         'whiflash_step_seconds_total{model_name="m",step="draft"} 2.5',

@@ -199,6 +199,18 @@ def test_the_table_has_every_policy() -> None:
     assert table({"nothing came": Report("x", (), 0.0, None).figures()}).row_count == 1
 
 
+def test_what_was_asked_otherwise_than_recorded_is_said_under_the_table() -> None:
+    turns = (turn(), turn(cut_turns=2, shortened=True), turn(cut_turns=1))
+    cut = Report("entropy", turns, 1.0, TOTALS).figures() | {"changed": {"function_call": 2, "byte order mark": 1}}
+    view = table({"off": Report("off", (turn(),), 1.0, None).figures(), "entropy": cut})
+    assert view.caption == (
+        "entropy: 2 of 3 prompts were cut: their oldest turns are left out, so that they fit the context\n"
+        "entropy: 1 of 3 prompts have a message that was shortened, as whole turns were not enough\n"
+        "entropy: traces were not asked as they are written (2 x function_call, 1 x byte order mark); "
+        "docs/traces.md says what they became"
+    )
+
+
 # Prompts beyond the context
 
 

@@ -27,6 +27,7 @@ from whiflash_sglang.training.models import Models, add_arguments, load_models, 
 from whiflash_sglang.training.replies import greedy_replies, positions, prompts_of, served_replies
 from whiflash_sglang.training.router_data import Record, shard_path, write_manifest, write_shard
 from workloads.loaders import load_traces
+from workloads.printing import to_readers
 from workloads.schema import Session, TraceError, to_openai
 
 SESSIONS_PER_SHARD = 16
@@ -110,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sessions = collect(args)
     except (WhiFlashError, TraceError, httpx.HTTPError) as error:
         raise SystemExit(f"error: {error}") from error
-    print(f"{sessions} sessions in {args.out}")
+    with to_readers():
+        print(f"{sessions} sessions in {args.out}")
 
 
 if __name__ == "__main__":

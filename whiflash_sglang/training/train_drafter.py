@@ -41,6 +41,7 @@ from whiflash_sglang.training.distill import (
 )
 from whiflash_sglang.training.loop import Result, Settings
 from workloads.loaders import load_traces
+from workloads.printing import to_readers
 from workloads.schema import TraceError
 
 
@@ -162,9 +163,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     try:
-        print(json.dumps(run(parser.parse_args(argv))))
+        figures = run(parser.parse_args(argv))
     except (WhiFlashError, TraceError) as error:
         raise SystemExit(f"error: {error}") from error
+    with to_readers():
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from whiflash_sglang.router.artefact import NeuralRouter, save_router
 from whiflash_sglang.router.neural import Network
 from whiflash_sglang.training.router_data import Record, RouterData, load_router_data
 from whiflash_sglang.training.walk import EQUAL_COSTS, best_threshold, by_worth, gather, lengths_of, walk
+from workloads.printing import to_readers
 
 MIN_SESSIONS = 16
 VALIDATION_SHARE = 0.15
@@ -188,9 +189,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.plots = args.plots or args.data
     try:
-        print(json.dumps(run(args)))
+        figures = run(args)
     except WhiFlashError as error:
         raise SystemExit(f"error: {error}") from error
+    with to_readers():
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":

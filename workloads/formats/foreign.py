@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from workloads.adapted import adapted
 from workloads.formats import Item
 from workloads.schema import SCHEMA_VERSION, SKIP, Session, TraceError, parse_session
 
@@ -43,6 +44,7 @@ def each(path: Path, items: Iterable[Item], convert: Callable[[Any, Place], Raw]
 
 def own_record(name: str, source: str, messages: list[Raw], tools: list[Raw] | None = None) -> Raw:
     """A record of our own; without `tools` those that were called are declared."""
+    messages = list(map(adapted, messages))
     declared = tools_seen(messages) if tools is None else tools
     return dict(schema_version=SCHEMA_VERSION, session_id=name, source=source, tools=declared, messages=messages)
 
@@ -51,16 +53,18 @@ def message(raw: Any, place: Place, field: str, answered: str | None = None) -> 
     """The parts of a foreign message that a chat completion knows; `answered`: the call that a tool output answers."""
     if not isinstance(raw, dict) or not isinstance(raw.get("role"), str):
         raise place.error(f"{field}.role", "a message needs a role")
+    raw = adapted(raw)
     role, content = raw["role"], text(raw.get("content"), place, field)
+    changed = {"changed": raw["changed"]} if "changed" in raw else {}
     if role == "assistant":
-        made: Raw = {"role": role, "content": content}
+        made: Raw = {"role": role, "content": content, **changed}
         if calls := raw.get("tool_calls"):
             if not isinstance(calls, list):
                 raise place.error(f"{field}.tool_calls", "not a list of calls")
             made["tool_calls"] = [call(each_call, place, field) for each_call in calls]
         return made
     if role == "tool":
-        return {"role": role, "content": content or "", "tool_call_id": raw.get("tool_call_id") or answered}
+        return {"role": role, "content": content or "", "tool_call_id": raw.get("tool_call_id") or answered, **changed}
     return {"role": role, "content": content or ""}
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from workloads.adapted import tools_of
 from workloads.formats import Item
 from workloads.formats.agentic_trace import UNKNOWN_REPLY
 from workloads.formats.foreign import Place, Raw, own_record
@@ -111,12 +112,13 @@ def _request(value: Any, place: Place) -> Request:
 
 
 def _payload(place: Place, row: Row, payload: Raw) -> Request:
-    messages, tools = payload.get("messages"), payload.get("tools") or []
-    if not isinstance(messages, list) or not messages or not isinstance(tools, list):
+    messages = payload.get("messages")
+    if not isinstance(messages, list) or not messages or not isinstance(payload.get("tools") or [], list):
         raise place.error("payload.messages", "only chat completions are read: a payload needs a list of messages")
-    options = {key: value for key, value in payload.items() if key not in ("messages", "tools")}
+    options = {key: value for key, value in payload.items() if key not in ("messages", "tools", "functions")}
     wires = [checked(raw, place, f"payload.messages.{i}") for i, raw in enumerate(messages)]
-    return Request(place, row, True, wires, tools, options | (row.extra or {}))
+    tools, wires = tools_of(payload, wires)
+    return Request(place, row, True, wires, tools or [], options | (row.extra or {}))
 
 
 def _sessions(name: str, requests: list[Request]) -> Iterator[Session | TraceError]:

@@ -1,7 +1,7 @@
 """OpenAI chat messages: a record is {messages, tools}, as for fine-tuning and as a request body; or a list of messages.
 
-Messages and tools are taken as they are written. `id` or `session_id` names the session, if there is one; other fields
-are not read. Every assistant message that has something before it is a turn.
+Messages and tools (or `functions`) are taken as they are written. `id` or `session_id` names the session, if there is
+one; other fields are not read. Every assistant message that has something before it is a turn.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from workloads.adapted import tools_of
 from workloads.formats import Item
 from workloads.formats.foreign import Place, Raw, each, own_record
 from workloads.schema import NOTED, Session, TraceError
@@ -26,7 +27,8 @@ def _convert(record: Any, place: Place) -> Raw:
         raise place.error("messages", "a record needs a list of messages here")
     messages = [checked(raw, place, f"messages.{i}") for i, raw in enumerate(record["messages"])]
     name = record.get("session_id") or record.get("id") or f"{place.path.stem}-{place.number + 1}"
-    return own_record(str(name), SOURCE, messages, record.get("tools") or None)
+    tools, messages = tools_of(record, messages)
+    return own_record(str(name), SOURCE, messages, tools)
 
 
 def checked(raw: Any, place: Place, field: str) -> Raw:

@@ -21,6 +21,7 @@ import httpx
 import uvicorn
 from starlette.applications import Starlette
 
+from workloads.printing import to_readers
 from workloads.record.proxy import build_app, shown
 from workloads.record.recorder import Recorder, RecordError
 
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         address = f"http://{HOST}:{listener.getsockname()[1]}/v1"
         started = f"recording {address} -> {shown(args.upstream)}/v1 into {args.out}; Ctrl-C ends it"
         _serve(build_app(args.upstream, recorder), listener, started)
-        print(recorder.summary(), flush=True)
+        with to_readers():
+            print(recorder.summary())
     return 0
 
 
@@ -66,7 +68,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        print(self.words, flush=True)
+        with to_readers():
+            print(self.words)
 
 
 def _serve(app: Starlette, listener: socket.socket, started: str) -> None:
