@@ -139,7 +139,8 @@ class Session:
                 reason = choice.finish_reason or reason
         if reason != "length" or usage is None:
             raise Incomplete(f"{len(text)} characters, {reason}")
-        return Turn(text, usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens, 0)
+        details = usage.prompt_tokens_details  # left out where nothing was cached
+        return Turn(text, usage.prompt_tokens, (details.cached_tokens or 0) if details else 0, 0)
 
 
 class Incomplete(Exception):
