@@ -58,9 +58,9 @@ TOKENIZER = AutoTokenizer.from_pretrained(DEMO_MODELS / "target")
 SESSION = next(iter(sessions("heldout", 1)))
 SYSTEM = SESSION["messages"][0]["content"]
 MASKED = {"id", "created", "rid", "cached_tokens", "prompt_tokens_details", "metadata", "sglext"}
-MASKED |= {"created_at", "call_id", "cache_read_input_tokens", "input_tokens_details"}
+# `input_tokens` of a message are those that were not cached.
+MASKED |= {"created_at", "completed_at", "call_id", "input_tokens", "cache_read_input_tokens", "input_tokens_details"}
 LOGPROB_TOLERANCE = 1e-4
-BLOCK_TEXT = {"text": "text", "thinking": "thinking", "tool_use": "input"}  # of a message's blocks
 CLOCK = re.compile(r"\[\d\d:\d\d:\d\d\]")  # in xgrammar's messages
 
 Reply = Any
@@ -399,29 +399,38 @@ def whole(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def joined_events(stream: str) -> Reply:
-    """A stream of typed events as the reply that they tell of. Its places come in order, and each ends once.
-
-    A response is whole in its last event, a message in its parts: what deltas add up to has to be what is said whole.
-    """
+    """A stream of typed events as the reply that they tell of, without parts that are white space alone."""
     events = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: {")]
-    texts: dict[int, str] = {}
+    texts: dict[int, str] = {}  # by place of the item or block
     for event in events:
         if event["type"].endswith("delta") and event["type"] != "message_delta":
             place, delta = event.get("output_index", event.get("index")), event["delta"]
             said = delta if isinstance(delta, str) else "".join(delta[key] for key in delta if key != "type")
             texts[place] = texts.get(place, "") + said
-    assert list(texts) == sorted(texts)
-    if events[0]["type"] != "message_start":
-        whole = events[-1]["response"]
-        said = [item.get("arguments") or item["content"][0]["text"] for item in whole["output"]]
-        assert [texts[place] for place in sorted(texts)] == said
-        return whole
+    return joined_message(events, texts) if events[0]["type"] == "message_start" else joined_response(events, texts)
+
+
+def joined_response(events: list[Reply], texts: dict[int, str]) -> Reply:
+    """The response that the last event has whole. It is what the deltas add up to."""
+    response = events[-1]["response"]
+    items = [
+        (item["type"], item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"])
+        for item in response["output"]
+    ]
+    said = [(kind, text.strip()) for kind, text in items if text.strip()]
+    assert [text for _, text in said] == [texts[place].strip() for place in sorted(texts) if texts[place].strip()]
+    return {**response, "output": [{"type": kind, "text": text} for kind, text in said]}
+
+
+def joined_message(events: list[Reply], texts: dict[int, str]) -> Reply:
+    """The message that is told of in blocks, each of which ends once."""
     blocks = [event["content_block"] for event in events if event["type"] == "content_block_start"]
     ends = [event["index"] for event in events if event["type"] == "content_block_stop"]
     assert ends == list(range(len(blocks))) and events[-1]["type"] == "message_stop"
-    content = [block | {BLOCK_TEXT[block["type"]]: texts.get(i, "")} for i, block in enumerate(blocks)]
-    delta = next(event for event in events if event["type"] == "message_delta")
-    return {**events[0]["message"], "content": content, **delta["delta"], "usage": delta["usage"]}
+    said = [block | {"said": texts.get(place, "").strip()} for place, block in enumerate(blocks)]
+    end = next(event for event in events if event["type"] == "message_delta")
+    content = [block for block in said if block["said"] or block["type"] == "tool_use"]
+    return {**events[0]["message"], "content": content, **end["delta"], "usage": end["usage"]}
 
 
 def tidy(value: Any) -> Any:
