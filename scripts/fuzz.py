@@ -1,12 +1,13 @@
 """Send a server hostile requests, and see that it answers each, lives on and still gives the right text.
 
-    python scripts/fuzz.py [--cases N] [--seed N] [--minutes N] [--results FILE]
+    python scripts/fuzz.py [--cases N] [--seed N] [--router ROUTER] [--minutes N] [--results FILE]
 
-One demo server with a random router, and beside it the reference, the same with `--whiflash-router off`. Requests are
-drawn by hypothesis (`workloads/fuzz/cases.py`) for `/generate`, `/v1/completions`, `/v1/chat/completions` and
-`/whiflash/...`, several in flight. What is answered with 5xx, or not to its end, is sent to the reference: where that
-fails too, it is SGLang's own and listed by kind (`sglang_own`); where not, it is ours. A few greedy prompts are asked
-before and after, and of the reference. The last line is JSON; exit status 1 if one of its `checks` is false.
+One demo server, with a random router unless told otherwise, and beside it the reference, the same with
+`--whiflash-router off`. Requests are drawn by hypothesis (`workloads/fuzz/cases.py`) for `/generate`,
+`/v1/completions`, `/v1/chat/completions` and `/whiflash/...`, several in flight. What is answered with 5xx, or not to
+its end, is sent to the reference: where that fails too, it is SGLang's own and listed by kind (`sglang_own`); where
+not, it is ours. A few greedy prompts are asked before and after, and of the reference. The last line is JSON; exit
+status 1 if one of its `checks` is false.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=5000, help="default: %(default)s")
     parser.add_argument("--in-flight", type=int, default=8, help="requests at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of requests and router (default: %(default)s)")
+    parser.add_argument("--router", help="default: random:SEED")
     parser.add_argument("--minutes", type=float, default=20.0, help="for sending them, at most (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="write the JSON line to this file too")
     args = parser.parse_args()
@@ -46,7 +48,7 @@ def main() -> None:
     off = ("--whiflash-router", "off", "--disable-overlap-schedule")
     reference = Reference(LAUNCHER, *FLAGS, *off, log=folder / "off.log")
     log = folder / "server.log"
-    running = server.start(LAUNCHER, *FLAGS, "--whiflash-router", f"random:{args.seed}", log=log)
+    running = server.start(LAUNCHER, *FLAGS, "--whiflash-router", args.router or f"random:{args.seed}", log=log)
     try:
         running.wait_until_ready()
         until = time.monotonic() + 60 * args.minutes

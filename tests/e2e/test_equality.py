@@ -1,5 +1,8 @@
 """Greedy requests of every kind that the API knows, 8 in flight, against the same server without speculation.
 
+A drafter by chance in every round has all of them; the routers by entropy and by a network, as they decide where
+nothing else is said, have every second batch each.
+
 Each example is a batch of requests that hypothesis has put together: penalties, logit bias, minimum lengths, stops,
 grammars, log probabilities, several samples, streams, and hints of who drafts. Text, reason and usage have to be the
 same, and log probabilities the same to 1e-4 (float32).
@@ -11,7 +14,7 @@ import asyncio
 import json
 import math
 from collections import Counter
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 import httpx
@@ -25,12 +28,13 @@ from transformers import AutoTokenizer
 
 from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.training.text import histories
+from workloads.bench import demo_servers
 from workloads.demo.generate import sessions
-from workloads.server import running_server
 
 pytestmark = pytest.mark.e2e
 
 IN_FLIGHT, EXAMPLES = 8, 25
+CHANCE, CHOOSING = "random:0", ("entropy", "neural")  # routers
 TOLERANCE = 1e-4  # of log probabilities
 TIE = 1e-4  # two first tokens that are as near as this may change places: the sums of a verify have another order
 
@@ -114,14 +118,13 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
-    """Without speculation, and with a drafter by chance in every round."""
+    """Without speculation, and with each router, by name."""
     folder = tmp_path_factory.mktemp("equality")
+    flags = {router: ("--whiflash-router", router) for router in (CHANCE, *CHOOSING)}
     # In SGLang's overlapped schedule, which WHIFLASH does not use, a token counts for penalties one step late.
-    off = ("--demo", "--whiflash-router", "off", "--disable-overlap-schedule")
-    with running_server("whiflash_sglang.launch_server", *off, log=folder / "off.log") as plain:
-        flags = ("--demo", "--whiflash-router", "random:0")
-        with running_server("whiflash_sglang.launch_server", *flags, log=folder / "random.log") as drafted:
-            yield plain, drafted
+    flags["off"] = ("--whiflash-router", "off", "--disable-overlap-schedule")
+    with demo_servers(flags, folder, at_once=True) as urls:
+        yield urls
 
 
 async def ask(client: httpx.AsyncClient, base_url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -174,6 +177,7 @@ LOGPROBS = (
 )
 SAME = ("finish_reason", "prompt_tokens", "completion_tokens")
 seen: Counter[str] = Counter()
+turns = cycle(CHOOSING)
 
 
 @settings(
@@ -186,30 +190,39 @@ seen: Counter[str] = Counter()
 )
 @given(bodies=st.lists(requests(), min_size=IN_FLIGHT, max_size=IN_FLIGHT))
 def test_replies_are_those_of_the_server_without_speculation(servers, bodies):
-    plain, drafted = servers
-    expected, found = (asyncio.run(ask_all(url, bodies)) for url in (plain, drafted))
-    for body, ours, theirs in zip(bodies, found, expected, strict=True):
-        assert len(ours) == len(theirs) == body["sampling_params"].get("n", 1)
-        for mine, reference in zip(ours, theirs, strict=True):
-            a, b = mine["output_ids"], reference["output_ids"]
-            if a != b:
-                at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-                assert is_tie(plain, body, at), f"token {at} with {body['sampling_params']}:\n{a}\n{b}"
-                seen["ties"] += 1
-                continue
-            assert mine["text"] == reference["text"]
-            for name in SAME:
-                assert mine["meta_info"][name] == reference["meta_info"][name], (name, body)
-            for name in LOGPROBS:
-                pair = mine["meta_info"].get(name), reference["meta_info"].get(name)
-                assert close(*pair), f"{name} of {body['sampling_params']}:\n{pair[0]}\n{pair[1]}"
-        seen["requests"] += 1
+    plain = servers["off"]
+    expected = asyncio.run(ask_all(plain, bodies))
+    for router in (CHANCE, next(turns)):
+        found = asyncio.run(ask_all(servers[router], bodies))
+        for body, ours, theirs in zip(bodies, found, expected, strict=True):
+            compare(plain, body, ours, theirs)
+            seen[router] += 1
+    for body in bodies:
         seen.update(name for name in body["sampling_params"])
 
 
-def test_log_probabilities_of_certain_tokens(servers):
+def compare(plain: str, body: dict[str, Any], ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """The samples of one request, with and without speculation."""
+    assert len(ours) == len(theirs) == body["sampling_params"].get("n", 1)
+    for mine, reference in zip(ours, theirs, strict=True):
+        a, b = mine["output_ids"], reference["output_ids"]
+        if a != b:
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            assert is_tie(plain, body, at), f"token {at} with {body['sampling_params']}:\n{a}\n{b}"
+            seen["ties"] += 1
+            continue
+        assert mine["text"] == reference["text"]
+        for name in SAME:
+            assert mine["meta_info"][name] == reference["meta_info"][name], (name, body)
+        for name in LOGPROBS:
+            pair = mine["meta_info"].get(name), reference["meta_info"].get(name)
+            assert close(*pair), f"{name} of {body['sampling_params']}:\n{pair[0]}\n{pair[1]}"
+
+
+@pytest.mark.parametrize("router", [CHANCE, *CHOOSING])
+def test_log_probabilities_of_certain_tokens(servers, router):
     """Alone in both servers; then beside requests that ask for none, which ends SGLang's own scheduler."""
-    plain, drafted = servers
+    plain, drafted = servers["off"], servers[router]
     params = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
     asked = {"return_logprob": True, "token_ids_logprob": [5, 300], "sampling_params": params, "stream": False}
     bodies = [{"input_ids": prompt} | asked for prompt in PROMPTS[:3]]
@@ -226,9 +239,11 @@ def test_log_probabilities_of_certain_tokens(servers):
 def test_the_batches_had_everything_in_them(servers):
     """What was compared above: at least 200 requests, of every kind, hardly any of them left out as a tie; and drafts
     were made, of both drafters."""
-    assert seen["requests"] + seen["ties"] >= IN_FLIGHT * EXAMPLES
+    assert seen[CHANCE] == IN_FLIGHT * EXAMPLES
     assert seen["ties"] <= 2
     names = ("frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "stop", "n")
     assert all(seen[name] >= 5 for name in (*names, "regex", "ebnf", "json_schema", "min_new_tokens")), seen
-    totals = httpx.get(f"{servers[1]}/whiflash/stats", timeout=30).json()
-    assert all(totals["accepted_by_drafter"][name] > 50 for name in ("df", "e3")), totals
+    for router, least in {CHANCE: 50, **dict.fromkeys(CHOOSING, 25)}.items():
+        assert seen[router] >= IN_FLIGHT * (EXAMPLES // 2)
+        totals = httpx.get(f"{servers[router]}/whiflash/stats", timeout=30).json()
+        assert all(totals["accepted_by_drafter"][name] > least for name in ("df", "e3")), (router, totals)

@@ -22,37 +22,29 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.training.continuations import Sampling, continuations, joint_p_value, open_place
 from workloads import sampled
-from workloads.server import start
+from workloads.bench import demo_servers
 from workloads.tokens import heldout_histories
 
 pytestmark = pytest.mark.e2e
 
-LAUNCHER = "whiflash_sglang.launch_server"
 SEEDS = "--enable-deterministic-inference"
 ROUTES = ("e3", "df", "off", "auto")
 LENGTH = 4
 SAMPLINGS = (Sampling(0.7, 8, 0.95), Sampling(1.3, 8, 0.9))
 COUNT = 200  # continuations by route and sampling; scripts/check_distribution.py counts more
 
-Urls = tuple[str, str]
+ROUTERS = ("random:1", "entropy", "neural")
+
+Urls = tuple[str, ...]
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
-    """Without speculation, and with a drafter at random in every round; both sample by seeds."""
+    """Without speculation, and with each router; all sample by seeds."""
     folder: Path = tmp_path_factory.mktemp("sampling")
-    flags = {"off": "off", "random": "random:1"}
-    running = [
-        start(LAUNCHER, "--demo", SEEDS, "--whiflash-router", router, log=folder / f"{name}.log")
-        for name, router in flags.items()
-    ]
-    try:
-        for server in running:
-            server.wait_until_ready()
-        yield running[0].base_url, running[1].base_url
-    finally:
-        for server in running:
-            server.stop()
+    flags = {router: (SEEDS, "--whiflash-router", router) for router in ("off", *ROUTERS)}
+    with demo_servers(flags, folder, at_once=True) as urls:
+        yield tuple(urls.values())
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +62,9 @@ def ask(base_url: str, prompt: list[int], **params: object) -> httpx.Response:
     return httpx.post(f"{base_url}/generate", json=body, timeout=120)
 
 
-def test_a_seed_gives_the_same_text_by_every_route_and_in_any_batch(servers, prompts):
-    off, random = servers
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_seed_gives_the_same_text_by_every_route_and_in_any_batch(servers, prompts, router):
+    off, drafted = servers[0], servers[1 + ROUTERS.index(router)]
     kinds = [
         {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "sampling_seed": 7},
         {"temperature": 1.2, "sampling_seed": 7},
@@ -83,11 +76,11 @@ def test_a_seed_gives_the_same_text_by_every_route_and_in_any_batch(servers, pro
         (prompt, kind | {"custom_params": {"whiflash": {"route": route}}}) for route in ROUTES for prompt, kind in cases
     ]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda case: ask(random, case[0], **case[1]).json()["output_ids"], routed))
+        together = list(pool.map(lambda case: ask(drafted, case[0], **case[1]).json()["output_ids"], routed))
     assert together == expected * len(ROUTES)
-    alone = [ask(random, prompt, **kind).json()["output_ids"] for prompt, kind in cases]
+    alone = [ask(drafted, prompt, **kind).json()["output_ids"] for prompt, kind in cases]
     assert alone == expected
-    others = [ask(random, prompt, **(kind | {"sampling_seed": 8})).json()["output_ids"] for prompt, kind in cases]
+    others = [ask(drafted, prompt, **(kind | {"sampling_seed": 8})).json()["output_ids"] for prompt, kind in cases]
     assert sum(text != other for text, other in zip(expected, others, strict=True)) >= len(cases) - 1
 
 

@@ -97,7 +97,7 @@ def test_record_stream_is_a_no_op_on_the_cpu():
     twins.record_stream(raises, torch.zeros(1), None)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_grammars_mask_leaves_allowed_tokens_alone(dtype):
     """Upstream allocates pinned memory and runs a Triton kernel: one JSON schema ended the scheduler."""
     mask = twins.allocate_token_bitmask(vocab_size=70, batch_size=2)
