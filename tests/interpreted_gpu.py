@@ -34,6 +34,7 @@ def install() -> None:
     twins.TWINS = tuple(kept)
     fused.DEVICES = ("cpu",)
     os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "0"  # the CPU platform spares these copies
+    os.environ["WHIFLASH_PACK_WEIGHTS"] = "0"  # packed weights have no storage that a pretended graph could hold
 
 
 if __name__ in ("__main__", "__mp_main__"):
