@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import httpx
 
@@ -100,11 +101,13 @@ def start(
     variables = {"OMP_NUM_THREADS": "1", **os.environ, **(environment or {})}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        # A session of its own, so that the processes it starts can be stopped with it.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
-        )
+        process = spawn(command, output, variables)
     return Server(process, f"http://127.0.0.1:{port}", log)
+
+
+def spawn(command: Sequence[str], output: BinaryIO, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A process in a session of its own, so that the processes it starts can be stopped with it."""
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
 
 
 def stop_on_signals() -> None:
