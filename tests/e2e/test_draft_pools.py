@@ -29,8 +29,9 @@ from transformers import AutoTokenizer
 from tests.e2e.dumping_server import FOLDER
 from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.training.text import histories
+from workloads.bench import Command
+from workloads.bench import servers as side_by_side
 from workloads.demo.generate import sessions
-from workloads.server import running_server
 
 pytestmark = pytest.mark.e2e
 
@@ -132,16 +133,21 @@ class DumpingServer:
         return answer
 
 
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory) -> Iterator[dict[str, DumpingServer]]:
+    folder = tmp_path_factory.mktemp("dumps")
+    commands = {}
+    for name, (flags, environment) in SERVERS.items():
+        (folder / name).mkdir()
+        own = {FOLDER: str(folder / name), **environment}
+        commands[name] = Command("tests.e2e.dumping_server", ("--demo", *flags), own)
+    with side_by_side(commands, folder, at_once=True) as urls:
+        yield {name: DumpingServer(name, url, folder / name) for name, url in urls.items()}
+
+
 @pytest.fixture(scope="module", params=SERVERS)
-def server(request, tmp_path_factory) -> Iterator[DumpingServer]:
-    flags, environment = SERVERS[request.param]
-    folder = tmp_path_factory.mktemp(f"dumps-{request.param}")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {FOLDER: str(folder), **environment}.items():
-            patch.setenv(name, value)
-        log = folder / "server.log"
-        with running_server("tests.e2e.dumping_server", "--demo", *flags, log=log) as base_url:
-            yield DumpingServer(request.param, base_url, folder)
+def server(request, servers) -> DumpingServer:
+    return servers[request.param]
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ from transformers import AutoTokenizer
 
 from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.training.text import histories
+from workloads.bench import demo_servers
 from workloads.demo.generate import sessions
-from workloads.server import running_server
 
 pytestmark = pytest.mark.e2e
 
@@ -117,11 +117,12 @@ def servers(tmp_path_factory):
     """Without speculation, and with a drafter by chance in every round."""
     folder = tmp_path_factory.mktemp("equality")
     # In SGLang's overlapped schedule, which WHIFLASH does not use, a token counts for penalties one step late.
-    off = ("--demo", "--whiflash-router", "off", "--disable-overlap-schedule")
-    with running_server("whiflash_sglang.launch_server", *off, log=folder / "off.log") as plain:
-        flags = ("--demo", "--whiflash-router", "random:0")
-        with running_server("whiflash_sglang.launch_server", *flags, log=folder / "random.log") as drafted:
-            yield plain, drafted
+    flags = {
+        "off": ("--whiflash-router", "off", "--disable-overlap-schedule"),
+        "random": ("--whiflash-router", "random:0"),
+    }
+    with demo_servers(flags, folder, at_once=True) as urls:
+        yield urls["off"], urls["random"]
 
 
 async def ask(client: httpx.AsyncClient, base_url: str, body: dict[str, Any]) -> list[dict[str, Any]]:

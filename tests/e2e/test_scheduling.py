@@ -17,13 +17,12 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from workloads.server import running_server
+from workloads.bench import demo_servers
 from workloads.tokens import ask, heldout_histories, totals
 from workloads.vitals import flush, load, wait_until_free
 
 pytestmark = pytest.mark.e2e
 
-LAUNCHER = "whiflash_sglang.launch_server"
 NUM_TOKENS = 160
 LONG = 1000  # tokens of a text to which something is done while it is written
 WAIT = 90  # seconds, for what has to happen at last
@@ -49,19 +48,22 @@ def prompts() -> list[TokenIds]:
 
 
 @pytest.fixture(scope="module")
-def texts(prompts: list[TokenIds], tmp_path_factory: pytest.TempPathFactory) -> list[TokenIds]:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    flags = {name: (*SMALL, "--whiflash-router", "random:1", *own) for name, own in SERVERS.items()}
+    flags["off"] = (*SMALL, "--whiflash-router", "off")
+    with demo_servers(flags, tmp_path_factory.mktemp("scheduling"), at_once=True) as urls:
+        yield urls
+
+
+@pytest.fixture(scope="module")
+def texts(prompts: list[TokenIds], servers: dict[str, str]) -> list[TokenIds]:
     """What follows each prompt, without speculation; a greedy text that is asked to be shorter begins the same."""
-    log = tmp_path_factory.mktemp("scheduling") / "off.log"
-    with running_server(LAUNCHER, "--demo", *SMALL, "--whiflash-router", "off", log=log) as base_url:
-        return ask(base_url, prompts, NUM_TOKENS, in_flight=4, sampling={"ignore_eos": True}).texts
+    return ask(servers["off"], prompts, NUM_TOKENS, in_flight=4, sampling={"ignore_eos": True}).texts
 
 
 @pytest.fixture(scope="module", params=SERVERS)
-def base_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    flags = SERVERS[request.param]
-    log = tmp_path_factory.mktemp("scheduling") / "server.log"
-    with running_server(LAUNCHER, "--demo", *SMALL, "--whiflash-router", "random:1", *flags, log=log) as url:
-        yield url
+def base_url(request: pytest.FixtureRequest, servers: dict[str, str]) -> str:
+    return servers[request.param]
 
 
 @pytest.fixture(autouse=True)
