@@ -6,7 +6,7 @@ takes the server's arguments, environment and log, and runs its module as `pytho
 
 A fork has one thread, its parent's memory, and what it inherits: the process here starts no thread and opens nothing
 but its socket; `OMP_NUM_THREADS=1` leaves torch without workers. SGLang reads many variables while it is imported: a
-server whose environment differs in any that is not read later is started by `python -m`.
+server that is given others than those that are read later is started by `python -m`.
 
     pytest  --one message: module, arguments, environment, the log's descriptor-->  zygote
                                                      zygote --fork--> supervisor --fork--> server, in its own session
@@ -40,13 +40,10 @@ MODULES = ("whiflash_sglang.launch_server", "sglang.launch_server", "tests.e2e.d
 IMPORTED = ("sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler", "sglang.srt.models.registry")
 # Read by servers that run; all of their own, and those of pytest, which nobody reads.
 READ_LATE = ("WHIFLASH_", "PYTEST_")
-# Set by our platform while SGLang is imported, there as well.
-SET_WHILE_IMPORTING = ("TORCHDYNAMO_DISABLE", "SGLANG_ENABLE_TORCH_INFERENCE_MODE", "SGLANG_EAGER_INPUT_NO_COPY")
 MAX_MESSAGE = 2**16
 PR_SET_PDEATHSIG = 1
 
 python_m = server.spawn
-began_with = dict(os.environ)
 
 
 def launch() -> subprocess.Popen[bytes]:
@@ -102,15 +99,13 @@ class Forked:
         return self.returncode
 
 
-def spawn(command: Sequence[str], output: BinaryIO, variables: Mapping[str, str]) -> Any:
+def spawn(command: Sequence[str], output: BinaryIO, environment: Mapping[str, str]) -> Any:
     """In the place of `workloads.server.spawn`."""
     python, _, module, *arguments = command
-    late = {name: value for name, value in variables.items() if name.startswith(READ_LATE)}
-    names = {*variables, *began_with} - {*late, *SET_WHILE_IMPORTING, "OMP_NUM_THREADS"}
-    is_known = all(variables.get(name) == began_with.get(name) for name in names if not name.startswith(READ_LATE))
-    if module in MODULES and python == sys.executable and is_known and variables["OMP_NUM_THREADS"] == "1":
+    if module in MODULES and python == sys.executable and all(name.startswith(READ_LATE) for name in environment):
+        late = {name: value for name, value in {**os.environ, **environment}.items() if name.startswith(READ_LATE)}
         return Forked(module, arguments, output, late)
-    return python_m(command, output, variables)
+    return python_m(command, output, environment)
 
 
 # In the zygote

@@ -103,16 +103,16 @@ def start(
         kept = keep_port()
         port = kept.getsockname()[1]
     command = [python, "-m", module, "--host", "127.0.0.1", "--port", str(port), *arguments]
-    # Small models gain nothing from a second thread, and servers side by side lose much by it.
-    variables = {"OMP_NUM_THREADS": "1", **os.environ, **(environment or {})}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        process = spawn(command, output, variables)
+        process = spawn(command, output, environment or {})
     return Server(process, f"http://127.0.0.1:{port}", log, kept)
 
 
-def spawn(command: Sequence[str], output: BinaryIO, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def spawn(command: Sequence[str], output: BinaryIO, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """A process in a session of its own, so that the processes it starts can be stopped with it."""
+    # Small models gain nothing from a second thread, and servers side by side lose much by it.
+    variables = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
     return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
 
 

@@ -247,12 +247,11 @@ def test_every_later_turn_hits_the_radix_cache(replay):
     assert all(answer.meta["cached_tokens"] > 0 for answers in replay.talks for answer in answers[1:])
 
 
+@pytest.mark.parametrize("server", ["random", "paged"], indirect=True, scope="module")
 def test_a_hit_reaches_to_the_branch(server, replay):
     """A position is shared together with the token after it, so that a hit ends one before the first other token, or
-    with the last whole page before it."""
+    with the last whole page before it. The pool of `lagging` no longer holds what an earlier request left."""
     page_size = PAGE_SIZE if server.name == "paged" else 1
-    if server.name == "lagging":
-        pytest.skip("a pool this small no longer holds what an earlier request left")
     for answer in replay.branches:
         place = int(answer.rid.rpartition("-")[2])
         assert answer.meta["cached_tokens"] == (place - 1) // page_size * page_size, answer.rid
@@ -290,9 +289,9 @@ def test_requests_were_retracted(server, replay):
     assert (retractions > 0) == (server.name == "lagging")
 
 
+@pytest.mark.parametrize("server", ["lagging"], indirect=True, scope="module")
 def test_a_request_that_alone_fills_the_pool_ends_there(server):
-    if server.name != "lagging":
-        pytest.skip("the pool is as large as the context")
+    """The other pools are as large as the context."""
     answer = server.ask("large", [5] * 1200, max_new_tokens=3000, ignore_eos=True)
     assert answer.meta["finish_reason"]["type"] == "length"
     assert 1536 - 16 < answer.meta["prompt_tokens"] + len(answer.output) <= 1536

@@ -236,11 +236,8 @@ def test_a_session_goes_on_with_what_it_has_said(base_url: str, prompts: list[To
     assert second["output_ids"] == ask(base_url, [whole], 20, sampling={"ignore_eos": True}).texts[0]
 
 
-def test_what_matters_more_comes_first(
-    base_url: str, prompts: list[TokenIds], texts: list[TokenIds], request: pytest.FixtureRequest
-) -> None:
-    if request.node.callspec.params["base_url"] != "priorities":
-        pytest.skip("no priorities are set")
+@pytest.mark.parametrize("base_url", ["priorities"], indirect=True, scope="module")
+def test_what_matters_more_comes_first(base_url: str, prompts: list[TokenIds], texts: list[TokenIds]) -> None:
     with streams(base_url, prompts[:6]) as running:  # two at a time
         urgent = Stream(base_url, prompts[6], NUM_TOKENS, priority=10).wait()
         assert not any(stream.ended_at for stream in running), "it waited for those before it"

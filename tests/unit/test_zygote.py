@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -15,14 +14,12 @@ LAUNCHER = "whiflash_sglang.launch_server"
 
 @pytest.fixture
 def spawned(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """How a server with these variables, and this module, is started."""
+    """How a server of this module that is given these variables is started."""
     monkeypatch.setattr(zygote, "Forked", lambda module, arguments, output, late: ("forked", module, arguments, late))
-    monkeypatch.setattr(zygote, "python_m", lambda command, output, variables: ("python -m", command, variables))
+    monkeypatch.setattr(zygote, "python_m", lambda command, output, environment: ("python -m", command, environment))
 
-    def spawned(module: str = LAUNCHER, python: str = sys.executable, **changes: str) -> tuple[Any, ...]:
-        variables = {"OMP_NUM_THREADS": "1", **os.environ, **changes}
-        found: tuple[Any, ...] = zygote.spawn([python, "-m", module, "--port", "1"], None, variables)  # type: ignore[arg-type]
-        return found
+    def spawned(module: str = LAUNCHER, python: str = sys.executable, **environment: str) -> Any:
+        return zygote.spawn([python, "-m", module, "--port", "1"], None, environment)  # type: ignore[arg-type]
 
     return spawned
 
@@ -30,14 +27,12 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_variables_that_are_read_later_go_along(spawned: Any) -> None:
     how, module, arguments, late = spawned(WHIFLASH_TEST_DUMPS="folder")
     assert (how, module, arguments) == ("forked", LAUNCHER, ["--port", "1"])
-    assert late["WHIFLASH_TEST_DUMPS"] == "folder" and "PATH" not in late
+    assert late["WHIFLASH_TEST_DUMPS"] == "folder" and late["WHIFLASH_PACK_WEIGHTS"] == "1" and "PATH" not in late
 
 
 @pytest.mark.parametrize("changes", [{"SGLANG_TEST_RETRACT": "1"}, {"TRITON_INTERPRET": "1"}, {"OMP_NUM_THREADS": "2"}])
 def test_variables_that_are_read_while_importing_need_a_real_start(spawned: Any, changes: dict[str, str]) -> None:
-    how, command, variables = spawned(**changes)
-    assert how == "python -m" and command[1:] == ["-m", LAUNCHER, "--port", "1"]
-    assert variables.items() >= changes.items()
+    assert spawned(**changes) == ("python -m", [sys.executable, "-m", LAUNCHER, "--port", "1"], changes)
 
 
 def test_other_programs_need_a_real_start(spawned: Any) -> None:
