@@ -6,9 +6,9 @@ import json
 import os
 import resource
 import signal
-import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ UNIT_SECONDS = 5  # of processor time, which a busy machine hardly changes
 LIMITS = {"slow": 1500, "e2e": 600}  # seconds that a test may take at most, set-up included; others: pyproject.toml
 SECONDS = Path(__file__).parent / "seconds.json"  # by file, in a run of all tests on two idle cores
 UNKNOWN_SECONDS = 10.0
-ZYGOTE = pytest.StashKey[subprocess.Popen[bytes]]()
+ZYGOTES = pytest.StashKey[ExitStack]()
 
 # Packed and plain weights differ in the last bit, and which are faster is measured: all servers of tests have the same.
 os.environ["WHIFLASH_PACK_WEIGHTS"] = "1"
@@ -47,13 +47,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # one for all workers
-        config.stash[ZYGOTE] = zygote.launch()
+    config.stash[ZYGOTES] = ExitStack()
+    if not hasattr(config, "workerinput"):  # for all workers
+        config.stash[ZYGOTES].enter_context(zygote.zygotes())
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if (process := config.stash.get(ZYGOTE, None)) is not None:
-        process.communicate()
+    if (started := config.stash.get(ZYGOTES, None)) is not None:
+        started.close()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

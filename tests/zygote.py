@@ -2,7 +2,8 @@
 
 One process for the whole run imports SGLang when the first server is asked for, and forks a child for each: the child
 takes the server's arguments, environment and log, and runs its module as `python -m` does. Replaced is
-`workloads.server.spawn`, for the modules that are named here, and only in tests.
+`workloads.server.spawn`, for the modules that are named here, and only in tests. Servers in Triton's interpreter have a
+process of their own to come from.
 
 A fork has one thread, its parent's memory, and what it inherits: the process here starts no thread and opens nothing
 but its socket; `OMP_NUM_THREADS=1` leaves torch without workers. SGLang reads many variables while it is imported: a
@@ -29,39 +30,52 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from workloads import server
 
-SOCKET = "WHIFLASH_TEST_ZYGOTE"  # an environment variable: where it listens
-MODULES = ("whiflash_sglang.launch_server", "sglang.launch_server", "tests.e2e.dumping_server")
+FOLDER = "WHIFLASH_TEST_ZYGOTES"  # an environment variable: of the sockets that they listen at
+KINDS = {"plain": {}, "interpreted": {"TRITON_INTERPRET": "1"}}  # and what each had in its environment while importing
+MODULES = (
+    "whiflash_sglang.launch_server",
+    "sglang.launch_server",
+    "tests.e2e.dumping_server",
+    "tests.interpreted_upstream",
+    "tests.pretend_cuda_graphs",
+    "tests.pretend_target",
+)
 IMPORTED = ("sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler", "sglang.srt.models.registry")
-# Read by servers that run; all of their own, and those of pytest, which nobody reads.
-READ_LATE = ("WHIFLASH_", "PYTEST_")
+# Variables by which servers and tests are told something while they run. Those of pytest nobody reads.
+READ_LATE = ("WHIFLASH_", "PRETENDED_", "PYTEST_")
 MAX_MESSAGE = 2**16
 PR_SET_PDEATHSIG = 1
 
 python_m = server.spawn
 
 
-def launch() -> subprocess.Popen[bytes]:
-    """Start the process; it has imported nothing yet, and ends with the pipe to its standard input."""
-    os.environ[SOCKET] = path = tempfile.mkdtemp(prefix="zygote-") + "/socket"
-    with open(f"{path}.log", "wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zygote", path],
-            cwd=Path(__file__).parents[1],
-            env={"OMP_NUM_THREADS": "1", **os.environ},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            start_new_session=True,
-        )
-    assert process.stdout is not None
-    process.stdout.readline()  # it listens
-    return process
+@contextmanager
+def zygotes() -> Iterator[None]:
+    """Processes that have imported nothing yet; each ends with the pipe to its standard input."""
+    with tempfile.TemporaryDirectory(prefix="zygotes-") as folder, ExitStack() as stack:
+        os.environ[FOLDER] = folder
+        for kind, environment in KINDS.items():
+            log = stack.enter_context(open(f"{folder}/{kind}.log", "wb"))
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.zygote", f"{folder}/{kind}"],
+                cwd=Path(__file__).parents[1],
+                env={"OMP_NUM_THREADS": "1", **os.environ, **environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
+            stack.callback(process.communicate)
+            assert process.stdout is not None
+            process.stdout.readline()  # it listens
+        yield
 
 
 # In the test's process
@@ -70,13 +84,15 @@ def launch() -> subprocess.Popen[bytes]:
 class Forked:
     """A server that is the child of another process, as far as `subprocess.Popen` is used for servers."""
 
-    def __init__(self, module: str, arguments: Sequence[str], output: BinaryIO, late: Mapping[str, str]):
+    def __init__(self, kind: str, module: str, arguments: Sequence[str], output: BinaryIO, late: Mapping[str, str]):
         self.returncode: int | None = None
         self._supervisor = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._supervisor.connect(os.environ[SOCKET])
+        self._supervisor.connect(f"{os.environ[FOLDER]}/{kind}")
         message = json.dumps({"module": module, "arguments": arguments, "environment": late, "cwd": os.getcwd()})
         socket.send_fds(self._supervisor, [message.encode()], [output.fileno()])
-        self.pid = int(self._supervisor.recv(MAX_MESSAGE))
+        if not (said := self._supervisor.recv(MAX_MESSAGE)):
+            raise server.ServerError(Path(f"{os.environ[FOLDER]}/{kind}.log").read_text())
+        self.pid = int(said)
 
     def poll(self) -> int | None:
         return self._ended(0)
@@ -102,10 +118,12 @@ class Forked:
 def spawn(command: Sequence[str], output: BinaryIO, environment: Mapping[str, str]) -> Any:
     """In the place of `workloads.server.spawn`."""
     python, _, module, *arguments = command
-    if module in MODULES and python == sys.executable and all(name.startswith(READ_LATE) for name in environment):
-        late = {name: value for name, value in {**os.environ, **environment}.items() if name.startswith(READ_LATE)}
-        return Forked(module, arguments, output, late)
-    return python_m(command, output, environment)
+    early = {name: value for name, value in environment.items() if not name.startswith(READ_LATE)}
+    kind = next((kind for kind, own in KINDS.items() if own == early), None)
+    if module not in MODULES or python != sys.executable or kind is None:
+        return python_m(command, output, environment)
+    late = {name: value for name, value in {**os.environ, **environment}.items() if name.startswith(READ_LATE)}
+    return Forked(kind, module, arguments, output, late)
 
 
 # In the zygote

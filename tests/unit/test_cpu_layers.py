@@ -209,6 +209,7 @@ def test_a_running_thread_is_seen():
     thread.join()
 
 
+@pytest.mark.slow  # it starts a program that imports SGLang
 def test_bfloat16_is_left_plain_on_a_cpu_that_cannot_pack_it() -> None:
     program = """
 import torch
