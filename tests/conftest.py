@@ -89,13 +89,14 @@ def processor_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """What was skipped and how to get it; and how long the files took, where that is to be recorded."""
     skipped = Counter(
         report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
     )
     if skipped:
-        terminalreporter.section(f"{skipped.total()} skipped")
+        terminalreporter.section(f"{skipped.total()} skipped, and how to get them")
         for reason, count in skipped.most_common():
             terminalreporter.line(f"{count:4}  {reason}")
     if config.getoption("--record-seconds"):
