@@ -13,7 +13,7 @@ QUESTION ?= Where is order 1042?
 BASE_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve agent agent-bench bench-priors soak fuzz chaos compat contract test test-newest-client check format lock clean
+.PHONY: help setup demo serve agent agent-bench bench-priors soak fuzz chaos compat contract test test-all test-newest-client check format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
@@ -49,8 +49,14 @@ chaos: MINUTES = 10
 chaos: $(INSTALLED)  ## load and faults at once for $(MINUTES) minutes: no wrong text, nobody waits for ever, nothing leaks
 	@$(BIN)/python scripts/chaos.py --minutes $(MINUTES)
 
-test: $(INSTALLED)  ## all tests on two cores, real servers on this CPU included; needs no network
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# The files that take longest are handed out first (tests/conftest.py); three at a time on two cores, as servers wait.
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+test: $(INSTALLED)  ## the tests, real servers on this CPU included; needs no network
+	@$(PYTEST)
+
+test-all: $(INSTALLED)  ## the same and those that are only worth running at night
+	@$(PYTEST) --nightly
 
 test-newest-client: $(INSTALLED)  ## the agents' tests with the newest langchain-openai, in an environment of its own
 	@bash scripts/test_newest_client.sh $(BIN)/python

@@ -9,6 +9,6 @@ set -euo pipefail
 uv=${1:?usage: lock.sh UV}
 lock=requirements/server.lock
 
-"$uv" pip compile pyproject.toml --extra server --extra train --extra dev --universal --python-version 3.11 \
+"$uv" pip compile pyproject.toml --extra server --extra gateway --extra train --extra dev --universal --python-version 3.11 \
     --no-header --no-annotate --no-emit-index-url --no-emit-find-links --quiet --output-file "$lock" >/dev/null
 sed -i '1i # The server, training and test environment that `make` installs; made by `make lock`, not by hand.' "$lock"

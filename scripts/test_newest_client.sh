@@ -16,7 +16,7 @@ tests=(tests/unit/test_chat.py tests/unit/test_chat_standard.py tests/unit/test_
 if [[ ! -x "$venv/bin/python" ]]; then
     "$python" -m venv --clear "$venv"
 fi
-"$venv/bin/python" -m pip install --quiet --upgrade --upgrade-strategy eager . pytest langchain-tests
+"$venv/bin/python" -m pip install --quiet --upgrade --upgrade-strategy eager . pytest pytest-timeout langchain-tests
 # The tests are to run on the working tree, which the folder they are started in puts first.
 "$venv/bin/python" -m pip uninstall --quiet --yes whiflash-sglang
 "$venv/bin/python" - <<'VERSIONS'

@@ -14,6 +14,9 @@ from __future__ import annotations
 import os
 
 BACKEND = "triton"
+# Packed weights have no storage that a pretended graph could hold. They differ from plain ones in the last bit, so that
+# a server that is compared with one from here takes this environment too.
+PLAIN_WEIGHTS = {"WHIFLASH_PACK_WEIGHTS": "0"}
 # Twins of SGLang's kernels: here the kernels themselves run.
 KERNELS = ("assign_req_to_token_pool_func", "assign_extend_cache_locs_func", "get_last_loc")
 
@@ -34,6 +37,7 @@ def install() -> None:
     twins.TWINS = tuple(kept)
     fused.DEVICES = ("cpu",)
     os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "0"  # the CPU platform spares these copies
+    os.environ.update(PLAIN_WEIGHTS)
 
 
 if __name__ in ("__main__", "__mp_main__"):

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import httpx
 
@@ -36,6 +37,7 @@ class Server:
     process: subprocess.Popen[bytes]
     base_url: str
     log: Path
+    port: socket.socket | None = None  # keeps it for this server
 
     def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
         deadline = time.monotonic() + seconds
@@ -58,6 +60,8 @@ class Server:
             except subprocess.TimeoutExpired:
                 continue
         self.process.wait(STOP_SECONDS)
+        if self.port is not None:
+            self.port.close()
 
     def processes(self) -> list[int]:
         """Ids of the processes in the server's group that still run; one that waits only to be reaped does not."""
@@ -94,17 +98,22 @@ def start(
 
     `environment` adds to this process's own.
     """
-    port = port or free_port()
+    kept = None
+    if port is None:
+        kept = keep_port()
+        port = kept.getsockname()[1]
     command = [python, "-m", module, "--host", "127.0.0.1", "--port", str(port), *arguments]
-    # Small models gain nothing from a second thread, and servers side by side lose much by it.
-    variables = {"OMP_NUM_THREADS": "1", **os.environ, **(environment or {})}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        # A session of its own, so that the processes it starts can be stopped with it.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
-        )
-    return Server(process, f"http://127.0.0.1:{port}", log)
+        process = spawn(command, output, environment or {})
+    return Server(process, f"http://127.0.0.1:{port}", log, kept)
+
+
+def spawn(command: Sequence[str], output: BinaryIO, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A process in a session of its own, so that the processes it starts can be stopped with it."""
+    # Small models gain nothing from a second thread, and servers side by side lose much by it.
+    variables = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
 
 
 def stop_on_signals() -> None:
@@ -135,7 +144,16 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return given[:own], given[own + 1 :]
 
 
+def keep_port() -> socket.socket:
+    """A socket that is bound to a free port and does not listen. Until it is closed nobody else is given the port; a
+    server that asks for it by number, and with SO_REUSEADDR as servers do, may listen there."""
+    keeper = socket.socket()
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    keeper.bind(("127.0.0.1", 0))
+    return keeper
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that is free now. What is started there later may find it taken: see `keep_port`."""
+    with keep_port() as keeper:
+        return int(keeper.getsockname()[1])

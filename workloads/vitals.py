@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -14,9 +14,9 @@ IDLE_S = 60.0
 MIB = 2**20
 
 
-def load(base_url: str) -> dict[str, Any]:
+def load(base_url: str, headers: Mapping[str, str] | None = None) -> dict[str, Any]:
     """SGLang's account of queue and pool, as of its last step."""
-    reply = httpx.get(f"{base_url}/v1/loads", params={"include": "core"}, timeout=30)
+    reply = httpx.get(f"{base_url}/v1/loads", params={"include": "core"}, headers=headers, timeout=30)
     reply.raise_for_status()
     found: dict[str, Any] = reply.json()["loads"][0]
     return found

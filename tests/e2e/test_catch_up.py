@@ -1,10 +1,9 @@
-"""What a WHIFLASH server shows of its drafters in metrics, and how it goes on when one of them fails. Each server in
-turn, on the bundled models; all are asked for the same texts."""
+"""What a WHIFLASH server shows of its drafters in metrics, and how it goes on when one of them fails: servers on the
+bundled models, which are all asked for the same texts."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -19,20 +18,19 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from whiflash_sglang.health import REQUESTS
 from whiflash_sglang.launch_server import DEMO_MODELS
+from workloads.bench import demo_servers
 from workloads.chaos.poison import FLAGS, WEIGHTS, with_nan
 from workloads.lossless import generate
-from workloads.server import running_server
 from workloads.tokens import heldout_histories, totals
 
 pytestmark = pytest.mark.e2e
 
-LAUNCHER = "whiflash_sglang.launch_server"
 NUM_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a server said and showed before it was stopped."""
+    """What a server said and showed."""
 
     texts: list[list[int]]
     totals: dict[str, Any]
@@ -40,14 +38,13 @@ class Seen:
     log: str
 
 
-def watch(prompts: list[list[int]], log: Path, *flags: str) -> Seen:
-    """The texts of a demo server, first one prompt after the other, then all at once: they must be the same."""
-    with running_server(LAUNCHER, "--demo", "--enable-metrics", *flags, log=log) as base_url:
-        alone = asyncio.run(generate(base_url, prompts, NUM_TOKENS, in_flight=1))
-        together = asyncio.run(generate(base_url, prompts, NUM_TOKENS, in_flight=len(prompts)))
-        assert together == alone
-        counted = totals(base_url)
-        shown = httpx.get(f"{base_url}/metrics", timeout=30, follow_redirects=True).text
+def watch(prompts: list[list[int]], base_url: str, log: Path) -> Seen:
+    """The texts of a server, first one prompt after the other, then all at once: they must be the same."""
+    alone = asyncio.run(generate(base_url, prompts, NUM_TOKENS, in_flight=1))
+    together = asyncio.run(generate(base_url, prompts, NUM_TOKENS, in_flight=len(prompts)))
+    assert together == alone
+    counted = totals(base_url)
+    shown = httpx.get(f"{base_url}/metrics", timeout=30, follow_redirects=True).text
     assert counted is not None
     return Seen(alone, dict(counted), ours(shown), log.read_text(errors="replace"))
 
@@ -63,22 +60,29 @@ def ours(text: str) -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    return list(islice(chain(*heldout_histories(6)), 6))
+def seen(tmp_path_factory) -> dict[str, Seen]:
+    """By the drafters that have a NaN. Checkpoints are read as they are."""
+    folder = tmp_path_factory.mktemp("catch-up")
+    broken = {name: (FLAGS[name], str(with_nan(name, DEMO_MODELS, folder))) for name in ("e3", "df")}
+    flags = {
+        "none": ("--whiflash-router", "random:1"),
+        "e3": ("--whiflash-router", "alternate", *broken["e3"]),
+        "e3 df": ("--whiflash-router", "alternate", *broken["e3"], *broken["df"]),
+    }
+    flags = {name: ("--enable-metrics", *own) for name, own in flags.items()}
+    prompts = list(islice(chain(*heldout_histories(6)), 6))
+    with demo_servers(flags, folder, at_once=True) as urls:
+        return {name: watch(prompts, url, folder / f"{name}.log") for name, url in urls.items()}
 
 
 @pytest.fixture(scope="module")
-def healthy(prompts, tmp_path_factory) -> Seen:
-    return watch(prompts, tmp_path_factory.mktemp("healthy") / "server.log", "--whiflash-router", "random:1")
+def healthy(seen) -> Seen:
+    return seen["none"]
 
 
 @pytest.fixture(scope="module", params=["e3", "e3 df"])
-def broken(request, prompts, tmp_path_factory) -> Iterator[tuple[list[str], Seen]]:
-    """A server with a NaN in one drafter, and one with a NaN in each. Checkpoints are read as they are."""
-    folder = tmp_path_factory.mktemp("broken")
-    names = request.param.split()
-    flags = [part for name in names for part in (FLAGS[name], str(with_nan(name, DEMO_MODELS, folder)))]
-    yield names, watch(prompts, folder / "server.log", "--whiflash-router", "alternate", *flags)
+def broken(request, seen) -> tuple[list[str], Seen]:
+    return request.param.split(), seen[request.param]
 
 
 def test_metrics_say_what_the_totals_say(healthy):

@@ -29,8 +29,9 @@ from transformers import AutoTokenizer
 from tests.e2e.dumping_server import FOLDER
 from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.training.text import histories
+from workloads.bench import Command
+from workloads.bench import servers as side_by_side
 from workloads.demo.generate import sessions
-from workloads.server import running_server
 
 pytestmark = pytest.mark.e2e
 
@@ -132,16 +133,21 @@ class DumpingServer:
         return answer
 
 
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory) -> Iterator[dict[str, DumpingServer]]:
+    folder = tmp_path_factory.mktemp("dumps")
+    commands = {}
+    for name, (flags, environment) in SERVERS.items():
+        (folder / name).mkdir()
+        own = {FOLDER: str(folder / name), **environment}
+        commands[name] = Command("tests.e2e.dumping_server", ("--demo", *flags), own)
+    with side_by_side(commands, folder, at_once=True) as urls:
+        yield {name: DumpingServer(name, url, folder / name) for name, url in urls.items()}
+
+
 @pytest.fixture(scope="module", params=SERVERS)
-def server(request, tmp_path_factory) -> Iterator[DumpingServer]:
-    flags, environment = SERVERS[request.param]
-    folder = tmp_path_factory.mktemp(f"dumps-{request.param}")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {FOLDER: str(folder), **environment}.items():
-            patch.setenv(name, value)
-        log = folder / "server.log"
-        with running_server("tests.e2e.dumping_server", "--demo", *flags, log=log) as base_url:
-            yield DumpingServer(request.param, base_url, folder)
+def server(request, servers) -> DumpingServer:
+    return servers[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -241,12 +247,11 @@ def test_every_later_turn_hits_the_radix_cache(replay):
     assert all(answer.meta["cached_tokens"] > 0 for answers in replay.talks for answer in answers[1:])
 
 
+@pytest.mark.parametrize("server", ["random", "paged"], indirect=True, scope="module")
 def test_a_hit_reaches_to_the_branch(server, replay):
     """A position is shared together with the token after it, so that a hit ends one before the first other token, or
-    with the last whole page before it."""
+    with the last whole page before it. The pool of `lagging` no longer holds what an earlier request left."""
     page_size = PAGE_SIZE if server.name == "paged" else 1
-    if server.name == "lagging":
-        pytest.skip("a pool this small no longer holds what an earlier request left")
     for answer in replay.branches:
         place = int(answer.rid.rpartition("-")[2])
         assert answer.meta["cached_tokens"] == (place - 1) // page_size * page_size, answer.rid
@@ -284,9 +289,9 @@ def test_requests_were_retracted(server, replay):
     assert (retractions > 0) == (server.name == "lagging")
 
 
+@pytest.mark.parametrize("server", ["lagging"], indirect=True, scope="module")
 def test_a_request_that_alone_fills_the_pool_ends_there(server):
-    if server.name != "lagging":
-        pytest.skip("the pool is as large as the context")
+    """The other pools are as large as the context."""
     answer = server.ask("large", [5] * 1200, max_new_tokens=3000, ignore_eos=True)
     assert answer.meta["finish_reason"]["type"] == "length"
     assert 1536 - 16 < answer.meta["prompt_tokens"] + len(answer.output) <= 1536

@@ -22,7 +22,7 @@ pytest.importorskip("sglang")
 from agents.chat import GATEWAY_HEADER
 from workloads.loaders import load_traces
 from workloads.replay import replay
-from workloads.server import Server, free_port
+from workloads.server import Server, keep_port
 
 pytestmark = pytest.mark.e2e
 
@@ -35,7 +35,8 @@ START_SECONDS, STOP_SECONDS = 400, 60
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder, port = tmp_path_factory.mktemp("gateway"), free_port()
+    folder, kept = tmp_path_factory.mktemp("gateway"), keep_port()
+    port = kept.getsockname()[1]
     command = [sys.executable, str(ROOT / "scripts" / "gateway.py"), "--port", str(port), "--policy", "manual"]
     command += ["--gateway-python", PYTHON, "--", "--demo", "--whiflash-router", "alternate"]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
@@ -51,6 +52,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     finally:
         process.terminate()
         process.wait(STOP_SECONDS)
+        kept.close()
 
 
 def workers(gateway: Server) -> list[str]:

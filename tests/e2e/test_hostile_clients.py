@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -24,6 +24,7 @@ from workloads.fuzz.cases import cases
 from workloads.fuzz.drive import Reference, fuzz
 from workloads.server import Server, start
 from workloads.tokens import heldout_histories
+from workloads.vitals import load
 
 pytestmark = pytest.mark.e2e
 
@@ -190,12 +191,15 @@ def test_an_id_that_is_in_use_is_nobody_elses(base_url: str) -> None:
     def ask(body: dict) -> None:
         replies.append(httpx.post(f"{base_url}/generate", json=body, headers=USER, timeout=120))
 
-    first = threading.Thread(target=ask, args=(job(900),))
-    first.start()
-    time.sleep(0.5)
-    ask(job(3))
-    httpx.post(f"{base_url}/abort_request", json={"rid": "job-3"}, headers=OPERATOR, timeout=30)
-    first.join()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(ask, job(900))
+        deadline = time.monotonic() + 60
+        while load(base_url, USER)["num_running_reqs"] == 0:
+            assert time.monotonic() < deadline and not first.done()
+            time.sleep(0.02)
+        ask(job(3))
+        httpx.post(f"{base_url}/abort_request", json={"rid": "job-3"}, headers=OPERATOR, timeout=30)
+        first.result(60)
     second = replies[0]
     assert second.status_code == 400 and "Duplicate request ID" in second.text
     ask(job(3))

@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("sglang")
 pytest.importorskip("triton")
 
+from tests.interpreted_gpu import PLAIN_WEIGHTS
 from tests.pretend_cuda_graphs import REPLAYS_FILE
 from workloads.bench import LAUNCHER, Command
 from workloads.bench import servers as side_by_side
@@ -68,8 +69,8 @@ def servers(folder: Path) -> Iterator[dict[str, str]]:
     interpreted = {"TRITON_INTERPRET": "1", REPLAYS_FILE: str(folder / REPLAYS)}
     launchers = {
         "gpu": ("tests.pretend_cuda_graphs", "alternate", interpreted),
-        "cpu": (LAUNCHER, "alternate", {}),
-        "off": (LAUNCHER, "off", {}),
+        "cpu": (LAUNCHER, "alternate", PLAIN_WEIGHTS),
+        "off": (LAUNCHER, "off", PLAIN_WEIGHTS),
     }
     commands = {
         name: Command(module, (*FLAGS, f"--whiflash-router={router}"), environment, WAIT)

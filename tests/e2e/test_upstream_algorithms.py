@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 from transformers import AutoTokenizer
 
 from tests.e2e.test_interpreted_gpu import WAIT
+from tests.interpreted_gpu import PLAIN_WEIGHTS
 from tests.scripts import load_script
 from whiflash_sglang.training import bundled
 from workloads.bench import LAUNCHER, Command
@@ -62,7 +63,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         name: Command("tests.interpreted_upstream", (*flags, *bench.QUIET, *SIZES, *CPU), interpreted, WAIT)
         for name, flags in bench.upstream_flags(bundled.PATHS, WINDOW).items()
     }
-    commands["ours"] = Command(LAUNCHER, ("--demo", *SIZES, "--whiflash-router=alternate"), start_seconds=WAIT)
+    ours = ("--demo", *SIZES, "--whiflash-router=alternate")
+    commands["ours"] = Command(LAUNCHER, ours, PLAIN_WEIGHTS, WAIT)
     with side_by_side(commands, tmp_path_factory.mktemp("upstream"), at_once=True) as urls:
         yield urls
 

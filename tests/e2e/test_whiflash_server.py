@@ -1,6 +1,7 @@
 """The bundled models behind a real server: WHIFLASH against the same server without speculation, and what it refuses.
 
-One server without speculation and one that changes the drafter in every round; both are shared by this file.
+One server without speculation, one that changes the drafter in every round, and one with the neural router; this file
+shares them.
 """
 
 from __future__ import annotations
@@ -26,41 +27,47 @@ from whiflash_sglang.training.distill import load_drafters
 from whiflash_sglang.training.drafters import judge
 from whiflash_sglang.training.replies import dflash_lengths, eagle3_lengths
 from whiflash_sglang.training.text import histories
+from workloads.bench import LAUNCHER, Command
+from workloads.bench import servers as side_by_side
 from workloads.demo.generate import sessions
 from workloads.lossless import compare, generate
-from workloads.server import running_server
 
 pytestmark = pytest.mark.e2e
 
-LAUNCHER = "whiflash_sglang.launch_server"
 NUM_TOKENS = 96
 
 
 @pytest.fixture(scope="module")
-def off(tmp_path_factory):
-    log = tmp_path_factory.mktemp("off") / "server.log"
-    # In SGLang's overlapped schedule, which WHIFLASH does not use, a token counts for penalties one step late.
-    flags = ("--demo", "--whiflash-router", "off", "--disable-overlap-schedule")
-    with running_server(LAUNCHER, *flags, log=log) as base_url:
-        yield base_url
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("whiflash")
 
 
 @pytest.fixture(scope="module")
-def alternate(tmp_path_factory):
-    log = tmp_path_factory.mktemp("alternate") / "server.log"
-    with running_server(LAUNCHER, "--demo", "--whiflash-router", "alternate", log=log) as base_url:
-        yield base_url
+def servers(folder):
+    commands = {
+        # In SGLang's overlapped schedule, which WHIFLASH does not use, a token counts for penalties one step late.
+        "off": Command(LAUNCHER, ("--demo", "--whiflash-router", "off", "--disable-overlap-schedule")),
+        "alternate": Command(LAUNCHER, ("--demo", "--whiflash-router", "alternate")),
+        "neural": Command("tests.e2e.dumping_server", ("--demo", "--whiflash-router", "neural"), {FOLDER: str(folder)}),
+    }
+    with side_by_side(commands, folder, at_once=True) as urls:
+        yield urls
 
 
 @pytest.fixture(scope="module")
-def neural(tmp_path_factory):
+def off(servers):
+    return servers["off"]
+
+
+@pytest.fixture(scope="module")
+def alternate(servers):
+    return servers["alternate"]
+
+
+@pytest.fixture(scope="module")
+def neural(servers, folder):
     """A server with the bundled neural router, and the folder where it writes down the hidden states that it reads."""
-    folder = tmp_path_factory.mktemp("neural")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(FOLDER, str(folder))
-        flags = ("--demo", "--whiflash-router", "neural")
-        with running_server("tests.e2e.dumping_server", *flags, log=folder / "server.log") as base_url:
-            yield base_url, folder
+    return servers["neural"], folder
 
 
 @pytest.fixture(scope="module")

@@ -122,6 +122,7 @@ def packing(monkeypatch):
 
 def test_the_faster_form_is_kept(monkeypatch):
     """On one CPU the packed product of a few rows was faster, on another the plain one: it is measured."""
+    monkeypatch.delenv(layers.PACK_WEIGHTS)
     for plain_seconds, is_packed in ((2.0, True), (1.0, False)):
         monkeypatch.setattr(layers, "_packing_pays", {})
         monkeypatch.setattr(
@@ -130,6 +131,15 @@ def test_the_faster_form_is_kept(monkeypatch):
         layer = torch.nn.Linear(8, 8)
         layers.pack_weight(None, None, layer)
         assert ("whiflash_packed" in layer.__dict__) == is_packed
+
+
+@pytest.mark.parametrize(("said", "is_packed"), [("1", True), ("0", False)])
+def test_the_environment_fixes_the_form(monkeypatch, said, is_packed):
+    monkeypatch.setenv(layers.PACK_WEIGHTS, said)
+    monkeypatch.setattr(layers, "quickest", lambda call: pytest.fail("nothing is measured"))
+    layer = torch.nn.Linear(8, 8)
+    layers.pack_weight(None, None, layer)
+    assert ("whiflash_packed" in layer.__dict__) == is_packed
 
 
 def test_weights_overwritten_while_serving_are_packed_again(packing):
@@ -199,6 +209,7 @@ def test_a_running_thread_is_seen():
     thread.join()
 
 
+@pytest.mark.slow  # it starts a program that imports SGLang
 def test_bfloat16_is_left_plain_on_a_cpu_that_cannot_pack_it() -> None:
     program = """
 import torch

@@ -38,6 +38,7 @@ def test_anchors_of_no_weight_are_not_picked() -> None:
     assert set(pick_anchors(weights, 200, block=2)[0].tolist()) == {1, 5}
 
 
+@pytest.mark.slow  # it reads all texts of this machine that are used in training
 def test_local_text_is_all_to_be_said_and_the_same_again() -> None:
     from transformers import AutoTokenizer
 

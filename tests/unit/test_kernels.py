@@ -35,10 +35,19 @@ def test_kernels_in_the_interpreter():
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+KINDS = [*((torch.bfloat16, head_dim) for head_dim in HEAD_DIMS), (torch.float16, 128), (torch.float32, 128)]
+# These go through every branch of the kernel: tensor cores of both generations or none, wide heads or narrow ones.
+BRANCHES = {(torch.bfloat16, 128, 80), (torch.bfloat16, 128, 90), (torch.bfloat16, 256, 90), (torch.float32, 128, 80)}
+as_the_others = pytest.mark.nightly(reason="compiles the branches that other sizes and types compile too")
+
+
 @pytest.mark.parametrize(
-    "dtype, head_dim",
-    [*((torch.bfloat16, head_dim) for head_dim in HEAD_DIMS), (torch.float16, 128), (torch.float32, 128)],
+    "dtype, head_dim, capability",
+    [
+        pytest.param(*kind, capability, marks=[] if (*kind, capability) in BRANCHES else as_the_others)
+        for kind in KINDS
+        for capability in (80, 90)
+    ],
 )
 def test_ingestion_compiles_for_gpus(dtype, head_dim, capability, tmp_path, monkeypatch):
     """Down to machine code, with the blocks of a long prompt; it says nothing of what the code does."""

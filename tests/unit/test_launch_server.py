@@ -487,6 +487,7 @@ def test_a_bad_config_file_is_named(
     assert error.startswith("error: --config") and said in error
 
 
+@pytest.mark.slow  # it starts a program that imports SGLang
 def test_flags_that_do_not_go_together_are_one_line() -> None:
     command = [sys.executable, "-m", "whiflash_sglang.launch_server", "--demo", "--attention-backend", "triton"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -503,6 +504,7 @@ def test_our_flags_come_first_in_one_group() -> None:
     assert "--demo" in text and "--download-dir" not in text
 
 
+@pytest.mark.slow  # it starts a program that imports SGLang
 def test_help_goes_on_with_sglangs_own() -> None:
     command = [sys.executable, "-m", "whiflash_sglang.launch_server", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout

@@ -250,6 +250,7 @@ def assert_read_once(device: PretendDevice) -> None:
     assert all("to_device" in callers for callers in device.sent), device.sent
 
 
+@pytest.mark.slow  # one trial of a prior is made in 64 rounds
 @pytest.mark.parametrize("num_requests", [1, 5])
 @pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("router", [*BY_ROW, *BY_BATCH, *WITH_PRIORS])

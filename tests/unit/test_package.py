@@ -72,6 +72,7 @@ def test_clients_import_neither_sglang_nor_torch(package: str) -> None:
     assert imports_of("import " + ", ".join(modules_of(package)), {"sglang", "torch", "transformers"}) == []
 
 
+@pytest.mark.slow  # it starts a program that imports torch and all of the core
 def test_the_core_imports_without_sglang() -> None:
     core = [
         *("accept", "asked", "backlog", "calibration", "checkpoints", "config", "costs", "errors", "hints", "targets"),

@@ -214,6 +214,7 @@ def serve_all(world: RadixWorld) -> None:
     assert all(request.ended for request in world.requests)
 
 
+@pytest.mark.slow  # it plays 150 schedules
 @pytest.mark.parametrize("drafters", ROUTERS)
 def test_every_entry_is_exact_whatever_the_schedule(drafters: str) -> None:
     seen: Counter[str] = Counter()

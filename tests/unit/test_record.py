@@ -107,8 +107,9 @@ def proxy(upstream: str, recorder: Recorder) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         listener.close()
+        assert not thread.is_alive(), "the proxy does not end"
 
 
 @contextlib.contextmanager
@@ -122,7 +123,7 @@ def recording(how: str, upstream: str, recorder: Recorder) -> Iterator[OpenAI]:
             yield client
 
 
-def until(condition: Any, seconds: float = 10) -> None:
+def until(condition: Any, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
@@ -216,7 +217,7 @@ def test_what_a_turn_notes(tmp_path: Path) -> None:
     _, user, first, output, second = session.messages
     assert isinstance(first, AssistantMessage) and isinstance(second, AssistantMessage)
     assert isinstance(output, ToolOutput) and output.tool_duration_s is not None
-    assert 0.2 <= output.tool_duration_s < 5
+    assert output.tool_duration_s >= 0.2
     assert (first.options, second.options) == ({"model": "m", "seed": 3}, {"model": "m", "max_tokens": 9})
     assert first.output_tokens == 7
     assert user.timestamp_s and first.timestamp_s and output.timestamp_s

@@ -99,6 +99,7 @@ def test_a_flag_that_sglang_does_not_have_is_left_to_its_parser() -> None:
     refuse([Refusal("--gone", "reason", "mend")], {"--other": Given(1, None)})
 
 
+@pytest.mark.slow  # it starts a program that imports SGLang
 def test_a_refusal_is_one_line_and_nothing_is_loaded(tmp_path: Path) -> None:
     """Before anything is fetched: the model here does not even exist."""
     command = [sys.executable, "-m", "whiflash_sglang.launch_server", "--model-path", str(tmp_path / "none")]

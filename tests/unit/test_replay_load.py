@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.sessions import session
 from tests.stub_server import StubServer
@@ -26,6 +27,7 @@ def depths_in_order_of_arrival(stub: StubServer) -> dict[str, list[int]]:
     return found
 
 
+@pytest.mark.slow  # it plays 2,000 turns
 def test_a_thousand_sessions(tmp_path: Path) -> None:
     """In a process of its own, whose memory is looked at after a tenth of the work and at its end."""
     trace = tmp_path / "trace.jsonl"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.sessions import CALL, session
 from tests.stub_server import StubServer
-from workloads import client
+from workloads import client, runner
 from workloads import replay as module
 from workloads.pacing import Arrivals
 from workloads.replay import replay
@@ -76,12 +76,9 @@ def test_long_live_prompts_are_cut() -> None:
 
 def test_sessions_of_an_open_loop_do_not_wait_for_each_other() -> None:
     with StubServer(delay=0.1) as stub:
-        began = time.perf_counter()
         report = replay([session(str(i)) for i in range(8)], stub.base_url, arrivals=Arrivals(rate=100))
-        wall_s = time.perf_counter() - began
     assert [turn.error for turn in report.turns] == [None] * 16
     assert stub.most_in_flight > 4
-    assert wall_s < 8 * 0.4  # one after the other
 
 
 def test_recorded_arrivals_keep_their_times() -> None:
@@ -98,13 +95,22 @@ def test_recorded_arrivals_keep_their_times() -> None:
     assert [turn.session_id for turn in report.turns] == ["late", "early"]  # in the order of the file
 
 
-def test_tools_take_their_time() -> None:
+def test_tools_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float, sleep: Any = asyncio.sleep) -> None:
+        slept.append(seconds)
+        await sleep(seconds)
+
+    monkeypatch.setattr(runner.asyncio, "sleep", sleep)
     with StubServer() as stub:
         slow = replay([with_tool_time(2.0)], stub.base_url, tool_scale=0.5)
-        fast = replay([with_tool_time(2.0)], stub.base_url)
-    assert 1.0 <= slow.wall_s < 2.0
-    assert fast.wall_s < 1.0
-    assert all(turn.e2e_s is not None and turn.e2e_s < 1.0 for turn in slow.turns)  # it is not the server's time
+        assert 1.0 in slept and slow.wall_s >= 1.0
+        slept.clear()
+        replay([with_tool_time(2.0)], stub.base_url)
+    assert not any(slept)
+    # It is not the server's time.
+    assert sum(turn.e2e_s or 0.0 for turn in slow.turns) <= slow.wall_s - 1.0
 
 
 def test_the_warm_up_is_played_but_not_counted() -> None:

@@ -6,7 +6,8 @@ microseconds, as much as the arithmetic of a small layer. Same results but for r
     RMSNorm            the root mean square from one reduction, instead of a chain of seven operations
     RotaryEmbedding    query and key rotated together: x * cos + swapped halves * signed sin
     linear layers      weights packed once by oneDNN, where that is the faster form for the few rows of a verify: on
-                       some CPUs the plain call packs them anew in every forward, on others it is a fast kernel
+                       some CPUs the plain call packs them anew in every forward, on others it is a fast kernel. The
+                       two differ in the last bit: WHIFLASH_PACK_WEIGHTS=1 or 0 fixes the form instead of a measurement
 
 A layer with options that a form does not have keeps SGLang's own, and so does a long prompt's linear layer.
 """
@@ -14,6 +15,7 @@ A layer with options that a form does not have keeps SGLang's own, and so does a
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -34,6 +36,8 @@ packed_linear = torch.ops.mkldnn._linear_pointwise.default
 
 # Packing keeps a second copy of a weight: only small ones (64 MB in float32) get one.
 MAX_PACKED_WEIGHT = 16 * 1024 * 1024
+
+PACK_WEIGHTS = "WHIFLASH_PACK_WEIGHTS"  # an environment variable: "1" always, "0" never, else what is faster here
 
 # With more rows the product outweighs the packing. oneDNN also compiles a kernel for each number of rows that it meets.
 MAX_PACKED_ROWS = 64
@@ -128,7 +132,10 @@ def packable_types() -> tuple[torch.dtype, ...]:
 
 
 def packing_pays(weight: torch.Tensor, packed: torch.Tensor) -> bool:
-    """Whether the packed form is the faster one on this CPU for one row and for eight; measured once for each shape."""
+    """Whether the packed form is the faster one on this CPU for one row and for eight; measured once for each shape,
+    unless the environment says which form to take."""
+    if (fixed := os.environ.get(PACK_WEIGHTS)) in ("0", "1"):
+        return fixed == "1"
     key = (tuple(weight.shape), weight.dtype)
     if key not in _packing_pays:
         inputs = [torch.zeros(rows, weight.shape[1], dtype=weight.dtype) for rows in (1, 8)]
