@@ -85,6 +85,7 @@ FLAG_ALGORITHM = "--speculative-algorithm"
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
+    wait_without_spinning(os.environ)
     try:
         if importlib.util.find_spec("sglang") is None:
             mend = "run `pip install 'whiflash-sglang[server]'` or `make`"
@@ -97,7 +98,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             argv = with_config_file(argv)
             look_over(argv)
         config, sglang_argv = build_argv(argv)
-        wait_without_spinning(os.environ)
         progress.say("importing SGLang")
         if surely_none() and "--log-level" not in command_line.read(argv):
             silence_imports()

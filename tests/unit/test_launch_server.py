@@ -536,11 +536,11 @@ def test_waiting_is_settled_before_torch_reads_it() -> None:
     program = """
 import os, sys
 from whiflash_sglang import launch_server
-told = lambda what: sys.exit(os.environ.get("GOMP_SPINCOUNT", "none") + str("torch" in sys.modules))
-launch_server.progress.say = told
-launch_server.main(["--demo", "--port", sys.argv[1]])
+told = lambda *argv: sys.exit(os.environ.get("GOMP_SPINCOUNT", "none") + str("torch" in sys.modules))
+launch_server.look_over = told
+launch_server.main(["--demo"])
 """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP", "GOMP"))}
-    command = [sys.executable, "-c", program, str(free_port())]
+    command = [sys.executable, "-c", program]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ended.stderr.strip() == f"{launch_server.SPINS}False", ended.stderr
