@@ -365,7 +365,7 @@ def test_what_is_refused_is_said_before_sglang_is_imported(tiny: tiny_models.Tin
             "--enable-lora: the drafters' features": [*demo, "--enable-lora"],
             "--pipeline-parallel-size 2: the drafters need": [*demo, "--pp-size=2"],
             "--whiflash-router neutral: unknown router": [*demo, "--whiflash-router", "neutral"],
-            "--model-path: missing": port,
+            "--model-path: missing": ["--whiflash-router", "off", *port],
         }
         said = refusals_without_imports(list(cases.values()))
     for expected, line in zip(cases, said, strict=True):
