@@ -64,7 +64,7 @@ AMOUNT, POSITIVE = Bound(0, whole=False), Bound(0, whole=False, open=True)
 
 _FLAGS: Mapping[Bound, str] = {
     PORT: """
-        --port --nccl-port --grpc-port --smg-http-sidecar-port --disaggregation-bootstrap-port
+        --port --nccl-port --grpc-port --metrics-port --smg-http-sidecar-port --disaggregation-bootstrap-port
         --encoder-bootstrap-port --engine-info-bootstrap-port
         --remote-instance-weight-loader-seed-instance-service-port
     """,

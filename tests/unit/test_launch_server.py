@@ -309,7 +309,7 @@ def test_a_missing_drafter_is_found_before_sglang_starts(both: list[str]) -> Non
 
 def test_the_error_is_one_line_and_ends_the_process(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        launch_server.main(["--whiflash-router", "neutral"])
+        launch_server.main(["--whiflash-router", "neutral", "--port", str(free_port())])
     assert end.value.code == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: --whiflash-router neutral") and captured.err.count("\n") == 1
@@ -365,7 +365,7 @@ def test_what_is_refused_is_said_before_sglang_is_imported(tiny: tiny_models.Tin
             "--enable-lora: the drafters' features": [*demo, "--enable-lora"],
             "--pipeline-parallel-size 2: the drafters need": [*demo, "--pp-size=2"],
             "--whiflash-router neutral: unknown router": [*demo, "--whiflash-router", "neutral"],
-            "--model-path: missing": port,
+            "--model-path: missing": ["--whiflash-router", "off", *port],
         }
         said = refusals_without_imports(list(cases.values()))
     for expected, line in zip(cases, said, strict=True):
@@ -481,7 +481,7 @@ def test_a_bad_config_file_is_named(
     if content is not None:
         file.write_text(content)
     with pytest.raises(SystemExit) as end:
-        launch_server.main(["--config", str(file)])
+        launch_server.main(["--config", str(file), "--port", str(free_port())])
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --config") and said in error
