@@ -20,7 +20,6 @@ import json
 import os
 import shlex
 import sys
-import threading
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
@@ -284,6 +283,7 @@ def serve(sglang_argv: Sequence[str]) -> None:
     """Run SGLang's server in this process until it ends, then end what it started."""
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
@@ -302,12 +302,22 @@ def serve(sglang_argv: Sequence[str]) -> None:
     if is_ours:
         host.install_http(server_args)
     progress.say(f"loading the target {server_args.model_path}, in a process of its own")
-    request = curl(server_args)
-    threading.Thread(target=progress.say_when_ready, args=(server_args, request), daemon=True).start()
+    # Ready: said from SGLang's own thread for its warm-up. One of ours would be there before the processes are started,
+    # and on a CPU they could not be forked.
+    HookRegistry.register(
+        "sglang.srt.entrypoints.http_server._wait_and_warmup",
+        functools.partial(_say_when_ready, curl(server_args)),
+        HookType.AFTER,
+    )
+    HookRegistry.apply_hooks()
     try:
         run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _say_when_ready(request: str, result: None, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    progress.say_when_ready(server_args, request)
 
 
 def curl(server_args: Any) -> str:

@@ -544,3 +544,19 @@ launch_server.main(["--demo"])
     command = [sys.executable, "-c", program]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ended.stderr.strip() == f"{launch_server.SPINS}False", ended.stderr
+
+
+def test_no_thread_of_ours_keeps_processes_from_being_forked() -> None:
+    """A thread that waited to say that the server is ready made every process of a CPU server import SGLang again."""
+    program = """
+import sys, threading
+from sglang import launch_server as sglang_server
+from whiflash_sglang import launch_server
+from whiflash_sglang.cpu.processes import other_threads
+sglang_server.run_server = lambda server_args: sys.exit(f"{other_threads()}")
+launch_server.main(["--demo", "--port", sys.argv[1]])
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, str(free_port())]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.stderr.splitlines()[-1] == "[]", ended.stderr
