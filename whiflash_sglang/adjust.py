@@ -50,7 +50,7 @@ class Said:
         lens = [0] * len(outputs)
         for row, before in known:
             lens[row] = self.lens[before]
-        if len(known) < len(outputs) or any(row != before for row, before in known):
+        if not len(known) == len(outputs) == len(self.outputs) or any(row != before for row, before in known):
             counts = torch.zeros((len(outputs), vocab), device=device)
             if known:
                 to, origin = to_device(list(zip(*known, strict=True)), device)

@@ -159,6 +159,7 @@ def test_counts_follow_requests_that_come_go_and_return():
                 outputs[number] = outputs[number][:2]
             outputs[number].extend(shuffle.choices(range(VOCAB), k=shuffle.randint(0, 4)))
         counts = said.of([outputs[number] for number in running], VOCAB, torch.device("cpu"))
+        assert len(counts) == len(running), "none is kept of a last request that has ended"
         for row, number in enumerate(running):
             assert counts[row].tolist() == torch.bincount(torch.tensor(outputs[number]), minlength=VOCAB).tolist()
 
