@@ -23,8 +23,9 @@ from pydantic import BaseModel
 from agents import ChatWhiFlash
 from agents.desk import connect, conversation, desk_agent, steps
 from agents.figures import acceptance_length, drafter_shares
-from workloads.demo.tasks import Task, heldout_tasks, judge
-from workloads.demo.world import TOOL_SCHEMAS
+from tests.unit.test_desk import EXAMPLES
+from workloads.demo.tasks import Task, first_task, heldout_tasks, judge
+from workloads.demo.world import TOOL_SCHEMAS, Desk
 from workloads.server import running_server
 
 # The suite has coroutines and leaves it to its user to say who runs them.
@@ -56,6 +57,13 @@ def first(kind: str, answer: str) -> Task:
 TASKS = {"deed": first("cancel_order", "now cancelled"), "word": first("is_it_in_stock", "in stock")}
 
 
+@pytest.fixture
+def has_figures(base_url: str) -> None:
+    routes = httpx.get(f"{base_url}/openapi.json", timeout=30).json()["paths"]
+    if not any(route.startswith("/whiflash/requests/") for route in routes):
+        pytest.skip("this server has no route for the figures of a request")
+
+
 # ---- the agent
 
 
@@ -63,6 +71,15 @@ TASKS = {"deed": first("cancel_order", "now cancelled"), "word": first("is_it_in
 def test_the_agent_does_a_task(model: ChatWhiFlash, task: Task) -> None:
     desk = task.desk()
     *_, last = steps(desk_agent(model, desk), task.question)
+    assert judge(task, desk, last.message.text).why == ""
+
+
+@pytest.mark.parametrize(("question", "seed"), EXAMPLES)
+def test_examples_that_we_print_are_answered_right(model: ChatWhiFlash, question: str, seed: int) -> None:
+    """By what the tools gave: the database, and the facts that belong into the answer."""
+    task, desk = first_task(seed), Desk.create(seed)
+    assert task.question == question
+    *_, last = steps(desk_agent(model, desk), question)
     assert judge(task, desk, last.message.text).why == ""
 
 
@@ -122,13 +139,6 @@ def test_structured_output(model: ChatWhiFlash) -> None:
 
 
 # ---- figures and hints
-
-
-@pytest.fixture
-def has_figures(base_url: str) -> None:
-    routes = httpx.get(f"{base_url}/openapi.json", timeout=30).json()["paths"]
-    if not any(route.startswith("/whiflash/requests/") for route in routes):
-        pytest.skip("this server has no route for the figures of a request")
 
 
 @pytest.mark.parametrize("way", ["invoke", "stream"])
