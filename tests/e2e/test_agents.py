@@ -7,6 +7,7 @@ shared.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import httpx
@@ -16,7 +17,7 @@ pytest.importorskip("sglang")
 pytest.importorskip("langchain_tests")
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from pydantic import BaseModel
 
@@ -57,6 +58,17 @@ def first(kind: str, answer: str) -> Task:
 TASKS = {"deed": first("cancel_order", "now cancelled"), "word": first("is_it_in_stock", "in stock")}
 
 
+OTHER_TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
+    for name in ("get_parcel", "search")
+]
+
+
+def sum_of(chunks: Iterable[AIMessageChunk]) -> AIMessageChunk:
+    first_chunk, *rest = chunks
+    return sum(rest, first_chunk)
+
+
 @pytest.fixture
 def has_figures(base_url: str) -> None:
     routes = httpx.get(f"{base_url}/openapi.json", timeout=30).json()["paths"]
@@ -81,6 +93,28 @@ def test_examples_that_we_print_are_answered_right(model: ChatWhiFlash, question
     assert task.question == question
     *_, last = steps(desk_agent(model, desk), question)
     assert judge(task, desk, last.message.text).why == ""
+
+
+@pytest.mark.parametrize("way", ["invoke", "stream"])
+def test_reasoning_is_a_block_and_its_tokens_are_counted(model: ChatWhiFlash, way: str) -> None:
+    bound, history = model.bind_tools(TOOL_SCHEMAS), conversation(TASKS["deed"].question)
+    reply = bound.invoke(history) if way == "invoke" else sum_of(bound.stream(history))
+    reasoning, *_, call = reply.content_blocks
+    assert reasoning == {"type": "reasoning", "reasoning": reply.additional_kwargs["reasoning_content"]}
+    assert call["type"] == "tool_call"
+    counted = reply.usage_metadata["output_token_details"]["reasoning"]
+    assert 0 < counted < reply.usage_metadata["output_tokens"]
+
+
+@pytest.mark.parametrize("way", ["invoke", "stream"])
+def test_a_call_of_a_tool_that_was_not_offered_is_said(
+    has_figures: None, model: ChatWhiFlash, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bound, history = model.bind_tools(OTHER_TOOLS), conversation(TASKS["deed"].question)
+    reply = bound.invoke(history) if way == "invoke" else sum_of(bound.stream(history))
+    assert reply.tool_calls == [] and reply.text.strip() == ""
+    assert reply.response_metadata["whiflash"]["dropped_call"] is True
+    assert "its tool is none of get_parcel, search" in caplog.text
 
 
 def test_the_next_turn_finds_the_whole_reply_in_the_cache(model: ChatWhiFlash) -> None:
