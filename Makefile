@@ -8,7 +8,8 @@ PORT ?= 30000
 MINUTES ?= 15
 # make compat: another release of SGLang, e.g. VERSION=0.5.18
 VERSION ?=
-QUESTION ?= Where is order 1042?
+# make agent: what to ask it; none: a question of its own
+QUESTION ?=
 # make agent: the server to ask, e.g. BASE_URL=http://127.0.0.1:30000; none: one is started
 BASE_URL ?=
 
@@ -30,8 +31,8 @@ demo: $(INSTALLED)  ## serve the bundled models, replay the bundled traces under
 serve: $(INSTALLED)  ## serve the bundled models on 127.0.0.1:$(PORT)
 	@$(BIN)/python -m whiflash_sglang.launch_server --demo --port $(PORT)
 
-agent: $(INSTALLED)  ## ask the example agent $(QUESTION); a server is started unless BASE_URL is given
-	@$(BIN)/python -m agents.desk "$(QUESTION)" $(if $(BASE_URL),--base-url $(BASE_URL))
+agent: $(INSTALLED)  ## ask the example agent a QUESTION, or one of its own; a server is started unless BASE_URL is given
+	@$(BIN)/python -m agents.desk $(if $(QUESTION),"$(QUESTION)") $(if $(BASE_URL),--base-url $(BASE_URL))
 
 agent-bench: $(INSTALLED)  ## the example agent live on 50 held-out tasks, with and without speculation
 	@$(BIN)/python scripts/agent_bench.py

@@ -1,13 +1,13 @@
 """An example agent on LangGraph: it runs the order desk of `workloads/demo`, and shows what drafting did in each step.
 
-    python -m agents.desk "Where is order 1042?" [--base-url http://127.0.0.1:30000] [--seed 414]
+    python -m agents.desk ["Can I get the first item of order 1652 again?"] [--base-url URL] [--seed 3]
 
 Without `--base-url` it starts a server with the bundled models for the one question, which needs the server's
 environment. `--seed` chooses the shop: customers, orders and stock. The tools are real: they read and change the shop's
 database, an SQLite of this process.
 
     agent = desk_agent(model, Desk.create(seed))
-    agent.invoke({"messages": conversation("Where is order 1042?")})
+    agent.invoke({"messages": conversation(QUESTION)})
 
 The bundled models are made for the demo's system prompt and tool schemas, word for word, and know their desk only.
 """
@@ -42,7 +42,9 @@ from workloads.demo.expert import SYSTEM
 from workloads.demo.world import TOOL_SCHEMAS, Desk
 from workloads.server import ServerError, running_server, stop_on_signals
 
-DEFAULT_SEED = 414  # its shop has an order 1042
+# The bundled target answers it right; not every question is so lucky (`make agent-bench`).
+QUESTION = "Can I get the first item of order 1652 again?"
+DEFAULT_SEED = 3  # its shop has that order
 MAX_TOKENS = 256  # a reply of the bundled models is shorter
 MAX_STEPS = 20  # of the graph: ten replies with their tool calls
 
@@ -156,7 +158,7 @@ def server_at(base_url: str | None, console: Console) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question")
+    parser.add_argument("question", nargs="?", default=QUESTION, help="default: %(default)s")
     parser.add_argument("--base-url", help="a running server, without /v1 (default: one is started for the question)")
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="which shop (default: %(default)s)")
     args = parser.parse_args()

@@ -7,6 +7,7 @@ shared.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import httpx
@@ -16,15 +17,16 @@ pytest.importorskip("sglang")
 pytest.importorskip("langchain_tests")
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from pydantic import BaseModel
 
 from agents import ChatWhiFlash
 from agents.desk import connect, conversation, desk_agent, steps
 from agents.figures import acceptance_length, drafter_shares
-from workloads.demo.tasks import Task, heldout_tasks, judge
-from workloads.demo.world import TOOL_SCHEMAS
+from tests.unit.test_desk import EXAMPLES
+from workloads.demo.tasks import Task, first_task, heldout_tasks, judge
+from workloads.demo.world import TOOL_SCHEMAS, Desk
 from workloads.server import running_server
 
 # The suite has coroutines and leaves it to its user to say who runs them.
@@ -56,6 +58,24 @@ def first(kind: str, answer: str) -> Task:
 TASKS = {"deed": first("cancel_order", "now cancelled"), "word": first("is_it_in_stock", "in stock")}
 
 
+OTHER_TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
+    for name in ("get_parcel", "search")
+]
+
+
+def sum_of(chunks: Iterable[AIMessageChunk]) -> AIMessageChunk:
+    first_chunk, *rest = chunks
+    return sum(rest, first_chunk)
+
+
+@pytest.fixture
+def has_figures(base_url: str) -> None:
+    routes = httpx.get(f"{base_url}/openapi.json", timeout=30).json()["paths"]
+    if not any(route.startswith("/whiflash/requests/") for route in routes):
+        pytest.skip("this server has no route for the figures of a request")
+
+
 # ---- the agent
 
 
@@ -64,6 +84,37 @@ def test_the_agent_does_a_task(model: ChatWhiFlash, task: Task) -> None:
     desk = task.desk()
     *_, last = steps(desk_agent(model, desk), task.question)
     assert judge(task, desk, last.message.text).why == ""
+
+
+@pytest.mark.parametrize(("question", "seed"), EXAMPLES)
+def test_examples_that_we_print_are_answered_right(model: ChatWhiFlash, question: str, seed: int) -> None:
+    """By what the tools gave: the database, and the facts that belong into the answer."""
+    task, desk = first_task(seed), Desk.create(seed)
+    assert task.question == question
+    *_, last = steps(desk_agent(model, desk), question)
+    assert judge(task, desk, last.message.text).why == ""
+
+
+@pytest.mark.parametrize("way", ["invoke", "stream"])
+def test_reasoning_is_a_block_and_its_tokens_are_counted(model: ChatWhiFlash, way: str) -> None:
+    bound, history = model.bind_tools(TOOL_SCHEMAS), conversation(TASKS["deed"].question)
+    reply = bound.invoke(history) if way == "invoke" else sum_of(bound.stream(history))
+    reasoning, *_, call = reply.content_blocks
+    assert reasoning == {"type": "reasoning", "reasoning": reply.additional_kwargs["reasoning_content"]}
+    assert call["type"] == "tool_call"
+    counted = reply.usage_metadata["output_token_details"]["reasoning"]
+    assert 0 < counted < reply.usage_metadata["output_tokens"]
+
+
+@pytest.mark.parametrize("way", ["invoke", "stream"])
+def test_a_call_of_a_tool_that_was_not_offered_is_said(
+    has_figures: None, model: ChatWhiFlash, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bound, history = model.bind_tools(OTHER_TOOLS), conversation(TASKS["deed"].question)
+    reply = bound.invoke(history) if way == "invoke" else sum_of(bound.stream(history))
+    assert reply.tool_calls == [] and reply.text.strip() == ""
+    assert reply.response_metadata["whiflash"]["dropped_call"] is True
+    assert "its tool is none of get_parcel, search" in caplog.text
 
 
 def test_the_next_turn_finds_the_whole_reply_in_the_cache(model: ChatWhiFlash) -> None:
@@ -122,13 +173,6 @@ def test_structured_output(model: ChatWhiFlash) -> None:
 
 
 # ---- figures and hints
-
-
-@pytest.fixture
-def has_figures(base_url: str) -> None:
-    routes = httpx.get(f"{base_url}/openapi.json", timeout=30).json()["paths"]
-    if not any(route.startswith("/whiflash/requests/") for route in routes):
-        pytest.skip("this server has no route for the figures of a request")
 
 
 @pytest.mark.parametrize("way", ["invoke", "stream"])

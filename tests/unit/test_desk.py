@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ FIGURES = {
     "accepted_by_drafter": {"df": 9, "e3": 2},
     "switches": 1,
 }
+EXAMPLES = [(desk.QUESTION, desk.DEFAULT_SEED), ("Cancel 9453, please.", 17)]  # that our texts print
 SEEDS = {"where_is_my_order": 13, "what_did_they_spend": 1, "cancel_order": 17, "is_it_in_stock": 3}
 
 
@@ -123,9 +126,18 @@ def test_no_figures_are_no_failure() -> None:
     assert "no speculation figures" in measured(AIMessage("x"), 0.5)
 
 
-def test_the_default_shop_has_the_order_of_the_manual() -> None:
-    assert Desk.create(desk.DEFAULT_SEED).rows("SELECT id FROM orders WHERE id = 1042") == [{"id": 1042}]
-    assert "order 1042" in (desk.__doc__ or "")
+def test_the_default_shop_has_the_order_of_the_default_question() -> None:
+    order = int("".join(filter(str.isdigit, desk.QUESTION)))
+    assert Desk.create(desk.DEFAULT_SEED).rows("SELECT id FROM orders WHERE id = ?", order) == [{"id": order}]
+    assert f'["{desk.QUESTION}"]' in (desk.__doc__ or "") and f"--seed {desk.DEFAULT_SEED}]" in (desk.__doc__ or "")
+
+
+def test_the_manual_prints_examples_that_are_tried() -> None:
+    """tests/e2e/test_agents.py asks them."""
+    manual = (Path(__file__).parents[2] / "docs" / "agents.md").read_text()
+    asked = re.findall(r'agents\.desk "([^"]+)" .*--seed (\d+)', manual)
+    assert {(question, int(seed)) for question, seed in asked} <= set(EXAMPLES)
+    assert re.findall(r'QUESTION="([^"]+)"', manual) == [desk.QUESTION]
 
 
 def test_no_server_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
