@@ -86,6 +86,10 @@ CONTRACT = Words(
         "host.py:_bigram_keys.context": f"{SRT}.mem_cache.registry.TreeCacheBuildContext",
         "host.py:_capture_union.model_config": f"{SRT}.configs.model_config.ModelConfig",
         "host.py:_capture_union.spec_algorithm": NOTHING,
+        "host.py:_keep_raw_logits.logits_output": f"{SRT}.layers.logits_processor.LogitsProcessorOutput",
+        "host.py:_keep_raw_logits.forward_batch": NOTHING,  # not looked at
+        "host.py:_tried_attention.model_config": NOTHING,  # passed on as it is
+        **dict.fromkeys(("host.py:check_memory.requests", "host.py:memory_needs.requests"), f"{POOL}.ReqToTokenPool"),
         "host.py:_keep_finished.batch": f"{IO}.BatchStrOutput",
         "host.py:_tell_context.request": f"{SRT}.entrypoints.openai.protocol.ChatCompletionRequest",
         "host.py:_judge_samples.asked": f"{IO}.GenerateReqInput",
@@ -134,6 +138,8 @@ CONTRACT = Words(
         f"{REASONING}.ReasoningParser.detector": f"{REASONING}.BaseReasoningFormatDetector",
         f"{SCHEDULE}.Req.output_ids": NOTHING,
         f"{SCHEDULE}.Req.tokenizer": NOTHING,
+        f"{SCHEDULE}.Req.kv_committed_len": NOTHING,
+        f"{RUNNER}.dtype": NOTHING,  # torch's
         f"{TOKENIZER_MANAGER}.model_config": f"{SRT}.configs.model_config.ModelConfig",
         f"{SRT}.layers.vocab_parallel_embedding.ParallelLMHead.shard_indices": (
             f"{SRT}.layers.vocab_parallel_embedding.VocabParallelEmbeddingShardIndices"
@@ -159,6 +165,7 @@ CONTRACT = Words(
         ),
         "host.py": (
             f"{SERVER_ARGS}.speculative_draft_model_path",
+            f"{SRT}.environ.Envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
             *(
                 f"{IO}.BatchTokenIDOutput.{name}"
                 for name in ("rids", "finished_reasons", "prompt_tokens", "completion_tokens", "cached_tokens")
@@ -185,6 +192,7 @@ CONTRACT = Words(
             f"{SRT}.managers.scheduler_components.batch_result_processor",
             "prepare_for_kv_cache_release",
         ),
+        ("host.py", f"{SRT}.managers.tokenizer_control_mixin", "get_internal_state_communicator"),
         # The entry points in pyproject.toml.
         ("plugin.py", f"{SRT}.plugins", "sglang.srt.plugins"),
         ("cpu/__init__.py", f"{SRT}.plugins", "sglang.srt.platforms"),

@@ -19,7 +19,6 @@ from typing import Any
 
 import msgspec
 import torch
-from sglang.srt.environ import envs
 from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
@@ -76,6 +75,7 @@ logger = logging.getLogger(__name__)
 
 ALGORITHM = "WHIFLASH"
 PRIORS_FIELD, RANKS_FIELD = "whiflash_priors", "whiflash_ranks"  # of the scheduler's state
+LATE_KV = "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
 TRIED_ATTENTION = "triton"
 ASKS_FOR_PRIORS = "whiflash_priors"  # id of a request for the state
 
@@ -127,9 +127,9 @@ class WhiFlashAlgorithm(CustomSpecAlgo):
         server_args.speculative_num_steps = 1
         # A round ends when the host has read what it committed; overlap would need that to stay on the device.
         server_args.disable_overlap_schedule = True
-        if envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get():
+        if os.environ.get(LATE_KV, "").lower() in ("1", "true", "yes", "y"):
             problem = "KV has no memory yet while WHIFLASH captures graphs and measures what rounds cost"
-            raise ConfigError("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", 1, problem, "unset that environment variable")
+            raise ConfigError(LATE_KV, os.environ[LATE_KV], problem, "unset that environment variable")
         if server_args.max_running_requests is None and server_args.device.startswith("cuda"):
             server_args.max_running_requests = MAX_RUNNING
 
@@ -295,8 +295,12 @@ def install_http(server_args: Any) -> None:
         http_server.app.add_api_route(route.path, route.endpoint, methods=[*route.methods])
 
 
+raw_logits: list[torch.Tensor] = []
+"""Of the target's newest prefill [requests, vocab], as they were before sampling; at most one."""
+
+
 def _keep_raw_logits(model_runner: Any, logits_output: Any, forward_batch: Any) -> None:
-    logits_output.raw_logits = logits_output.next_token_logits.clone()
+    raw_logits[:] = [logits_output.next_token_logits.clone()]
 
 
 def _capture_union(
@@ -469,7 +473,8 @@ async def ask_schedulers(manager: Any, priors: bool) -> list[dict[str, Any]]:
 
     manager.auto_create_handle_loop()
     request = GetInternalStateReq(rid=ASKS_FOR_PRIORS if priors else None)
-    return [reply.internal_state for reply in await manager.get_internal_state_communicator(request)]
+    ask = vars(manager)["get_internal_state_communicator"]  # made when the manager is
+    return [reply.internal_state for reply in await ask(request)]
 
 
 def replica_of(state: Mapping[str, Any]) -> int:

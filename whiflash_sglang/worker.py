@@ -238,7 +238,7 @@ class WhiFlashWorker(BaseSpecWorker):
         result.next_token_ids = self.ranks.same(result.next_token_ids)
         features, hidden = self.target.split(logits_output.hidden_states)
         prefill = prefill_positions(batch, features, hidden, result.next_token_ids)
-        sampled = self.round.prefill(prefill, logits_output.raw_logits)
+        sampled = self.round.prefill(prefill, host.raw_logits.pop())
         self.totals.start(prefill.slots)
         self.begin_records(batch, sampled)
         all_as_tensors(logits_output)

@@ -92,12 +92,12 @@ class Yields:
         """Every row with what each drafter is expected to yield. `wished` [rows]: gains that requests ask for."""
         found = []
         for row, (slot, length, gain) in enumerate(zip(rows.slots, rows.prefix_lens, gains, strict=True)):
-            request, place = self.requests.get(slot), self._place(rows, row)
-            if request is None or request.length != length:
-                request = Request(length, {name: ratio.copy() for name, ratio in place.items()})
-                self.requests[slot] = request
-            share = _SHARED / (_SHARED + request.drafted)
-            trust = {name: share * place[name].value + (1 - share) * own.value for name, own in request.own.items()}
+            known, place = self.requests.get(slot), self._place(rows, row)
+            if known is None or known.length != length:
+                known = Request(length, {name: ratio.copy() for name, ratio in place.items()})
+                self.requests[slot] = known
+            share = _SHARED / (_SHARED + known.drafted)
+            trust = {name: share * place[name].value + (1 - share) * own.value for name, own in known.own.items()}
             level, more = self._level(gain), gain if wished is None else gain + wished[row]
             tokens = {DF: 1 + trust[DF] * level, E3: max(1.0, 1 + trust[E3] * (level + more))}
             found.append(Row(slot, gain, trust, tokens))
@@ -124,14 +124,14 @@ class Yields:
 
     def count(self, rows: HostRows, row: int, routed: Row, name: str, accepted: int) -> None:
         """Drafts of `name` for a row: so many were, or would have been, accepted."""
-        request = self.requests[routed.slot]
-        self.requests[routed.slot] = request._replace(drafted=request.drafted + 1)
+        known = self.requests[routed.slot]
+        self.requests[routed.slot] = known._replace(drafted=known.drafted + 1)
         gain = routed.gain if name == E3 else 0.0
         level = self._level(routed.gain)
-        if request.drafted >= KNOWN_ROUNDS and max(ratio.value for ratio in request.own.values()) > KNOWN:
+        if known.drafted >= KNOWN_ROUNDS and max(ratio.value for ratio in known.own.values()) > KNOWN:
             self._learn_level(routed.gain, accepted - gain)
-        for known in (request.own, self._place(rows, row)):
-            for drafter, ratio in known.items():
+        for trust in (known.own, self._place(rows, row)):
+            for drafter, ratio in trust.items():
                 expected = max(0.5, level + (routed.gain if drafter == E3 else 0.0))
                 if drafter == name:
                     ratio.add(accepted, expected, _FAST)
