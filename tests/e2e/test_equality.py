@@ -164,7 +164,7 @@ def is_tie(base_url: str, body: dict[str, Any], at: int) -> bool:
     again["sampling_params"] = body["sampling_params"] | {"n": 1}
     reply = httpx.post(f"{base_url}/generate", json=again, timeout=120).json()
     first, second = reply["meta_info"]["output_top_logprobs"][at][:2]
-    return first[0] - second[0] < TIE
+    return None not in (first[0], second[0]) and first[0] - second[0] < TIE
 
 
 LOGPROBS = (
@@ -206,6 +206,13 @@ def compare(plain: str, body: dict[str, Any], ours: list[dict[str, Any]], theirs
     assert len(ours) == len(theirs) == body["sampling_params"].get("n", 1)
     for mine, reference in zip(ours, theirs, strict=True):
         a, b = mine["output_ids"], reference["output_ids"]
+        ends = [one["meta_info"]["finish_reason"]["type"] for one in (mine, reference)]
+        if ends == ["abort", "abort"]:
+            # `min_new_tokens` forbids the end that a grammar wants. Tokens of such a dead end are no text: without
+            # speculation SGLang counts the first two of them before it ends the request.
+            assert mine["text"] == reference["text"] and a == b[: len(a)], body["sampling_params"]
+            seen["dead ends"] += 1
+            continue
         if a != b:
             at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
             assert is_tie(plain, body, at), f"token {at} with {body['sampling_params']}:\n{a}\n{b}"

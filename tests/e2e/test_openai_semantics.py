@@ -336,7 +336,9 @@ def replies(servers: dict[str, Server]) -> dict[str, dict[str, Reply]]:
 
 
 def ask_all(base_url: str, cases: Sequence[Case]) -> dict[str, Reply]:
-    with httpx.Client(base_url=base_url, timeout=300) as client, ThreadPoolExecutor(IN_FLIGHT) as pool:
+    # A connection for each: after an exception of its own the server closes one that it had said would stay.
+    limits = httpx.Limits(max_keepalive_connections=0)
+    with httpx.Client(base_url=base_url, timeout=300, limits=limits) as client, ThreadPoolExecutor(IN_FLIGHT) as pool:
         return dict(zip([case.name for case in cases], pool.map(lambda case: ask(client, case), cases), strict=True))
 
 

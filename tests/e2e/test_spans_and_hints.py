@@ -124,7 +124,6 @@ def test_a_trace_joins_to_the_text(client, tokenizer, prompts):
     assert figures(client, reply["meta_info"]["id"])["trace"] == shown["trace"]
 
 
-@pytest.mark.parametrize("route", ROUTES[1:])
 def test_the_first_round_is_routed_by_the_same_entropy_as_the_rest(client, prompts):
     """After a prefill it was that of the distribution that had been sampled from: tempered, masked, penalized."""
     entropies = []
@@ -136,6 +135,7 @@ def test_the_first_round_is_routed_by_the_same_entropy_as_the_rest(client, promp
     assert entropies == pytest.approx([entropies[0]] * len(entropies), rel=1e-3) and entropies[0] > 0
 
 
+@pytest.mark.parametrize("route", ROUTES[1:])
 def test_every_route_gives_the_same_text_by_its_drafter(client, prompts, route):
     for prompt in prompts[:4]:
         plain, routed = generate(client, prompt), generate(client, prompt, route=route)
