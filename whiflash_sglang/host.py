@@ -254,11 +254,10 @@ def install_http(server_args: Any) -> None:
     HookRegistry.register(f"{chat}._convert_to_internal_request", _tell_context, HookType.AFTER)
     # Hints: the schemas of these routes know no `custom_params`, and drop them without a word.
     anthropic = "sglang.srt.entrypoints.anthropic.serving.AnthropicServing"
-    ollama = "sglang.srt.entrypoints.ollama.serving.OllamaServing"
+    ollama = "sglang.srt.entrypoints.ollama.serving.OllamaServing"  # whose handle_chat fails by itself
     responses = "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses"
     HookRegistry.register(f"{responses}.create_responses", _keep_custom_params, HookType.AROUND)
     HookRegistry.register(f"{anthropic}.handle_messages", _keep_custom_params, HookType.AROUND)
-    HookRegistry.register(f"{ollama}.handle_chat", _keep_custom_params, HookType.AROUND)
     HookRegistry.register(f"{ollama}.handle_generate", _keep_custom_params, HookType.AROUND)
     # Log probabilities: of a streamed chat's piece SGLang gives every token the alternatives of the first.
     HookRegistry.register(f"{chat}._process_logprobs_tokens", _each_its_own, HookType.AROUND)

@@ -338,7 +338,6 @@ def elsewhere(session: dict[str, Any], route: str, **more: Any) -> dict[str, Any
     bodies = {
         "/v1/responses": {"instructions": system, "input": user, "max_output_tokens": 40, "temperature": 0},
         "/v1/messages": {"system": system, "messages": [asked], "max_tokens": 40, "temperature": 0},
-        "/api/chat": {"messages": [{"role": "system", "content": system}, asked]},
         "/api/generate": {"system": system, "prompt": user},
     }
     if route.startswith("/api"):
@@ -346,7 +345,7 @@ def elsewhere(session: dict[str, Any], route: str, **more: Any) -> dict[str, Any
     return {"model": MODEL, **bodies[route], **more}
 
 
-OTHER_ROUTES = ["/v1/responses", "/v1/messages", "/api/chat", "/api/generate"]
+OTHER_ROUTES = ["/v1/responses", "/v1/messages", "/api/generate"]
 
 
 def rounds_by_drafter(client: httpx.Client) -> Counter[str]:
