@@ -58,12 +58,6 @@ def first(kind: str, answer: str) -> Task:
 TASKS = {"deed": first("cancel_order", "now cancelled"), "word": first("is_it_in_stock", "in stock")}
 
 
-OTHER_TOOLS = [
-    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
-    for name in ("get_parcel", "search")
-]
-
-
 def sum_of(chunks: Iterable[AIMessageChunk]) -> AIMessageChunk:
     first_chunk, *rest = chunks
     return sum(rest, first_chunk)
@@ -104,17 +98,6 @@ def test_reasoning_is_a_block_and_its_tokens_are_counted(model: ChatWhiFlash, wa
     assert call["type"] == "tool_call"
     counted = reply.usage_metadata["output_token_details"]["reasoning"]
     assert 0 < counted < reply.usage_metadata["output_tokens"]
-
-
-@pytest.mark.parametrize("way", ["invoke", "stream"])
-def test_a_call_of_a_tool_that_was_not_offered_is_said(
-    has_figures: None, model: ChatWhiFlash, way: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    bound, history = model.bind_tools(OTHER_TOOLS), conversation(TASKS["deed"].question)
-    reply = bound.invoke(history) if way == "invoke" else sum_of(bound.stream(history))
-    assert reply.tool_calls == [] and reply.text.strip() == ""
-    assert reply.response_metadata["whiflash"]["dropped_call"] is True
-    assert "its tool is none of get_parcel, search" in caplog.text
 
 
 def test_the_next_turn_finds_the_whole_reply_in_the_cache(model: ChatWhiFlash) -> None:

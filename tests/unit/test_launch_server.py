@@ -546,6 +546,7 @@ launch_server.main(["--demo"])
     assert ended.stderr.strip() == f"{launch_server.SPINS}False", ended.stderr
 
 
+@pytest.mark.slow  # it starts a program that imports SGLang
 def test_no_thread_of_ours_keeps_processes_from_being_forked() -> None:
     """A thread that waited to say that the server is ready made every process of a CPU server import SGLang again."""
     program = """

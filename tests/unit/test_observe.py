@@ -90,6 +90,7 @@ def test_figures_of_a_request_come_with_its_last_tokens(totals: Totals) -> None:
     assert figures[5:9] == [totals.request(2) | {"draft_kv_slots": {"df": 40, "e3": 40}} | by_span]
 
 
+@pytest.mark.slow  # it starts a program that imports torch
 def test_metrics_follow_the_totals() -> None:
     # In a process of its own: metrics are registered once for a whole process.
     program = """
