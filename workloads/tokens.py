@@ -60,11 +60,11 @@ def heldout_histories(num_sessions: int, tokenizer_path: Path = TOKENIZER) -> li
 def ask(
     base_url: str,
     prompts: Sequence[TokenIds],
-    num_tokens: int,
+    num_tokens: int | Sequence[int],
     in_flight: int = 1,
     sampling: dict[str, Any] | None = None,
 ) -> Answers:
-    """Greedy texts of at most `num_tokens` behind each prompt, at most `in_flight` at a time, in the given order.
+    """Greedy texts of at most `num_tokens` (for all, or [prompts]), at most `in_flight` at a time, in the given order.
 
     A text ends where the model ends it, unless `sampling`, which adds to SGLang's sampling parameters, says otherwise.
     """
@@ -124,16 +124,17 @@ def stream(base_url: str, prompt: TokenIds, num_tokens: int, sampling: dict[str,
 async def post(
     base_url: str,
     prompts: Sequence[TokenIds],
-    num_tokens: int,
+    num_tokens: int | Sequence[int],
     in_flight: int = 1,
     sampling: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """The replies themselves, as `ask` gets them."""
-    params = {"temperature": 0, "max_new_tokens": num_tokens, **(sampling or {})}
+    lengths = [num_tokens] * len(prompts) if isinstance(num_tokens, int) else num_tokens
     turnstile = asyncio.Semaphore(in_flight)
 
-    async def one(client: httpx.AsyncClient, prompt: TokenIds) -> dict[str, Any]:
+    async def one(client: httpx.AsyncClient, prompt: TokenIds, length: int) -> dict[str, Any]:
         async with turnstile:
+            params = {"temperature": 0, "max_new_tokens": length, **(sampling or {})}
             body = {"input_ids": prompt, "sampling_params": params}
             reply = await client.post(f"{base_url}/generate", json=body)
             reply.raise_for_status()
@@ -141,4 +142,4 @@ async def post(
             return answer
 
     async with httpx.AsyncClient(timeout=TIMEOUT_SECONDS) as client:
-        return list(await asyncio.gather(*(one(client, prompt) for prompt in prompts)))
+        return list(await asyncio.gather(*(one(client, *what) for what in zip(prompts, lengths, strict=True))))
