@@ -32,7 +32,7 @@ serve: $(INSTALLED)  ## serve the bundled models on 127.0.0.1:$(PORT)
 	@$(BIN)/python -m whiflash_sglang.launch_server --demo --port $(PORT)
 
 agent: $(INSTALLED)  ## ask the example agent a QUESTION, or one of its own; a server is started unless BASE_URL is given
-	@$(BIN)/python -m agents.desk $(if $(QUESTION),"$(QUESTION)") $(if $(BASE_URL),--base-url $(BASE_URL))
+	@$(BIN)/python -m whiflash_agents.desk $(if $(QUESTION),"$(QUESTION)") $(if $(BASE_URL),--base-url $(BASE_URL))
 
 agent-bench: $(INSTALLED)  ## the example agent live on 50 held-out tasks, with and without speculation
 	@$(BIN)/python scripts/agent_bench.py

@@ -1,6 +1,6 @@
 """Client side: a chat model for LangGraph tool loops, and an example agent."""
 
-from agents.chat import ChatWhiFlash
-from agents.hints import HintError, Hints
+from whiflash_agents.chat import ChatWhiFlash
+from whiflash_agents.hints import HintError, Hints
 
 __all__ = ["ChatWhiFlash", "HintError", "Hints"]

@@ -40,8 +40,8 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_openai import ChatOpenAI
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
 
-from agents.figures import FigureReader, Figures
-from agents.hints import Hints, hints_in
+from whiflash_agents.figures import FigureReader, Figures
+from whiflash_agents.hints import Hints, hints_in
 
 log = logging.getLogger(__name__)
 

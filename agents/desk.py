@@ -1,6 +1,6 @@
 """An example agent on LangGraph: it runs the order desk of `workloads/demo`, and shows what drafting did in each step.
 
-    python -m agents.desk ["Can I get the first item of order 1652 again?"] [--base-url URL] [--seed 3]
+    python -m whiflash_agents.desk ["Can I get the first item of order 1652 again?"] [--base-url URL] [--seed 3]
 
 Without `--base-url` it starts a server with the bundled models for the one question, which needs the server's
 environment. `--seed` chooses the shop: customers, orders and stock. The tools are real: they read and change the shop's
@@ -36,11 +36,11 @@ from langgraph.prebuilt import ToolNode, tools_condition
 from rich.console import Console
 from rich.text import Text
 
-from agents.chat import FIGURES, REASONING, ChatWhiFlash
-from agents.figures import acceptance_length, drafter_shares
-from workloads.demo.expert import SYSTEM
-from workloads.demo.world import TOOL_SCHEMAS, Desk
-from workloads.server import ServerError, running_server, stop_on_signals
+from whiflash_agents.chat import FIGURES, REASONING, ChatWhiFlash
+from whiflash_agents.figures import acceptance_length, drafter_shares
+from whiflash_workloads.demo.expert import SYSTEM
+from whiflash_workloads.demo.world import TOOL_SCHEMAS, Desk
+from whiflash_workloads.server import ServerError, running_server, stop_on_signals
 
 # The bundled target answers it right; not every question is so lucky (`make agent-bench`).
 QUESTION = "Can I get the first item of order 1652 again?"

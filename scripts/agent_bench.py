@@ -28,13 +28,13 @@ from langchain_core.messages import AIMessage, AnyMessage
 from langgraph.errors import GraphRecursionError
 from rich.table import Table
 
-from agents.chat import FIGURES, REASONING, ChatWhiFlash
-from agents.desk import connect, desk_agent, steps
-from agents.figures import acceptance_length
-from workloads import server
-from workloads.demo.tasks import Task, Verdict, heldout_tasks, judge
-from workloads.printing import Console, to_readers
-from workloads.provenance import provenance
+from whiflash_agents.chat import FIGURES, REASONING, ChatWhiFlash
+from whiflash_agents.desk import connect, desk_agent, steps
+from whiflash_agents.figures import acceptance_length
+from whiflash_workloads import server
+from whiflash_workloads.demo.tasks import Task, Verdict, heldout_tasks, judge
+from whiflash_workloads.printing import Console, to_readers
+from whiflash_workloads.provenance import provenance
 
 ON, OFF = "entropy", "off"
 MIN_SOLVED = 0.8

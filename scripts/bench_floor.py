@@ -26,12 +26,12 @@ from typing import Any
 
 import httpx
 
-from workloads import server
-from workloads.bench import demo_servers, finish, in_turns, note
-from workloads.loaders import load_traces
-from workloads.provenance import provenance
-from workloads.replay import replay
-from workloads.tokens import TokenIds, ask, heldout_histories
+from whiflash_workloads import server
+from whiflash_workloads.bench import demo_servers, finish, in_turns, note
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.replay import replay
+from whiflash_workloads.tokens import TokenIds, ask, heldout_histories
 
 POLICIES = ("off", "entropy", "neural")
 VOCABULARY = 1280  # token ids of the bundled target

@@ -49,11 +49,11 @@ from whiflash_sglang.training.models import ModelPaths
 from whiflash_sglang.training.replies import Prompt, prompts_of, reply_of
 from whiflash_sglang.training.text import SPANS
 from whiflash_sglang.training.train_drafter import default_layers
-from workloads import server
-from workloads.bench import LAUNCHER, Command, finish, in_turns, note, servers
-from workloads.demo.generate import sessions
-from workloads.gpu.forced import Recording
-from workloads.gpu.judge import (
+from whiflash_workloads import server
+from whiflash_workloads.bench import LAUNCHER, Command, finish, in_turns, note, servers
+from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.gpu.forced import Recording
+from whiflash_workloads.gpu.judge import (
     LIMITS,
     PARTS,
     ROUTERS,
@@ -66,16 +66,16 @@ from workloads.gpu.judge import (
     round_figures,
     speeds,
 )
-from workloads.gpu.shapes import QWEN3_8B, TINY, ModelShape, write_models
-from workloads.lossless import compare
-from workloads.pressure import WINDOW
-from workloads.provenance import provenance
-from workloads.report import difference
-from workloads.tokens import Streamed, TokenIds, ask, stream, totals
+from whiflash_workloads.gpu.shapes import QWEN3_8B, TINY, ModelShape, write_models
+from whiflash_workloads.lossless import compare
+from whiflash_workloads.pressure import WINDOW
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.report import difference
+from whiflash_workloads.tokens import Streamed, TokenIds, ask, stream, totals
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = ROOT / "workloads" / "gpu" / "acceptance.json"
-FORCED, UPSTREAM_LAUNCHER = "workloads.gpu.forced", "sglang.launch_server"
+FORCED, UPSTREAM_LAUNCHER = "whiflash_workloads.gpu.forced", "sglang.launch_server"
 QUIET = ("--skip-server-warmup", "--sleep-on-idle")
 POLICIES = ("off", "fixed:e3", "fixed:df", "entropy", "neural")
 PARTS_RUN = ("shapes", "acceptance", "soak")
@@ -332,7 +332,7 @@ def train_router(folder: Path, paths: ModelPaths, flags: Sequence[str], logs: Pa
     traces, data, router = folder / "router.jsonl", folder / "data", folder / "router"
     models = paths.server_flags()
     number = ROUTER_SESSIONS + CALIBRATION_SESSIONS
-    run("-m", "workloads.demo.generate", "--split=router", f"--sessions={number}", f"--out={traces}")
+    run("-m", "whiflash_workloads.demo.generate", "--split=router", f"--sessions={number}", f"--out={traces}")
     off = Command(LAUNCHER, (*models, "--whiflash-router=off", *flags), {}, START_SECONDS)
     with servers({"off": off}, logs / "router") as urls:
         collect = ("-m", "whiflash_sglang.training.collect_router_data", *models, f"--traces={traces}", f"--out={data}")

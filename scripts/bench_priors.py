@@ -46,14 +46,14 @@ from whiflash_sglang.training.bundled import CALIBRATION, PATHS, PRIORS, gains, 
 from whiflash_sglang.training.fit_priors import biases, fit_priors, margin_of, places
 from whiflash_sglang.training.router_data import Record, load_router_data
 from whiflash_sglang.training.walk import by_worth, gather, walk
-from workloads import server
-from workloads.bench import demo_servers, finish, note, replay_in_turns, warm_up
-from workloads.demo.generate import sessions
-from workloads.loaders import load_traces
-from workloads.provenance import provenance
-from workloads.report import TABLE_WIDTH, Report, merge
-from workloads.schema import Session, TraceError
-from workloads.tokens import totals
+from whiflash_workloads import server
+from whiflash_workloads.bench import demo_servers, finish, note, replay_in_turns, warm_up
+from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.report import TABLE_WIDTH, Report, merge
+from whiflash_workloads.schema import Session, TraceError
+from whiflash_workloads.tokens import totals
 
 SILENT = 0.001  # nats: the calibration's first edge, below which entropy says one thing of all rounds
 LIMITS = {"held-out replay": 1.0, "traces of another world": 0.98}

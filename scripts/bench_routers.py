@@ -34,11 +34,11 @@ from whiflash_sglang.calibrate import round_costs
 from whiflash_sglang.training.bundled import gains, replies_to
 from whiflash_sglang.training.router_data import Record
 from whiflash_sglang.training.walk import Walk, by_worth, ceiling, gather, oracle, walk
-from workloads import server
-from workloads.bench import demo_servers, finish, in_turns, note, route_share
-from workloads.demo.generate import sessions
-from workloads.provenance import provenance
-from workloads.tokens import Answers, TokenIds, ask, totals
+from whiflash_workloads import server
+from whiflash_workloads.bench import demo_servers, finish, in_turns, note, route_share
+from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.tokens import Answers, TokenIds, ask, totals
 
 POLICIES = ("off", "fixed:e3", "fixed:df", "random:1", "entropy", "neural")
 SHOWN = {"random:1": "random"}  # names in the results where they differ

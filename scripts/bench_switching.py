@@ -28,10 +28,10 @@ from transformers import AutoConfig
 
 from whiflash_sglang.training.drafters import DrafterShape, Eagle3
 from whiflash_sglang.training.layers import Rope
-from workloads import server
-from workloads.bench import demo_servers, finish, in_turns, note, switching_share
-from workloads.provenance import provenance
-from workloads.tokens import TOKENIZER, Answers, TokenIds, ask, heldout_histories, totals
+from whiflash_workloads import server
+from whiflash_workloads.bench import demo_servers, finish, in_turns, note, switching_share
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.tokens import TOKENIZER, Answers, TokenIds, ask, heldout_histories, totals
 
 TIMED = {
     "entropy": ("--whiflash-router", "entropy"),

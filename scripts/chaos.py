@@ -37,19 +37,19 @@ from typing import Any
 import httpx
 
 from whiflash_sglang.launch_server import DEMO_MODELS
-from workloads import server
-from workloads.bench import finish
-from workloads.chaos.client import Client, hear
-from workloads.chaos.mix import Draw, Question, Request, as_stream, bad_requests, greedy_asks, pool_for
-from workloads.chaos.poison import FLAGS, with_nan
-from workloads.chaos.reference import Reference, collect
-from workloads.chaos.verdicts import FAULTS, WITH_ERROR, Tally
-from workloads.demo.generate import sessions
-from workloads.pressure import LAUNCHER, MAX_BACKLOG, RETRACT, longest_in, pressed
-from workloads.provenance import provenance
-from workloads.report import difference
-from workloads.tokens import TOKENIZER, totals
-from workloads.vitals import flush, resident, settled, wait_until_free
+from whiflash_workloads import server
+from whiflash_workloads.bench import finish
+from whiflash_workloads.chaos.client import Client, hear
+from whiflash_workloads.chaos.mix import Draw, Question, Request, as_stream, bad_requests, greedy_asks, pool_for
+from whiflash_workloads.chaos.poison import FLAGS, with_nan
+from whiflash_workloads.chaos.reference import Reference, collect
+from whiflash_workloads.chaos.verdicts import FAULTS, WITH_ERROR, Tally
+from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.pressure import LAUNCHER, MAX_BACKLOG, RETRACT, longest_in, pressed
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.report import difference
+from whiflash_workloads.tokens import TOKENIZER, totals
+from whiflash_workloads.vitals import flush, resident, settled, wait_until_free
 
 CONTEXT = 8192  # of the demo
 MAX_MINUTES = 18.0

@@ -26,10 +26,10 @@ from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.training.continuations import Sampling, continuations, joint_p_value, open_place
 from whiflash_sglang.training.models import ModelPaths, load_models
-from workloads import sampled, server
-from workloads.printing import Console, to_readers
-from workloads.provenance import provenance
-from workloads.tokens import heldout_histories
+from whiflash_workloads import sampled, server
+from whiflash_workloads.printing import Console, to_readers
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.tokens import heldout_histories
 
 LAUNCHER = "whiflash_sglang.launch_server"
 LENGTH = 4  # the prefill chooses the first token, rounds the others

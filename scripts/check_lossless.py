@@ -21,11 +21,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from workloads import server
-from workloads.lossless import Comparison, compare, generate
-from workloads.printing import Console, to_readers
-from workloads.provenance import provenance
-from workloads.tokens import TOKENIZER, heldout_histories
+from whiflash_workloads import server
+from whiflash_workloads.lossless import Comparison, compare, generate
+from whiflash_workloads.printing import Console, to_readers
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.tokens import TOKENIZER, heldout_histories
 
 LAUNCHER = "whiflash_sglang.launch_server"
 POLICIES = ("fixed:e3", "fixed:df", "alternate", "random:1", "entropy", "neural")

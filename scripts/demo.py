@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from workloads import server
-from workloads.bench import finish, note, replay_in_turns, warm_up
-from workloads.loaders import load_traces
-from workloads.printing import Console, to_readers
-from workloads.provenance import provenance
-from workloads.replay import TABLE_WIDTH, Report, merge, table
+from whiflash_workloads import server
+from whiflash_workloads.bench import finish, note, replay_in_turns, warm_up
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.printing import Console, to_readers
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.replay import TABLE_WIDTH, Report, merge, table
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACES = ROOT / "workloads" / "demo" / "traces" / "heldout.jsonl"

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import httpx
 
-from workloads import server
-from workloads.bench import finish
-from workloads.fuzz.cases import cases
-from workloads.fuzz.drive import Reference, fuzz
-from workloads.provenance import provenance
-from workloads.tokens import heldout_histories
+from whiflash_workloads import server
+from whiflash_workloads.bench import finish
+from whiflash_workloads.fuzz.cases import cases
+from whiflash_workloads.fuzz.drive import Reference, fuzz
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.tokens import heldout_histories
 
 LAUNCHER = "whiflash_sglang.launch_server"
 FLAGS = ("--demo", "--context-length", "1024", "--max-total-tokens", "16384")  # an endless text ends soon

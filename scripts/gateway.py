@@ -24,7 +24,7 @@ from typing import NoReturn
 
 import httpx
 
-from workloads import server
+from whiflash_workloads import server
 
 LAUNCHER = "whiflash_sglang.launch_server"
 GATEWAY = "sglang_router.launch_router"

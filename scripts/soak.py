@@ -30,12 +30,12 @@ from typing import Any
 
 import httpx
 
-from workloads import server
-from workloads.bench import finish
-from workloads.pressure import LAUNCHER, MAX_BACKLOG, RETRACT, WINDOW, longest_in, pressed
-from workloads.provenance import provenance
-from workloads.tokens import Answers, TokenIds, ask, heldout_histories, totals
-from workloads.vitals import flush, resident, settled, wait_until_free
+from whiflash_workloads import server
+from whiflash_workloads.bench import finish
+from whiflash_workloads.pressure import LAUNCHER, MAX_BACKLOG, RETRACT, WINDOW, longest_in, pressed
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.tokens import Answers, TokenIds, ask, heldout_histories, totals
+from whiflash_workloads.vitals import flush, resident, settled, wait_until_free
 
 SESSIONS = 300  # in a cycle; far more than the pool can hold
 MAX_TOKENS = 200

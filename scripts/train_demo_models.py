@@ -27,8 +27,8 @@ from whiflash_sglang.training.distill import EAGLE3_STEPS, load_drafters
 from whiflash_sglang.training.loop import Result, Settings
 from whiflash_sglang.training.target import CONFIG, new_target, save_target, train_target
 from whiflash_sglang.training.train_drafter import Recipe, fit_dflash, fit_eagle3
-from workloads.demo.generate import sessions
-from workloads.printing import to_readers
+from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.printing import to_readers
 
 ROOT = Path(__file__).resolve().parents[1]
 EAGLE3_LAYERS = (1, 3, 6)

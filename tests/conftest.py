@@ -16,7 +16,7 @@ import pytest
 
 from tests import zygote
 from whiflash_sglang.config import ENVIRONMENT_VARIABLE
-from workloads import server
+from whiflash_workloads import server
 
 UNIT_SECONDS = 5  # of processor time, which a busy machine hardly changes
 LIMITS = {"slow": 1500, "e2e": 600}  # seconds that a test may take at most, set-up included; others: pyproject.toml

@@ -12,16 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import workloads
+import whiflash_workloads
 from tests.stub_server import figures_of
-from workloads.loaders import load_traces
-from workloads.provenance import provenance
-from workloads.report import Report, Totals, Turn
-from workloads.results import Result, detail
-from workloads.schema import AssistantMessage, Session, ToolMessage
-from workloads.speculation import RequestFigures
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.report import Report, Totals, Turn
+from whiflash_workloads.results import Result, detail
+from whiflash_workloads.schema import AssistantMessage, Session, ToolMessage
+from whiflash_workloads.speculation import RequestFigures
 
-TRACES = Path(workloads.__file__).parent / "demo" / "traces" / "heldout.jsonl"
+TRACES = Path(whiflash_workloads.__file__).parent / "demo" / "traces" / "heldout.jsonl"
 TAKEN = {("df", "reasoning"): 0.72, ("df", "tool_call"): 0.93, ("df", "answer"): 0.8}
 TAKEN |= {("e3", "reasoning"): 0.86, ("e3", "tool_call"): 0.82, ("e3", "answer"): 0.85}
 DRAFTS = {"df": 15, "e3": 5, "none": 0}

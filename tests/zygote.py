@@ -1,9 +1,9 @@
 """Servers of tests without the import of SGLang, which takes as long as all else that a small server does at its start.
 
 One process for the whole run imports SGLang when the first server is asked for, and forks a child for each: the child
-takes the server's arguments, environment and log, and runs its module as `python -m` does. Replaced is
-`workloads.server.spawn`, for the modules that are named here, and only in tests. Servers in Triton's interpreter have a
-process of their own to come from.
+takes the server's arguments, environment and log, and runs its module as `python -m` does. This replaces
+`whiflash_workloads.server.spawn`, only in tests and for the modules that are named here. Servers in Triton's
+interpreter have a process of their own to come from.
 
 A fork has one thread, its parent's memory, and what it inherits: the process here starts no thread and opens nothing
 but its socket; `OMP_NUM_THREADS=1` leaves torch without workers. SGLang reads many variables while it is imported: a
@@ -35,7 +35,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from workloads import server
+from whiflash_workloads import server
 
 FOLDER = "WHIFLASH_TEST_ZYGOTES"  # an environment variable: of the sockets that they listen at
 KINDS = {"plain": {}, "interpreted": {"TRITON_INTERPRET": "1"}}  # and what each had in its environment while importing
@@ -116,7 +116,7 @@ class Forked:
 
 
 def spawn(command: Sequence[str], output: BinaryIO, environment: Mapping[str, str]) -> Any:
-    """In the place of `workloads.server.spawn`."""
+    """In the place of `whiflash_workloads.server.spawn`."""
     python, _, module, *arguments = command
     early = {name: value for name, value in environment.items() if not name.startswith(READ_LATE)}
     kind = next((kind for kind, own in KINDS.items() if own == early), None)

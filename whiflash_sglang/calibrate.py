@@ -36,11 +36,11 @@ from whiflash_sglang.training.fit_priors import fit_priors
 from whiflash_sglang.training.models import ModelPaths, add_arguments, paths_of
 from whiflash_sglang.training.router_data import Record, RouterData, load_router_data
 from whiflash_sglang.training.walk import best_threshold, by_worth, gather, lengths_of, oracle, round_starts, walk
-from workloads import server
-from workloads.printing import to_readers
-from workloads.provenance import provenance
-from workloads.schema import TraceError
-from workloads.tokens import totals
+from whiflash_workloads import server
+from whiflash_workloads.printing import to_readers
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.schema import TraceError
+from whiflash_workloads.tokens import totals
 
 MIN_SESSIONS = 32
 EDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6, 1.0)  # nats

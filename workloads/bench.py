@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from workloads import server
-from workloads.printing import to_readers
-from workloads.replay import Report, replay
-from workloads.report import Totals
-from workloads.schema import Session
+from whiflash_workloads import server
+from whiflash_workloads.printing import to_readers
+from whiflash_workloads.replay import Report, replay
+from whiflash_workloads.report import Totals
+from whiflash_workloads.schema import Session
 
 LAUNCHER = "whiflash_sglang.launch_server"
 

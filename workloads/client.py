@@ -18,10 +18,10 @@ import httpx
 from openai import APIConnectionError, APITimeoutError, AsyncOpenAI, OpenAIError
 from pydantic import ValidationError
 
-from workloads.fitting import Message, Prompt, fit, upper_bound
-from workloads.report import Totals, sum_of
-from workloads.speculation import RequestFigures
-from workloads.streaming import Incoming
+from whiflash_workloads.fitting import Message, Prompt, fit, upper_bound
+from whiflash_workloads.report import Totals, sum_of
+from whiflash_workloads.speculation import RequestFigures
+from whiflash_workloads.streaming import Incoming
 
 RETRY_SECONDS = 0.25  # before the first retry; twice as long before each further one
 PROBE_SECONDS = 10.0  # for a question that a living server answers at once

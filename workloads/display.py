@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from workloads.figures import LATENCIES, PERCENTILES
-from workloads.report import Turn
+from whiflash_workloads.figures import LATENCIES, PERCENTILES
+from whiflash_workloads.report import Turn
 
 NO_SPECULATION = (
     "the server gives no speculation figures (it is not WhiFlash): rounds, drafters, spans and switches are missing"

@@ -1,6 +1,6 @@
 """Write traces in AIPerf's `mooncake_trace` format, so that other people's clients can replay them.
 
-    python -m workloads.export TRACE... --out trace.jsonl
+    python -m whiflash_workloads.export TRACE... --out trace.jsonl
     aiperf profile --input-file trace.jsonl --custom-dataset-type mooncake_trace --endpoint-type chat ...
 
 One line a turn. `messages` is the whole history before it, as our own replay asks with; where a reply in it was not
@@ -19,10 +19,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from workloads.formats.mooncake import MS
-from workloads.loaders import load_traces
-from workloads.printing import to_readers
-from workloads.schema import AssistantMessage, Message, Session, ToolMessage, TraceError, UserMessage, to_openai
+from whiflash_workloads.formats.mooncake import MS
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.printing import to_readers
+from whiflash_workloads.schema import (
+    AssistantMessage,
+    Message,
+    Session,
+    ToolMessage,
+    TraceError,
+    UserMessage,
+    to_openai,
+)
 
 Row = dict[str, Any]
 
@@ -83,7 +91,9 @@ def _delay_s(session: Session, index: int) -> float | None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m workloads.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m whiflash_workloads.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="traces in any format that is read")
     parser.add_argument("--out", type=Path, required=True, help="file to write")

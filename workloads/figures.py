@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from workloads.speculation import breakdown, by_drafter, plain
+from whiflash_workloads.speculation import breakdown, by_drafter, plain
 
 if TYPE_CHECKING:
-    from workloads.report import Totals, Turn
+    from whiflash_workloads.report import Totals, Turn
 
 PERCENTILES = (50, 95, 99)
 DEPTHS = (1, 2, 4, 8, 16)

@@ -11,15 +11,17 @@ from typing import Any
 
 import httpx
 
-from workloads import pacing, slo
-from workloads.runner import MAX_TOKENS, RETRIES, TIMEOUT_SECONDS, Settings
+from whiflash_workloads import pacing, slo
+from whiflash_workloads.runner import MAX_TOKENS, RETRIES, TIMEOUT_SECONDS, Settings
 
 TOKEN_VIEWS = 16
 
 
 def build_parser(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m workloads.replay", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m whiflash_workloads.replay",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("traces", nargs="+", type=Path, metavar="TRACE", help="demo JSON lines, tau-bench or SWE-agent")

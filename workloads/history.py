@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from workloads.fitting import Message
-from workloads.schema import Session, to_openai
+from whiflash_workloads.fitting import Message
+from whiflash_workloads.schema import Session, to_openai
 
 
 class Reply(NamedTuple):

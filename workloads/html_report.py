@@ -1,8 +1,8 @@
 """One file that shows what replays measured: policies side by side, and the text of turns token by token.
 
-    python -m workloads.html_report RESULT.json... --out out.html
+    python -m whiflash_workloads.html_report RESULT.json... --out out.html
 
-A RESULT is what `python -m workloads.replay ... --json-out FILE` writes; each is one policy, named by its `--label`.
+A RESULT is what `python -m whiflash_workloads.replay ... --json-out FILE` writes: one policy, named by its `--label`.
 The page is whole in itself: it opens offline, and asks for nothing. `templates/` holds its HTML, style and script.
 """
 
@@ -18,12 +18,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from workloads.charts import Bar, Panel, bars, number, panel
-from workloads.display import length_only
-from workloads.figures import depth_labels
-from workloads.printing import to_readers
-from workloads.report import remarks
-from workloads.results import Arguments, Result, ResultError, View, read
+from whiflash_workloads.charts import Bar, Panel, bars, number, panel
+from whiflash_workloads.display import length_only
+from whiflash_workloads.figures import depth_labels
+from whiflash_workloads.printing import to_readers
+from whiflash_workloads.report import remarks
+from whiflash_workloads.results import Arguments, Result, ResultError, View, read
 
 LATENCIES = {
     "ttft_ms": "Time to first token (TTFT), ms",
@@ -49,7 +49,7 @@ def render(results: Sequence[Result]) -> str:
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise ResultError(f"RESULT: two have the label `{twice}`; replay with a --label of its own for each")
     environment = Environment(
-        loader=PackageLoader("workloads"),
+        loader=PackageLoader("whiflash_workloads"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -259,7 +259,7 @@ def drafter_class(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m workloads.html_report",
+        prog="python -m whiflash_workloads.html_report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

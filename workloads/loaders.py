@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from workloads.adapted import BYTE_ORDER_MARK
-from workloads.formats import Item, Record, format_of, reader
-from workloads.schema import SKIP, Session, TraceError
+from whiflash_workloads.adapted import BYTE_ORDER_MARK
+from whiflash_workloads.formats import Item, Record, format_of, reader
+from whiflash_workloads.schema import SKIP, Session, TraceError
 
 MEND = f"mend the file, {SKIP}"
 EMPTY = "give a file with at least one session"

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from workloads.tokens import TIMEOUT_SECONDS, TokenIds, post
+from whiflash_workloads.tokens import TIMEOUT_SECONDS, TokenIds, post
 
 TIE = 1e-5  # gap of the two best logits in float32 that is rounding and nothing else
 

@@ -16,7 +16,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from workloads.schema import Session, ToolMessage
+from whiflash_workloads.schema import Session, ToolMessage
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Replay recorded agent sessions against a server, and measure it.
 
-    python -m workloads.replay TRACE... --base-url http://127.0.0.1:30000 [--concurrency 4] [--report out.html]
+    python -m whiflash_workloads.replay TRACE... --base-url http://127.0.0.1:30000 [--concurrency 4] [--report out.html]
 
 Every recorded assistant turn is asked for. With forced history the recorded messages stand before it, whatever the
 server answered earlier, so that every policy gets the same prompts; with `--history live` the server's own replies take
@@ -21,17 +21,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from workloads import flags, pacing, results
-from workloads.client import ServerUnreachable
-from workloads.display import Display, details, notes
-from workloads.html_report import render
-from workloads.loaders import load_traces
-from workloads.printing import Console, to_readers
-from workloads.provenance import provenance
-from workloads.report import TABLE_WIDTH, Report, Turn, merge, table
-from workloads.runner import Settings, replay_async
-from workloads.schema import Session, TraceError
-from workloads.synthetic import reply_tokens
+from whiflash_workloads import flags, pacing, results
+from whiflash_workloads.client import ServerUnreachable
+from whiflash_workloads.display import Display, details, notes
+from whiflash_workloads.html_report import render
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.printing import Console, to_readers
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.report import TABLE_WIDTH, Report, Turn, merge, table
+from whiflash_workloads.runner import Settings, replay_async
+from whiflash_workloads.schema import Session, TraceError
+from whiflash_workloads.synthetic import reply_tokens
 
 __all__ = ["TABLE_WIDTH", "Report", "merge", "replay", "table"]
 

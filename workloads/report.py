@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from workloads.figures import acceptance_length, by_depth, latencies, percentiles, speculation
-from workloads.slo import Limits, goodput
-from workloads.speculation import RequestFigures
+from whiflash_workloads.figures import acceptance_length, by_depth, latencies, percentiles, speculation
+from whiflash_workloads.slo import Limits, goodput
+from whiflash_workloads.speculation import RequestFigures
 
 Totals = dict[str, Any]
 """The server's counters (`whiflash_sglang/observe.py`): numbers, and dicts of numbers."""

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from workloads.figures import latencies, quantiles
-from workloads.report import Report, Turn
-from workloads.schema import Session
-from workloads.speculation import RequestFigures
+from whiflash_workloads.figures import latencies, quantiles
+from whiflash_workloads.report import Report, Turn
+from whiflash_workloads.schema import Session
+from whiflash_workloads.speculation import RequestFigures
 
 MAX_ASKED = 600  # characters of the message that a traced turn answers
 
@@ -119,7 +119,7 @@ def view(turn: Turn, session: Session) -> View:
 
 def read(path: Path) -> Result:
     """Raises ResultError that names file, field and mend."""
-    mend = "make it with `python -m workloads.replay ... --json-out FILE`"
+    mend = "make it with `python -m whiflash_workloads.replay ... --json-out FILE`"
     try:
         result = Result.model_validate_json(path.read_bytes())
     except OSError as error:

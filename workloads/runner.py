@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from workloads.client import Answer, Sampling, Server, ServerGone, is_connection_failure
-from workloads.fitting import Prompt
-from workloads.history import History
-from workloads.pacing import Arrivals, tool_pause
-from workloads.report import Ending, Report, Totals, Turn, difference
-from workloads.schema import Session
-from workloads.slo import Limits
-from workloads.speculation import RequestFigures
-from workloads.streaming import Times
-from workloads.synthetic import SAMPLE_WORDS, reply_tokens, sample, with_prompts
+from whiflash_workloads.client import Answer, Sampling, Server, ServerGone, is_connection_failure
+from whiflash_workloads.fitting import Prompt
+from whiflash_workloads.history import History
+from whiflash_workloads.pacing import Arrivals, tool_pause
+from whiflash_workloads.report import Ending, Report, Totals, Turn, difference
+from whiflash_workloads.schema import Session
+from whiflash_workloads.slo import Limits
+from whiflash_workloads.speculation import RequestFigures
+from whiflash_workloads.streaming import Times
+from whiflash_workloads.synthetic import SAMPLE_WORDS, reply_tokens, sample, with_prompts
 
 MAX_TOKENS = 256
 TIMEOUT_SECONDS = 600.0

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from workloads.tokens import TIMEOUT_SECONDS, TokenIds
+from whiflash_workloads.tokens import TIMEOUT_SECONDS, TokenIds
 
 IN_FLIGHT = 16
 AT_ONCE = 25  # samples of one request: its prompt is looked up once

@@ -49,7 +49,7 @@ from pydantic import (
     model_validator,
 )
 
-from workloads.adapted import adapted, wire
+from whiflash_workloads.adapted import adapted, wire
 
 SCHEMA_VERSION: Final = 2
 BLOCK_TOKENS = 512  # of one hash id, in Mooncake's traces

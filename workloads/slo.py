@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from workloads.report import Turn
+    from whiflash_workloads.report import Turn
 
 Limits = Mapping[str, float]
 """Milliseconds by name."""

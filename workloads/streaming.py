@@ -6,7 +6,7 @@ import itertools
 import time
 from typing import Any, NamedTuple
 
-from workloads.history import Reply
+from whiflash_workloads.history import Reply
 
 
 class Times(NamedTuple):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 
-from workloads.schema import AssistantMessage, Lengths, Message, Session, UserMessage
+from whiflash_workloads.schema import AssistantMessage, Lengths, Message, Session, UserMessage
 
 WORDS = (
     "the of and to in a is that for it was on are as with his they at be this from have or by one had not but what "

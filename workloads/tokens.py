@@ -16,8 +16,8 @@ from typing import Any
 
 import httpx
 
-from workloads.demo.generate import sessions
-from workloads.report import Totals, difference, sum_of
+from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.report import Totals, difference, sum_of
 
 TIMEOUT_SECONDS = 600.0
 TOKENIZER = Path(__file__).resolve().parents[1] / "whiflash_sglang" / "demo_models" / "target"

@@ -21,13 +21,13 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from pydantic import BaseModel
 
-from agents import ChatWhiFlash
-from agents.desk import connect, conversation, desk_agent, steps
-from agents.figures import acceptance_length, drafter_shares
 from tests.unit.test_desk import EXAMPLES
-from workloads.demo.tasks import Task, first_task, heldout_tasks, judge
-from workloads.demo.world import TOOL_SCHEMAS, Desk
-from workloads.server import running_server
+from whiflash_agents import ChatWhiFlash
+from whiflash_agents.desk import connect, conversation, desk_agent, steps
+from whiflash_agents.figures import acceptance_length, drafter_shares
+from whiflash_workloads.demo.tasks import Task, first_task, heldout_tasks, judge
+from whiflash_workloads.demo.world import TOOL_SCHEMAS, Desk
+from whiflash_workloads.server import running_server
 
 # The suite has coroutines and leaves it to its user to say who runs them.
 NOT_ASYNC = "ignore:.*is marked with '@pytest.mark.asyncio' but it is not an async function"

@@ -18,10 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from whiflash_sglang.health import REQUESTS
 from whiflash_sglang.launch_server import DEMO_MODELS
-from workloads.bench import demo_servers
-from workloads.chaos.poison import FLAGS, WEIGHTS, with_nan
-from workloads.lossless import generate
-from workloads.tokens import heldout_histories, totals
+from whiflash_workloads.bench import demo_servers
+from whiflash_workloads.chaos.poison import FLAGS, WEIGHTS, with_nan
+from whiflash_workloads.lossless import generate
+from whiflash_workloads.tokens import heldout_histories, totals
 
 pytestmark = pytest.mark.e2e
 

@@ -17,7 +17,7 @@ pytest.importorskip("sglang")
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import VOCAB_SIZE, TinyModels, build
-from workloads.server import running_server
+from whiflash_workloads.server import running_server
 
 pytestmark = pytest.mark.e2e
 

@@ -28,8 +28,8 @@ from transformers import AutoTokenizer
 
 from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.training.text import histories
-from workloads.bench import demo_servers
-from workloads.demo.generate import sessions
+from whiflash_workloads.bench import demo_servers
+from whiflash_workloads.demo.generate import sessions
 
 pytestmark = pytest.mark.e2e
 

@@ -19,10 +19,10 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from agents.chat import GATEWAY_HEADER
-from workloads.loaders import load_traces
-from workloads.replay import replay
-from workloads.server import Server, keep_port
+from whiflash_agents.chat import GATEWAY_HEADER
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.replay import replay
+from whiflash_workloads.server import Server, keep_port
 
 pytestmark = pytest.mark.e2e
 

@@ -22,10 +22,10 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from agents.chat import GATEWAY_HEADER
 from tests.e2e.test_gateway import PYTHON
-from workloads import server
-from workloads.demo.generate import sessions
+from whiflash_agents.chat import GATEWAY_HEADER
+from whiflash_workloads import server
+from whiflash_workloads.demo.generate import sessions
 
 pytestmark = pytest.mark.e2e
 

@@ -14,9 +14,9 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from workloads.bench import demo_servers
-from workloads.lossless import compare, generate
-from workloads.tokens import heldout_histories, totals
+from whiflash_workloads.bench import demo_servers
+from whiflash_workloads.lossless import compare, generate
+from whiflash_workloads.tokens import heldout_histories, totals
 
 pytestmark = pytest.mark.e2e
 

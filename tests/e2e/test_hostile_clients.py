@@ -20,11 +20,11 @@ import pytest
 pytest.importorskip("sglang")
 
 from whiflash_sglang.launch_server import DEMO_MODELS
-from workloads.fuzz.cases import cases
-from workloads.fuzz.drive import Reference, fuzz
-from workloads.server import Server, start
-from workloads.tokens import heldout_histories
-from workloads.vitals import load
+from whiflash_workloads.fuzz.cases import cases
+from whiflash_workloads.fuzz.drive import Reference, fuzz
+from whiflash_workloads.server import Server, start
+from whiflash_workloads.tokens import heldout_histories
+from whiflash_workloads.vitals import load
 
 pytestmark = pytest.mark.e2e
 

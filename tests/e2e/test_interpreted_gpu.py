@@ -20,8 +20,8 @@ pytest.importorskip("triton")
 
 from tests.interpreted_gpu import PLAIN_WEIGHTS
 from tests.pretend_cuda_graphs import REPLAYS_FILE
-from workloads.bench import LAUNCHER, Command
-from workloads.bench import servers as side_by_side
+from whiflash_workloads.bench import LAUNCHER, Command
+from whiflash_workloads.bench import servers as side_by_side
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

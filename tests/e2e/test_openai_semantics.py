@@ -45,8 +45,8 @@ from sglang.test.kits.regex_constrained_kit import RegexConstrainedMixin
 from transformers import AutoTokenizer
 
 from whiflash_sglang.launch_server import DEMO_MODELS
-from workloads.demo.generate import sessions
-from workloads.server import Server, start
+from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.server import Server, start
 
 pytestmark = pytest.mark.e2e
 

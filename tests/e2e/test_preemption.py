@@ -14,9 +14,9 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from workloads.bench import demo_servers
-from workloads.tokens import ask, heldout_histories
-from workloads.vitals import wait_until_free
+from whiflash_workloads.bench import demo_servers
+from whiflash_workloads.tokens import ask, heldout_histories
+from whiflash_workloads.vitals import wait_until_free
 
 pytestmark = pytest.mark.e2e
 

@@ -17,9 +17,9 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from workloads.lossless import compare, generate
-from workloads.server import start
-from workloads.tokens import ask, heldout_histories
+from whiflash_workloads.lossless import compare, generate
+from whiflash_workloads.server import start
+from whiflash_workloads.tokens import ask, heldout_histories
 
 pytestmark = pytest.mark.e2e
 

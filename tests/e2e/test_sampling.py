@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.training.continuations import Sampling, continuations, joint_p_value, open_place
-from workloads import sampled
-from workloads.bench import demo_servers
-from workloads.tokens import heldout_histories
+from whiflash_workloads import sampled
+from whiflash_workloads.bench import demo_servers
+from whiflash_workloads.tokens import heldout_histories
 
 pytestmark = pytest.mark.e2e
 

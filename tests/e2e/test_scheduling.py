@@ -17,9 +17,9 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from workloads.bench import demo_servers
-from workloads.tokens import ask, heldout_histories, totals
-from workloads.vitals import flush, load, wait_until_free
+from whiflash_workloads.bench import demo_servers
+from whiflash_workloads.tokens import ask, heldout_histories, totals
+from whiflash_workloads.vitals import flush, load, wait_until_free
 
 pytestmark = pytest.mark.e2e
 

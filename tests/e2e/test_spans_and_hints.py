@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.training.text import SPANS, histories, span_labels
-from workloads.demo.generate import sessions
-from workloads.server import running_server
+from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.server import running_server
 
 pytestmark = pytest.mark.e2e
 

@@ -25,7 +25,7 @@ from tests.e2e.dumping_server import FOLDER
 from whiflash_sglang.training.distill import load_drafters
 from whiflash_sglang.training.drafters import judge
 from whiflash_sglang.training.layers import Rope
-from workloads.server import start
+from whiflash_workloads.server import start
 
 pytestmark = pytest.mark.e2e
 

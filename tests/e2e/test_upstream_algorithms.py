@@ -25,11 +25,11 @@ from tests.e2e.test_interpreted_gpu import WAIT
 from tests.interpreted_gpu import PLAIN_WEIGHTS
 from tests.scripts import load_script
 from whiflash_sglang.training import bundled
-from workloads.bench import LAUNCHER, Command
-from workloads.bench import servers as side_by_side
-from workloads.gpu.judge import UPSTREAM, acceptance_length
-from workloads.pressure import WINDOW
-from workloads.tokens import Streamed, stream
+from whiflash_workloads.bench import LAUNCHER, Command
+from whiflash_workloads.bench import servers as side_by_side
+from whiflash_workloads.gpu.judge import UPSTREAM, acceptance_length
+from whiflash_workloads.pressure import WINDOW
+from whiflash_workloads.tokens import Streamed, stream
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -27,10 +27,10 @@ from whiflash_sglang.training.distill import load_drafters
 from whiflash_sglang.training.drafters import judge
 from whiflash_sglang.training.replies import dflash_lengths, eagle3_lengths
 from whiflash_sglang.training.text import histories
-from workloads.bench import LAUNCHER, Command
-from workloads.bench import servers as side_by_side
-from workloads.demo.generate import sessions
-from workloads.lossless import compare, generate
+from whiflash_workloads.bench import LAUNCHER, Command
+from whiflash_workloads.bench import servers as side_by_side
+from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.lossless import compare, generate
 
 pytestmark = pytest.mark.e2e
 

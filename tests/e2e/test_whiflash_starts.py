@@ -24,10 +24,10 @@ from transformers import AutoTokenizer
 from tests.zygote import python_m
 from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.training.text import histories
-from workloads import server as server_module
-from workloads.demo.generate import sessions
-from workloads.lossless import generate
-from workloads.server import Server, start
+from whiflash_workloads import server as server_module
+from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.lossless import generate
+from whiflash_workloads.server import Server, start
 
 pytestmark = pytest.mark.e2e
 

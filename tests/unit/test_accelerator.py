@@ -26,7 +26,7 @@ from whiflash_sglang.accelerator import (
 from whiflash_sglang.checkpoints import DrafterSpec, TargetSpec, load_drafter_spec, load_target_spec
 from whiflash_sglang.config import ENVIRONMENT_VARIABLE, WhiFlashConfig
 from whiflash_sglang.errors import CheckpointError, ConfigError
-from workloads.gpu.shapes import QWEN3_8B, write_models
+from whiflash_workloads.gpu.shapes import QWEN3_8B, write_models
 
 
 @pytest.fixture(scope="module")

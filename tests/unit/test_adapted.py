@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from workloads.adapted import adapted
-from workloads.export import rows
-from workloads.loaders import load_traces
-from workloads.schema import Session, to_openai
+from whiflash_workloads.adapted import adapted
+from whiflash_workloads.export import rows
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.schema import Session, to_openai
 
 Json = dict[str, Any]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from agents import ChatWhiFlash
 from tests.fake_openai import BASE_URL, FakeOpenAI
 from tests.scripts import load_script
-from workloads.demo.expert import Session, plan
-from workloads.demo.tasks import Task, first_task
+from whiflash_agents import ChatWhiFlash
+from whiflash_workloads.demo.expert import Session, plan
+from whiflash_workloads.demo.tasks import Task, first_task
 
 CANCEL = 17  # a seed whose first task is to cancel an order
 FIGURES = {"rounds": 4, "rounds_by_drafter": {"df": 4}, "accepted_by_drafter": {"df": 12}, "switches": 0}

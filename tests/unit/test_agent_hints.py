@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from agents.hints import HintError, Hints, hints_in
+from whiflash_agents.hints import HintError, Hints, hints_in
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from whiflash_sglang.observe import STEPS
 from whiflash_sglang.router.entropy import EntropyScore
 from whiflash_sglang.safetensors_header import read_headers, weight_bytes
 from whiflash_sglang.types import CatchUp, HostRows, Proposal
-from workloads.gpu import forced, judge
-from workloads.gpu.forced import ForcedAcceptance, ForcedChoices, Recording
-from workloads.gpu.shapes import QWEN3_8B, TINY, ModelShape, write_models
-from workloads.tokens import Streamed, stream
+from whiflash_workloads.gpu import forced, judge
+from whiflash_workloads.gpu.forced import ForcedAcceptance, ForcedChoices, Recording
+from whiflash_workloads.gpu.shapes import QWEN3_8B, TINY, ModelShape, write_models
+from whiflash_workloads.tokens import Streamed, stream
 
 # ------------------------------------------------------------------------------------------------------------- shapes
 

@@ -18,9 +18,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tests.scripts import load_script
-from workloads.chaos.client import MAX_FAULTS, Client, hear
-from workloads.chaos.hearing import Ear, Heard, message_of
-from workloads.chaos.mix import (
+from whiflash_workloads.chaos.client import MAX_FAULTS, Client, hear
+from whiflash_workloads.chaos.hearing import Ear, Heard, message_of
+from whiflash_workloads.chaos.mix import (
     BAD,
     CHAT,
     COMPLETIONS,
@@ -36,9 +36,9 @@ from workloads.chaos.mix import (
     pool_for,
     with_logprobs,
 )
-from workloads.chaos.reference import collect, smallest_gap
-from workloads.chaos.verdicts import FAULTS, MAX_BEHIND, Tally, judge
-from workloads.history import Reply
+from whiflash_workloads.chaos.reference import collect, smallest_gap
+from whiflash_workloads.chaos.verdicts import FAULTS, MAX_BEHIND, Tally, judge
+from whiflash_workloads.history import Reply
 
 TEXT = "Order 1042 is shipped."
 QUESTIONS = [Question([5, 6, 7 + i], f"question {i}", [{"role": "user", "content": f"{i}"}], []) for i in range(12)]

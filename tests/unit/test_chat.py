@@ -12,8 +12,8 @@ import pytest
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
 from pydantic import BaseModel, ValidationError
 
-from agents import ChatWhiFlash, HintError, Hints
 from tests.fake_openai import BASE_URL, USAGE, FakeOpenAI
+from whiflash_agents import ChatWhiFlash, HintError, Hints
 
 FIGURES = {
     "rounds": 4,
@@ -332,7 +332,7 @@ def test_other_replies_are_not_said_to_lack_a_call(
 @pytest.mark.parametrize("way", WAYS)
 def test_a_route_that_is_not_there_is_asked_for_rarely(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gateway may let every such request wait for its time limit."""
-    monkeypatch.setattr("agents.figures.MOST_PASSED_OVER", 4)
+    monkeypatch.setattr("whiflash_agents.figures.MOST_PASSED_OVER", 4)
     server = FakeOpenAI([REPLY] * 20, failure=httpx.ReadTimeout("too late"))
     model = model_of(server)
     asked = []

@@ -10,7 +10,7 @@ pytest.importorskip("langchain_tests")
 
 from langchain_tests.unit_tests import ChatModelUnitTests
 
-from agents import ChatWhiFlash
+from whiflash_agents import ChatWhiFlash
 
 
 class TestStandard(ChatModelUnitTests):

@@ -7,7 +7,7 @@ import asyncio
 import httpx
 import pytest
 
-from workloads.client import Sampling, Server, ServerUnreachable
+from whiflash_workloads.client import Sampling, Server, ServerUnreachable
 
 GATEWAY, ONE, TWO = "http://gateway", "http://one", "http://two"
 

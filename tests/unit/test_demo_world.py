@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from workloads.demo.expert import solve
-from workloads.demo.generate import FIRST_SEED, MAX_SESSIONS, sessions
-from workloads.demo.world import Desk
-from workloads.loaders import load_traces
+from whiflash_workloads.demo.expert import solve
+from whiflash_workloads.demo.generate import FIRST_SEED, MAX_SESSIONS, sessions
+from whiflash_workloads.demo.world import Desk
+from whiflash_workloads.loaders import load_traces
 
 BUNDLED = Path(__file__).parents[2] / "workloads" / "demo" / "traces" / "heldout.jsonl"
 

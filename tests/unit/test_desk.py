@@ -14,14 +14,14 @@ from langchain_core.messages import AIMessage
 from langgraph.errors import GraphRecursionError
 from rich.console import Console
 
-from agents import ChatWhiFlash, desk
-from agents.desk import desk_agent, measured, show, steps
-from agents.figures import acceptance_length, drafter_shares
 from tests.fake_openai import BASE_URL, FakeOpenAI
-from workloads.demo.expert import Session, plan
-from workloads.demo.tasks import first_task, judge, state_of
-from workloads.demo.world import TOOL_SCHEMAS, Desk
-from workloads.server import free_port
+from whiflash_agents import ChatWhiFlash, desk
+from whiflash_agents.desk import desk_agent, measured, show, steps
+from whiflash_agents.figures import acceptance_length, drafter_shares
+from whiflash_workloads.demo.expert import Session, plan
+from whiflash_workloads.demo.tasks import first_task, judge, state_of
+from whiflash_workloads.demo.world import TOOL_SCHEMAS, Desk
+from whiflash_workloads.server import free_port
 
 FIGURES = {
     "rounds": 4,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from workloads.display import Display
-from workloads.report import Turn
+from whiflash_workloads.display import Display
+from whiflash_workloads.report import Turn
 
 
 def turn(error: str | None = None) -> Turn:

@@ -34,7 +34,7 @@ from whiflash_sglang.training.continuations import (
 )
 from whiflash_sglang.training.models import ModelPaths, Models, load_models
 from whiflash_sglang.types import Accepted, Proposal
-from workloads.tokens import heldout_histories
+from whiflash_workloads.tokens import heldout_histories
 
 LENGTH = 3
 WIDTH = LENGTH + 1  # columns beyond cannot change the first tokens

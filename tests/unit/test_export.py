@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.unit.test_formats import AGENTIC, ANSWER, ASK, CALLING, OUTPUT, TALK, TOOLS, requests, write
-from workloads.export import main, rows
-from workloads.loaders import load_traces
-from workloads.schema import AssistantMessage, Session, ToolMessage
+from whiflash_workloads.export import main, rows
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.schema import AssistantMessage, Session, ToolMessage
 
 Json = dict[str, Any]
 BUNDLED = Path(__file__).parents[2] / "workloads" / "demo" / "traces" / "heldout.jsonl"

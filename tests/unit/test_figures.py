@@ -6,10 +6,18 @@ from typing import Any
 
 import pytest
 
-from workloads import slo
-from workloads.figures import by_depth, depth_label, depth_labels, latencies, percentiles, quantiles, speculation
-from workloads.report import Report, Turn, merge
-from workloads.speculation import RequestFigures
+from whiflash_workloads import slo
+from whiflash_workloads.figures import (
+    by_depth,
+    depth_label,
+    depth_labels,
+    latencies,
+    percentiles,
+    quantiles,
+    speculation,
+)
+from whiflash_workloads.report import Report, Turn, merge
+from whiflash_workloads.speculation import RequestFigures
 
 
 def turn(**changes: Any) -> Turn:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workloads.fitting import Message, Prompt, PromptTooLong, fit, joined, shorten, split_turns, upper_bound
+from whiflash_workloads.fitting import Message, Prompt, PromptTooLong, fit, joined, shorten, split_turns, upper_bound
 
 SYSTEM = {"role": "system", "content": "be helpful"}
 TASK = {"role": "user", "content": "find order seven"}

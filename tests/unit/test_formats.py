@@ -11,9 +11,17 @@ from typing import Any
 import pytest
 
 from tests.unit.test_loaders import SWE_AGENT
-from workloads.formats import format_of
-from workloads.loaders import load_traces
-from workloads.schema import AssistantMessage, Lengths, Session, ToolMessage, TraceError, UserMessage, to_openai
+from whiflash_workloads.formats import format_of
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.schema import (
+    AssistantMessage,
+    Lengths,
+    Session,
+    ToolMessage,
+    TraceError,
+    UserMessage,
+    to_openai,
+)
 
 Json = dict[str, Any]
 
@@ -67,7 +75,8 @@ def test_formats_are_told_apart(record: Json, name: str | None) -> None:
 
 
 def test_readers_are_imported_when_a_file_needs_them() -> None:
-    program = "import sys, workloads.loaders; print([m for m in sys.modules if m.startswith('workloads.formats.')])"
+    readers = "[name for name in sys.modules if name.startswith('whiflash_workloads.formats.')]"
+    program = f"import sys, whiflash_workloads.loaders; print({readers})"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -9,8 +9,18 @@ import time
 import pytest
 
 from tests.stub_server import StubServer
-from workloads.fuzz.cases import Case, cases, encoded
-from workloads.fuzz.drive import BROKEN, LEFT, Outcome, Reference, answered, attack, error_in, judge, last_error
+from whiflash_workloads.fuzz.cases import Case, cases, encoded
+from whiflash_workloads.fuzz.drive import (
+    BROKEN,
+    LEFT,
+    Outcome,
+    Reference,
+    answered,
+    attack,
+    error_in,
+    judge,
+    last_error,
+)
 
 POST = Case("POST", "/generate", b"{}")
 

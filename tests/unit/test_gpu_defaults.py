@@ -16,7 +16,7 @@ from whiflash_sglang.checkpoints import load_drafter_spec, load_target_spec
 from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.host import WhiFlashAlgorithm
-from workloads.gpu.shapes import QWEN3_8B, write_models
+from whiflash_workloads.gpu.shapes import QWEN3_8B, write_models
 
 
 def algorithm() -> WhiFlashAlgorithm:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.sessions import CALL, session
-from workloads.history import History, Reply
+from whiflash_workloads.history import History, Reply
 
 CALLS = (("own-1", "find_order", '{"id": 7}'), ("own-2", "find_order", "{}"))
 

@@ -12,10 +12,10 @@ import pytest
 from tests.report_world import POLICIES, result
 from tests.sessions import session
 from tests.stub_server import StubServer
-from workloads import html_report, replay
-from workloads.charts import bars, number, panel, scale
-from workloads.html_report import render, warnings
-from workloads.results import Result, ResultError, read
+from whiflash_workloads import html_report, replay
+from whiflash_workloads.charts import bars, number, panel, scale
+from whiflash_workloads.html_report import render, warnings
+from whiflash_workloads.results import Result, ResultError, read
 
 
 def changed(original: Result, **figures: Any) -> Result:
@@ -157,7 +157,7 @@ def test_a_replay_in_which_nothing_was_answered_still_has_a_page() -> None:
     """The figures are all None or nought then."""
     with StubServer(fail=dict.fromkeys(range(9), "500")) as stub:
         report = replay.replay([session()], stub.base_url)
-    from workloads.results import detail
+    from whiflash_workloads.results import detail
 
     figures = report.figures() | {"sessions": 1, "skipped": 0}
     original = result("off", 1)
@@ -230,7 +230,7 @@ def test_other_files_are_refused(
     assert html_report.main([str(path), "--out", str(tmp_path / "out.html")]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: RESULT {path}: {said}")
-    assert "make it with `python -m workloads.replay ... --json-out FILE`" in error
+    assert "make it with `python -m whiflash_workloads.replay ... --json-out FILE`" in error
 
 
 def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,9 +25,9 @@ from whiflash_sglang.launch_server import build_argv
 from whiflash_sglang.priors import Priors, save_priors
 from whiflash_sglang.router.artefact import NeuralRouter, save_router
 from whiflash_sglang.router.neural import Network
-from workloads.demo.expert import SYSTEM
-from workloads.demo.world import TOOL_SCHEMAS
-from workloads.server import free_port
+from whiflash_workloads.demo.expert import SYSTEM
+from whiflash_workloads.demo.world import TOOL_SCHEMAS
+from whiflash_workloads.server import free_port
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from workloads.loaders import load_traces
-from workloads.schema import Session, TraceError, to_openai
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.schema import Session, TraceError, to_openai
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "traces"
 

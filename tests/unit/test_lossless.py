@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workloads.lossless import Difference
+from whiflash_workloads.lossless import Difference
 
 TIED = ((-0.7, 10), (-0.700001, 20))
 

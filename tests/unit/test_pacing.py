@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.sessions import CALL, session
-from workloads.pacing import Arrivals, parse_arrivals, parse_tool_time, tool_pause, untimed_outputs
+from whiflash_workloads.pacing import Arrivals, parse_arrivals, parse_tool_time, tool_pause, untimed_outputs
 
 
 def timed(name: str, start: float | None) -> Any:

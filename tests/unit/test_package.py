@@ -67,7 +67,7 @@ def modules_of(package: str) -> list[str]:
     return [name for name in names if not name.endswith("__main__")]
 
 
-@pytest.mark.parametrize("package", ["agents", "workloads"])
+@pytest.mark.parametrize("package", ["whiflash_agents", "whiflash_workloads"])
 def test_clients_import_neither_sglang_nor_torch(package: str) -> None:
     assert imports_of("import " + ", ".join(modules_of(package)), {"sglang", "torch", "transformers"}) == []
 

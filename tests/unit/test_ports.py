@@ -9,7 +9,7 @@ import pytest
 
 from whiflash_sglang import ports
 from whiflash_sglang.errors import ConfigError
-from workloads.server import free_port
+from whiflash_workloads.server import free_port
 
 
 @pytest.fixture

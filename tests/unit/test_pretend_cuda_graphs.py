@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from workloads import server
+from whiflash_workloads import server
 
 
 @pytest.mark.slow

@@ -51,24 +51,24 @@ def test_a_replay_has_written_its_files(trace: Path, fail: dict[int, str], statu
     out, page = trace.with_name("out.json"), trace.with_name("out.html")
     with StubServer(fail=fail) as stub:
         flags = ("--base-url", stub.base_url, "--json-out", out, "--report", page)
-        done = unread("-m", "workloads.replay", trace, *flags)
+        done = unread("-m", "whiflash_workloads.replay", trace, *flags)
     assert (done.returncode, json.loads(out.read_text())["figures"]["turns"]) == (status, 2)
     assert page.read_text().startswith("<!doctype html>")
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
-    combined = unread("-m", "workloads.html_report", out, "--out", trace.with_name("all.html"))
+    combined = unread("-m", "whiflash_workloads.html_report", out, "--out", trace.with_name("all.html"))
     assert (combined.returncode, combined.stderr) == (0, "")
     assert trace.with_name("all.html").stat().st_size
 
 
 def test_an_export_has_written_its_file(trace: Path) -> None:
-    done = unread("-m", "workloads.export", trace, "--out", trace.with_name("out.jsonl"))
+    done = unread("-m", "whiflash_workloads.export", trace, "--out", trace.with_name("out.jsonl"))
     assert (done.returncode, done.stderr) == (0, "")
     assert len(trace.with_name("out.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_benchmark_has_written_its_results(tmp_path: Path) -> None:
-    program = "import sys; from pathlib import Path; from workloads.bench import finish\n"
+    program = "import sys; from pathlib import Path; from whiflash_workloads.bench import finish\n"
     program += "finish({'benchmark': 'x'}, Path(sys.argv[1]), 'it failed')"
     done = unread("-c", program, tmp_path / "out.json")
     assert (done.returncode, done.stderr) == (1, "it failed\n")
@@ -78,7 +78,7 @@ def test_a_benchmark_has_written_its_results(tmp_path: Path) -> None:
 def test_what_a_replay_changed_is_in_its_json(
     trace: Path, stub: StubServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from workloads import replay
+    from whiflash_workloads import replay
 
     old = {"role": "assistant", "content": None, "function_call": CALL["function"]}
     messages = [{"role": "user", "content": "Where?"}, old, {"role": "function", "name": "find_order", "content": "x"}]

@@ -25,14 +25,14 @@ from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, InternalServerError, OpenAI, OpenAIError
 
 from tests.chat_upstream import ChatUpstream
-from workloads.loaders import load_traces
-from workloads.record import AsyncRecordingTransport, Recorder, RecordError, RecordingTransport
-from workloads.record.proxy import build_app
-from workloads.record.recorder import without_secrets
-from workloads.record.reply import NotWhole, read_reply
-from workloads.replay import replay
-from workloads.schema import AssistantMessage, Session
-from workloads.schema import ToolMessage as ToolOutput
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.record import AsyncRecordingTransport, Recorder, RecordError, RecordingTransport
+from whiflash_workloads.record.proxy import build_app
+from whiflash_workloads.record.recorder import without_secrets
+from whiflash_workloads.record.reply import NotWhole, read_reply
+from whiflash_workloads.replay import replay
+from whiflash_workloads.schema import AssistantMessage, Session
+from whiflash_workloads.schema import ToolMessage as ToolOutput
 
 Json = dict[str, Any]
 
@@ -529,7 +529,7 @@ def test_other_routes_are_passed_on(tmp_path: Path) -> None:
 
 def test_compressed_replies_are_read() -> None:
     """An upstream may compress although it was asked not to."""
-    from workloads.record.recorder import Exchange
+    from whiflash_workloads.record.recorder import Exchange
 
     document = b'{"choices": [{"message": {"content": "yes"}}]}'
     written: list[Any] = []
@@ -610,7 +610,7 @@ def test_every_turn_is_in_the_file_when_it_has_ended(tmp_path: Path) -> None:
     """A killed process has written all turns but the one in flight."""
     program = """
 import os, sys
-from workloads.record import Recorder
+from whiflash_workloads.record import Recorder
 recorder = Recorder(sys.argv[1])
 for text in "abc":
     exchange = recorder.begin(b'{"messages": [{"role": "user", "content": "%s"}]}' % text.encode(), None)
@@ -678,8 +678,8 @@ def test_upstreams_that_do_not_answer(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def command(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`python -m workloads.record`, and the first line that it prints."""
-    words = [sys.executable, "-m", "workloads.record", *map(str, arguments)]
+    """`python -m whiflash_workloads.record`, and the first line that it prints."""
+    words = [sys.executable, "-m", "whiflash_workloads.record", *map(str, arguments)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -728,7 +728,7 @@ def test_an_upstream_that_is_not_there_yet_is_said_at_the_start(tmp_path: Path) 
 def test_bad_flags_are_refused(tmp_path: Path, changed: Json, said: str) -> None:
     flags = {"--upstream": "http://127.0.0.1:9", "--port": "0", "--out": str(tmp_path / "a")} | changed
     words = [part for flag in flags.items() for part in flag]
-    result = subprocess.run([sys.executable, "-m", "workloads.record", *words], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "whiflash_workloads.record", *words], capture_output=True, text=True)
     assert result.returncode == 2
     assert said in result.stderr and "secret" not in result.stderr and "Traceback" not in result.stderr
 
@@ -737,7 +737,9 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         words = ["--upstream", "http://127.0.0.1:9", "--port", port, "--out", str(tmp_path / "a")]
-        result = subprocess.run([sys.executable, "-m", "workloads.record", *words], capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, "-m", "whiflash_workloads.record", *words], capture_output=True, text=True
+        )
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: --port {port}: cannot be listened on (Address already in use)")
 

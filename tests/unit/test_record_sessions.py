@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from workloads.record import sessions
-from workloads.record.sessions import FORGET_AFTER_S, SessionBook
+from whiflash_workloads.record import sessions
+from whiflash_workloads.record.sessions import FORGET_AFTER_S, SessionBook
 
 REPLY = {"role": "assistant", "content": "yes"}
 

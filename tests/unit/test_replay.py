@@ -16,12 +16,12 @@ import pytest
 
 from tests.sessions import CALL, TOOL, session
 from tests.stub_server import StubServer
-from workloads import replay as module
-from workloads.fitting import MARK, PromptTooLong, fit
-from workloads.loaders import load_traces
-from workloads.provenance import provenance
-from workloads.replay import Report, merge, replay, table
-from workloads.report import Turn
+from whiflash_workloads import replay as module
+from whiflash_workloads.fitting import MARK, PromptTooLong, fit
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.provenance import provenance
+from whiflash_workloads.replay import Report, merge, replay, table
+from whiflash_workloads.report import Turn
 
 ALL_WORDS = " ".join(f"word-{i}" for i in range(1, 7))
 
@@ -424,7 +424,7 @@ def test_the_base_url_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_ctrl_c_while_a_script_replays_ends_the_script() -> None:
     """A script that replays block by block must not take half a block for a whole one, and go on."""
-    program = "import sys; from workloads.replay import replay; from tests.sessions import session;"
+    program = "import sys; from whiflash_workloads.replay import replay; from tests.sessions import session;"
     program += "replay([session()], sys.argv[1]); print('went on')"
     with StubServer(fail={0: "stall"}) as stub:
         process = subprocess.Popen(
@@ -453,7 +453,7 @@ def test_ctrl_c_ends_without_a_traceback(trace: Path) -> None:
     """What there is, is printed and written: here one turn of six; the next one hangs."""
     out = trace.with_name("out.json")
     with StubServer(fail=dict.fromkeys(range(1, 9), "stall")) as stub:
-        command = [sys.executable, "-m", "workloads.replay", str(trace), "--base-url", stub.base_url]
+        command = [sys.executable, "-m", "whiflash_workloads.replay", str(trace), "--base-url", stub.base_url]
         process = subprocess.Popen(
             [*command, "--json-out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -477,7 +477,7 @@ def test_provenance_of_this_checkout() -> None:
 
 
 def test_importing_the_replay_loads_neither_sglang_nor_torch() -> None:
-    program = "import sys, workloads.replay; print([m for m in ('torch', 'sglang') if m in sys.modules])"
+    program = "import sys, whiflash_workloads.replay; print([m for m in ('torch', 'sglang') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

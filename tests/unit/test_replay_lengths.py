@@ -11,11 +11,11 @@ import pytest
 from tests.report_world import result
 from tests.sessions import session
 from tests.stub_server import StubServer
-from workloads import replay as module
-from workloads.html_report import render
-from workloads.replay import merge, replay
-from workloads.schema import Session
-from workloads.synthetic import sample
+from whiflash_workloads import replay as module
+from whiflash_workloads.html_report import render
+from whiflash_workloads.replay import merge, replay
+from whiflash_workloads.schema import Session
+from whiflash_workloads.synthetic import sample
 
 NO_FIGURES = {"turns": 0, "by_drafter": {}, "by_span": {}, "by_context_kind": {}, "by_tool": {}}
 

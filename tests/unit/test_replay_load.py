@@ -38,7 +38,7 @@ def test_a_thousand_sessions(tmp_path: Path) -> None:
             # A kilobyte to carry for each turn, so that keeping what is done would show.
             made["messages"][3]["content"] = "text " * 200
             out.write(json.dumps(made) + "\n")
-    command = [sys.executable, "-m", "workloads.replay", str(trace), "--concurrency", str(CONCURRENCY)]
+    command = [sys.executable, "-m", "whiflash_workloads.replay", str(trace), "--concurrency", str(CONCURRENCY)]
     with StubServer() as stub, (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(
             [*command, "--base-url", stub.base_url, "--no-turn-figures"], stdout=said, stderr=subprocess.STDOUT

@@ -11,11 +11,11 @@ import pytest
 
 from tests.sessions import CALL, session
 from tests.stub_server import StubServer
-from workloads import client, runner
-from workloads import replay as module
-from workloads.pacing import Arrivals
-from workloads.replay import replay
-from workloads.schema import Session
+from whiflash_workloads import client, runner
+from whiflash_workloads import replay as module
+from whiflash_workloads.pacing import Arrivals
+from whiflash_workloads.replay import replay
+from whiflash_workloads.schema import Session
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from workloads.report import TABLE_WIDTH, Report, Totals, Turn, difference, merge, sum_of, table
+from whiflash_workloads.report import TABLE_WIDTH, Report, Totals, Turn, difference, merge, sum_of, table
 
 BEFORE: Totals = {
     "rounds": 10,

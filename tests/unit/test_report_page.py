@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.report_world import POLICIES, result
-from workloads.html_report import render
-from workloads.results import Result
+from whiflash_workloads.html_report import render
+from whiflash_workloads.results import Result
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed (extra `dev`)")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from workloads.fitting import shorten
-from workloads.loaders import load_traces
-from workloads.schema import AssistantMessage, Session, ToolMessage, TraceError, UserMessage, to_openai
+from whiflash_workloads.fitting import shorten
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.schema import AssistantMessage, Session, ToolMessage, TraceError, UserMessage, to_openai
 
 Json = dict[str, Any]
 

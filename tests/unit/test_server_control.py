@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from workloads import server as module
-from workloads.server import Server, ServerError, free_port, keep_port, running_server, start
+from whiflash_workloads import server as module
+from whiflash_workloads.server import Server, ServerError, free_port, keep_port, running_server, start
 
 STUBBORN = "tests.stubborn_server"
 

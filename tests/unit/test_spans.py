@@ -97,7 +97,7 @@ def test_demo_replies_have_the_spans_that_the_drafters_are_trained_with(session:
 
     from whiflash_sglang.launch_server import DEMO_MODELS
     from whiflash_sglang.training.text import SPANS, render
-    from workloads.demo.generate import sessions
+    from whiflash_workloads.demo.generate import sessions
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODELS / "target")
     ids, labels = render(list(sessions("heldout", 6))[session], tokenizer)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.stub_server import StubServer
-from workloads.loaders import load_traces
-from workloads.replay import replay
-from workloads.schema import Lengths
-from workloads.synthetic import SAMPLE_WORDS, sample, synthetic_prompt
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.replay import replay
+from whiflash_workloads.schema import Lengths
+from whiflash_workloads.synthetic import SAMPLE_WORDS, sample, synthetic_prompt
 
 
 def words(tokens: int, *hash_ids: int, name: str = "a", tokens_per_word: float = 1.0) -> list[str]:
@@ -56,8 +56,8 @@ def test_what_lies_behind_the_hashed_blocks_is_not_shared() -> None:
 
 def test_a_prompt_is_the_same_in_every_process() -> None:
     program = """
-from workloads.schema import Lengths
-from workloads.synthetic import synthetic_prompt
+from whiflash_workloads.schema import Lengths
+from whiflash_workloads.synthetic import synthetic_prompt
 print(synthetic_prompt(Lengths(input_tokens=600, hash_ids=[1, 2]), "a"))
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

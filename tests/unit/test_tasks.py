@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from workloads.demo.expert import TASKS, solve
-from workloads.demo.tasks import Task, first_task, heldout_tasks, judge, says
-from workloads.demo.world import Desk
+from whiflash_workloads.demo.expert import TASKS, solve
+from whiflash_workloads.demo.tasks import Task, first_task, heldout_tasks, judge, says
+from whiflash_workloads.demo.world import Desk
 
 
 def done(task: Task) -> Desk:

@@ -16,7 +16,7 @@ from whiflash_sglang.training.models import ModelPaths, load_models
 from whiflash_sglang.training.replies import positions, prompts_of, served_replies
 from whiflash_sglang.training.router_data import Record
 from whiflash_sglang.training.walk import gather
-from workloads.tokens import TokenIds
+from whiflash_workloads.tokens import TokenIds
 
 PATHS = ModelPaths(DEMO_MODELS / "target", DEMO_MODELS / "dflash", DEMO_MODELS / "eagle3", WhiFlashConfig.eagle_steps)
 CALIBRATION, ROUTER, PRIORS = (str(DEMO_MODELS / name) for name in ("calibration.json", "router", "priors.json"))

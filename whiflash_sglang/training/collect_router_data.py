@@ -4,8 +4,8 @@
 
 The target continues every recorded history with a greedy reply of its own, which is the text that a server would
 verify; at every position of it both drafters are asked for drafts, on the features of one forward of that text. Traces
-are whatever `workloads.replay` reads. With `--base-url` a running server of the same target writes the replies, which
-is many times as fast; its text is the same. Goes on where it was interrupted; `router_data.py` describes the files.
+are whatever `whiflash_workloads.replay` reads. With `--base-url` a running server of the same target writes the same
+replies many times faster. An interrupted run is resumed; `router_data.py` describes the files.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from whiflash_sglang.errors import ConfigError, WhiFlashError
 from whiflash_sglang.training.models import Models, add_arguments, load_models, paths_of
 from whiflash_sglang.training.replies import greedy_replies, positions, prompts_of, served_replies
 from whiflash_sglang.training.router_data import Record, shard_path, write_manifest, write_shard
-from workloads.loaders import load_traces
-from workloads.printing import to_readers
-from workloads.schema import Session, TraceError, to_openai
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.printing import to_readers
+from whiflash_workloads.schema import Session, TraceError, to_openai
 
 SESSIONS_PER_SHARD = 16
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from whiflash_sglang.training.drafters import DFlash, Eagle3, Verdict, judge
 from whiflash_sglang.training.text import Example, histories, span_labels
-from workloads.tokens import ask
+from whiflash_workloads.tokens import ask
 
 CONTEXT_KINDS = ("user", "tool_output")
 

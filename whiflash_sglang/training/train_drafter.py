@@ -6,8 +6,8 @@
 The drafter is distilled from the target's own choices on the recorded sessions (`distill.py`), starts from the
 target's own layers, and is written in the format in which EAGLE-3 and DFlash drafters are published: a folder for
 `--whiflash-eagle-draft` or `--speculative-draft-model-path`. Seeded; goes on from its last checkpoint when it is
-started again. Traces are whatever `workloads.replay` reads: some thousands of sessions for a drafter that is worth
-serving, and for both drafters the same. The target's head must be a matrix of its own or tied; a DFlash drafter takes
+started again. Traces are whatever `whiflash_workloads.replay` reads: some thousands of sessions for a drafter that is
+worth serving, the same for both drafters. The target's head must be a matrix of its own or tied; a DFlash drafter takes
 the layers of a Qwen3 target (with norms of queries and keys). What it reaches is told by `collect_router_data` and
 `calibrate`.
 """
@@ -40,9 +40,9 @@ from whiflash_sglang.training.distill import (
     train_eagle3,
 )
 from whiflash_sglang.training.loop import Result, Settings
-from workloads.loaders import load_traces
-from workloads.printing import to_readers
-from workloads.schema import TraceError
+from whiflash_workloads.loaders import load_traces
+from whiflash_workloads.printing import to_readers
+from whiflash_workloads.schema import TraceError
 
 
 class Recipe(NamedTuple):

@@ -27,7 +27,7 @@ from whiflash_sglang.router.artefact import NeuralRouter, save_router
 from whiflash_sglang.router.neural import Network
 from whiflash_sglang.training.router_data import Record, RouterData, load_router_data
 from whiflash_sglang.training.walk import EQUAL_COSTS, best_threshold, by_worth, gather, lengths_of, walk
-from workloads.printing import to_readers
+from whiflash_workloads.printing import to_readers
 
 MIN_SESSIONS = 16
 VALIDATION_SHARE = 0.15

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from workloads.chaos.hearing import Ear, Heard
-from workloads.chaos.mix import Draw, Request
-from workloads.chaos.verdicts import FAULTS, Expected, Tally
+from whiflash_workloads.chaos.hearing import Ear, Heard
+from whiflash_workloads.chaos.mix import Draw, Request
+from whiflash_workloads.chaos.verdicts import FAULTS, Expected, Tally
 
 JSON = {"Content-Type": "application/json"}
 MAX_FAULTS = 20  # enough to see what is wrong; a server that is gone is not asked a thousand times

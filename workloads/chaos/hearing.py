@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from workloads.chaos.mix import CHAT, GENERATE
-from workloads.history import Reply
+from whiflash_workloads.chaos.mix import CHAT, GENERATE
+from whiflash_workloads.history import Reply
 
 DONE = "[DONE]"
 MAX_ERROR = 300  # characters of a message that are kept

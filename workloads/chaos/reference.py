@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from workloads.chaos.client import hear_all
-from workloads.chaos.hearing import Heard
-from workloads.chaos.mix import CHAT, GENERATE, Request, as_stream, with_logprobs
-from workloads.chaos.verdicts import Replies
+from whiflash_workloads.chaos.client import hear_all
+from whiflash_workloads.chaos.hearing import Heard
+from whiflash_workloads.chaos.mix import CHAT, GENERATE, Request, as_stream, with_logprobs
+from whiflash_workloads.chaos.verdicts import Replies
 
 NEAR = 1e-4  # gap of the two best logits; rounding moves them in the sixth digit
 

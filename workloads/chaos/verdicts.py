@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from workloads.chaos.hearing import Heard
-from workloads.chaos.mix import Request
-from workloads.history import Reply
+from whiflash_workloads.chaos.hearing import Heard
+from whiflash_workloads.chaos.mix import Request
+from whiflash_workloads.history import Reply
 
 Verdict = Literal[
     "right",  # the ask's text

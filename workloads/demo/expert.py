@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from workloads.demo.world import TOOL_SCHEMAS, USUAL, Desk, Lexicon
+from whiflash_workloads.demo.world import TOOL_SCHEMAS, USUAL, Desk, Lexicon
 
 SYSTEM = "You run an order desk. Think first, use the tools, and answer only with what they show."
 

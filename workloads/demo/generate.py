@@ -1,6 +1,6 @@
 """Write sessions of the scripted expert as traces, one JSON line each.
 
-    python -m workloads.demo.generate --split heldout --sessions 40 --out workloads/demo/traces/heldout.jsonl
+    python -m whiflash_workloads.demo.generate --split heldout --sessions 40 --out workloads/demo/traces/heldout.jsonl
 
 Splits are disjoint ranges of seeds, so a held-out session has a shop, ids and wording that training never saw; `router`
 is for what is learned about the trained models, which know their own training sessions too well, and `priors` for
@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from workloads.demo.expert import solve
-from workloads.demo.world import USUAL, Lexicon
+from whiflash_workloads.demo.expert import solve
+from whiflash_workloads.demo.world import USUAL, Lexicon
 
 FIRST_SEED = {"train": 1_000_000, "router": 2_000_000, "priors": 3_000_000, "heldout": 1}
 MAX_SESSIONS = 900_000

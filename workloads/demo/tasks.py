@@ -19,9 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from workloads.demo.expert import Session, plan
-from workloads.demo.generate import FIRST_SEED
-from workloads.demo.world import Desk
+from whiflash_workloads.demo.expert import Session, plan
+from whiflash_workloads.demo.generate import FIRST_SEED
+from whiflash_workloads.demo.world import Desk
 
 
 @dataclass(frozen=True)

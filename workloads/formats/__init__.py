@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from workloads.schema import Session, TraceError
+from whiflash_workloads.schema import Session, TraceError
 
 
 class Record(NamedTuple):
@@ -58,37 +58,37 @@ def reader(name: str) -> Reader:
 
 
 def _ours() -> Reader:
-    from workloads.formats import ours
+    from whiflash_workloads.formats import ours
 
     return ours.read
 
 
 def _openai() -> Reader:
-    from workloads.formats import openai_messages
+    from whiflash_workloads.formats import openai_messages
 
     return openai_messages.read
 
 
 def _tau_bench() -> Reader:
-    from workloads.formats import tau_bench
+    from whiflash_workloads.formats import tau_bench
 
     return tau_bench.read
 
 
 def _swe_agent() -> Reader:
-    from workloads.formats import swe_agent
+    from whiflash_workloads.formats import swe_agent
 
     return swe_agent.read
 
 
 def _agentic_trace() -> Reader:
-    from workloads.formats import agentic_trace
+    from whiflash_workloads.formats import agentic_trace
 
     return agentic_trace.read
 
 
 def _mooncake() -> Reader:
-    from workloads.formats import mooncake
+    from whiflash_workloads.formats import mooncake
 
     return mooncake.read
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from workloads.formats import Item, Record
-from workloads.formats.foreign import Place, Raw, each, own_record
-from workloads.formats.openai_messages import checked
-from workloads.schema import Session, TraceError
+from whiflash_workloads.formats import Item, Record
+from whiflash_workloads.formats.foreign import Place, Raw, each, own_record
+from whiflash_workloads.formats.openai_messages import checked
+from whiflash_workloads.schema import Session, TraceError
 
 UNKNOWN_REPLY: Raw = {"role": "assistant", "content": "", "reply_known": False}
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from workloads.adapted import adapted
-from workloads.formats import Item
-from workloads.schema import SCHEMA_VERSION, SKIP, Session, TraceError, parse_session
+from whiflash_workloads.adapted import adapted
+from whiflash_workloads.formats import Item
+from whiflash_workloads.schema import SCHEMA_VERSION, SKIP, Session, TraceError, parse_session
 
 Raw = dict[str, Any]
 

@@ -22,12 +22,12 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from workloads.adapted import tools_of
-from workloads.formats import Item
-from workloads.formats.agentic_trace import UNKNOWN_REPLY
-from workloads.formats.foreign import Place, Raw, own_record
-from workloads.formats.openai_messages import checked
-from workloads.schema import Session, TraceError, parse_session
+from whiflash_workloads.adapted import tools_of
+from whiflash_workloads.formats import Item
+from whiflash_workloads.formats.agentic_trace import UNKNOWN_REPLY
+from whiflash_workloads.formats.foreign import Place, Raw, own_record
+from whiflash_workloads.formats.openai_messages import checked
+from whiflash_workloads.schema import Session, TraceError, parse_session
 
 MS = 1000.0
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from workloads.adapted import tools_of
-from workloads.formats import Item
-from workloads.formats.foreign import Place, Raw, each, own_record
-from workloads.schema import NOTED, Session, TraceError
+from whiflash_workloads.adapted import tools_of
+from whiflash_workloads.formats import Item
+from whiflash_workloads.formats.foreign import Place, Raw, each, own_record
+from whiflash_workloads.schema import NOTED, Session, TraceError
 
 SOURCE = "openai"
 

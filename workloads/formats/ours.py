@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from workloads.formats import Item, Record
-from workloads.schema import SCHEMA_VERSION, SKIP, AssistantMessage, Message, Part, Session, TraceError, parse
+from whiflash_workloads.formats import Item, Record
+from whiflash_workloads.schema import SCHEMA_VERSION, SKIP, AssistantMessage, Message, Part, Session, TraceError, parse
 
 NOT_IN_ORDER = f"keep the lines of a session in the order in which they were written, {SKIP}"
 

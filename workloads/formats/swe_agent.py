@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from workloads.formats import Item
-from workloads.formats.foreign import Place, Raw, each, message, own_record
-from workloads.schema import Session, TraceError
+from whiflash_workloads.formats import Item
+from whiflash_workloads.formats.foreign import Place, Raw, each, message, own_record
+from whiflash_workloads.schema import Session, TraceError
 
 
 def read(path: Path, items: Iterable[Item]) -> Iterator[Session | TraceError]:

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from workloads import server
-from workloads.fuzz.cases import Case
-from workloads.tokens import TokenIds
+from whiflash_workloads import server
+from whiflash_workloads.fuzz.cases import Case
+from whiflash_workloads.tokens import TokenIds
 
 REQUEST_S = 120.0
 IDLE_S = 60.0

@@ -1,7 +1,7 @@
 """The launcher, except that drafts are accepted and drafters chosen as they were in a recording: for models without
 weights, of which nothing would be accepted and every score would say the same.
 
-    WHIFLASH_BENCH_FORCED='{"acceptance": {...}, ...}' python -m workloads.gpu.forced --model-path ... [flags]
+    WHIFLASH_BENCH_FORCED='{"acceptance": {...}, ...}' python -m whiflash_workloads.gpu.forced --model-path ... [flags]
 
 The round is the launcher's own; what it computes is computed, and then three things are replaced. How many drafts stand
 is drawn from the lengths recorded for chains of as many drafts. A score is drawn, so that a drafter is chosen as often,

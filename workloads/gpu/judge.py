@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from workloads.bench import route_share, switching_share
-from workloads.report import Totals
-from workloads.tokens import Streamed
+from whiflash_workloads.bench import route_share, switching_share
+from whiflash_workloads.report import Totals
+from whiflash_workloads.tokens import Streamed
 
 UPSTREAM = {"fixed:e3": "EAGLE3", "fixed:df": "DFLASH"}  # our policy, and the algorithm of SGLang's that it is held to
 ROUTERS = ("entropy", "neural")

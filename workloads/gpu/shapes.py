@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from whiflash_sglang.checkpoints import TargetSpec, drafter_tensors, load_target_spec
-from workloads.tokens import TOKENIZER
+from whiflash_workloads.tokens import TOKENIZER
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 EOS_TOKEN, MASK_TOKEN = 2, 3  # ids of the bundled tokenizer

@@ -14,7 +14,7 @@ In the agent's own process, sync and async clients may share one recorder:
 
 Any other client, through a reverse proxy on 127.0.0.1:
 
-    python -m workloads.record --upstream http://127.0.0.1:30000 --port 8000 --out run.jsonl
+    python -m whiflash_workloads.record --upstream http://127.0.0.1:30000 --port 8000 --out run.jsonl
 
 A session is recognised by the header `X-Session-Affinity`, and by what is asked: a request whose messages extend an
 earlier request and its reply, with the same tools, goes on with that session. A second request that extends the same
@@ -25,7 +25,7 @@ are never written, and of a request's body nothing that is named like a credenti
 replies that broke off) is counted in the summary with its reason, and never stands in the agent's way.
 """
 
-from workloads.record.recorder import Recorder, RecordError
-from workloads.record.transport import AsyncRecordingTransport, RecordingTransport
+from whiflash_workloads.record.recorder import Recorder, RecordError
+from whiflash_workloads.record.transport import AsyncRecordingTransport, RecordingTransport
 
 __all__ = ["AsyncRecordingTransport", "RecordError", "Recorder", "RecordingTransport"]

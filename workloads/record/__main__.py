@@ -1,6 +1,6 @@
-"""Record an agent's requests through a reverse proxy on 127.0.0.1, as traces for `python -m workloads.replay`.
+"""Record an agent's requests through a reverse proxy on 127.0.0.1, as traces for `python -m whiflash_workloads.replay`.
 
-    python -m workloads.record --upstream http://127.0.0.1:30000 --port 8000 --out run.jsonl
+    python -m whiflash_workloads.record --upstream http://127.0.0.1:30000 --port 8000 --out run.jsonl
 
 and give the agent http://127.0.0.1:8000/v1 as its base URL. Sessions are told apart by the header X-Session-Affinity,
 and by which request extends which. Streams are passed on as they come. Headers and credentials are never written.
@@ -21,9 +21,9 @@ import httpx
 import uvicorn
 from starlette.applications import Starlette
 
-from workloads.printing import to_readers
-from workloads.record.proxy import build_app, shown
-from workloads.record.recorder import Recorder, RecordError
+from whiflash_workloads.printing import to_readers
+from whiflash_workloads.record.proxy import build_app, shown
+from whiflash_workloads.record.recorder import Recorder, RecordError
 
 HOST = "127.0.0.1"
 STOP_SECONDS = 5  # for replies in flight at Ctrl-C; a second one ends them at once
@@ -31,7 +31,9 @@ STOP_SECONDS = 5  # for replies in flight at Ctrl-C; a second one ends them at o
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m workloads.record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m whiflash_workloads.record",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--upstream", type=_url, required=True, help="the server, e.g. http://127.0.0.1:30000")
     parser.add_argument("--port", type=_port, default=8000, help="to listen on; 0: a free one (default: %(default)s)")

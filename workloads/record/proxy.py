@@ -19,9 +19,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from workloads.record.recorder import Recorder
-from workloads.record.reply import EVENT_STREAM
-from workloads.record.transport import AsyncRecordingTransport
+from whiflash_workloads.record.recorder import Recorder
+from whiflash_workloads.record.reply import EVENT_STREAM
+from whiflash_workloads.record.transport import AsyncRecordingTransport
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD"]
 # Of one connection, not of the message (RFC 9110, 7.6.1). httpx and the server write their own.

@@ -20,12 +20,12 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from workloads.record.reply import END_OF_STREAM, EVENT_STREAM, NotWhole, Reply, read_reply
-from workloads.record.sessions import Opened, SessionBook, as_bytes
-from workloads.schema import NOTED, SCHEMA_VERSION, Part
+from whiflash_workloads.record.reply import END_OF_STREAM, EVENT_STREAM, NotWhole, Reply, read_reply
+from whiflash_workloads.record.sessions import Opened, SessionBook, as_bytes
+from whiflash_workloads.schema import NOTED, SCHEMA_VERSION, Part
 
 Raw = dict[str, Any]
-log = logging.getLogger("workloads.record")
+log = logging.getLogger("whiflash_workloads.record")
 
 SECRET_NAMES = ("apikey", "authorization", "accesstoken", "authtoken", "password", "secret", "cookie", "credential")
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import httpx
 
-from workloads.record.recorder import Exchange, Recorder
+from whiflash_workloads.record.recorder import Exchange, Recorder
 
 SESSION_HEADER = "X-Session-Affinity"
 ROUTE = "/chat/completions"
