@@ -40,11 +40,13 @@ import torch
 from transformers import AutoTokenizer
 
 from whiflash_sglang import cpu
-from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.launch_server import DEMO_DEFAULTS
-from whiflash_sglang.router.artefact import NeuralRouter, save_router
-from whiflash_sglang.router.neural import Network
+from whiflash_sglang.routing.artefact import NeuralRouter, save_router
+from whiflash_sglang.routing.neural import Network
+from whiflash_sglang.startup.config import WhiFlashConfig
 from whiflash_sglang.training import bundled
+from whiflash_sglang.training.dummy_models import QWEN3_8B, TINY, ModelShape, write_models
+from whiflash_sglang.training.forced_server import Recording
 from whiflash_sglang.training.models import ModelPaths
 from whiflash_sglang.training.replies import Prompt, prompts_of, reply_of
 from whiflash_sglang.training.text import SPANS
@@ -52,7 +54,6 @@ from whiflash_sglang.training.train_drafter import default_layers
 from whiflash_workloads import server
 from whiflash_workloads.bench import LAUNCHER, Command, finish, in_turns, note, servers
 from whiflash_workloads.demo.generate import sessions
-from whiflash_workloads.gpu.forced import Recording
 from whiflash_workloads.gpu.judge import (
     LIMITS,
     PARTS,
@@ -66,7 +67,6 @@ from whiflash_workloads.gpu.judge import (
     round_figures,
     speeds,
 )
-from whiflash_workloads.gpu.shapes import QWEN3_8B, TINY, ModelShape, write_models
 from whiflash_workloads.lossless import compare
 from whiflash_workloads.pressure import WINDOW
 from whiflash_workloads.provenance import provenance
@@ -75,7 +75,7 @@ from whiflash_workloads.tokens import Streamed, TokenIds, ask, stream, totals
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = ROOT / "workloads" / "gpu" / "acceptance.json"
-FORCED, UPSTREAM_LAUNCHER = "whiflash_workloads.gpu.forced", "sglang.launch_server"
+FORCED, UPSTREAM_LAUNCHER = "whiflash_sglang.training.forced_server", "sglang.launch_server"
 QUIET = ("--skip-server-warmup", "--sleep-on-idle")
 POLICIES = ("off", "fixed:e3", "fixed:df", "entropy", "neural")
 PARTS_RUN = ("shapes", "acceptance", "soak")

@@ -40,8 +40,8 @@ from rich.console import Console
 from rich.table import Table
 
 from whiflash_sglang.calibrate import costs_at, round_costs
-from whiflash_sglang.errors import WhiFlashError
-from whiflash_sglang.priors import Priors, load_priors
+from whiflash_sglang.core.errors import WhiFlashError
+from whiflash_sglang.routing.priors import Priors, load_priors
 from whiflash_sglang.training.bundled import CALIBRATION, PATHS, PRIORS, gains, replies_to
 from whiflash_sglang.training.fit_priors import biases, fit_priors, margin_of, places
 from whiflash_sglang.training.router_data import Record, load_router_data

@@ -91,7 +91,7 @@ def questions(count: int) -> list[Question]:
     """Histories of held-out sessions up to an assistant's turn, each of another session."""
     from transformers import AutoTokenizer
 
-    from whiflash_sglang.training.text import parsed_arguments
+    from whiflash_workloads.demo.prompts import parsed_arguments
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     found = []

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests import zygote
-from whiflash_sglang.config import ENVIRONMENT_VARIABLE
+from whiflash_sglang.startup.config import ENVIRONMENT_VARIABLE
 from whiflash_workloads import server
 
 UNIT_SECONDS = 5  # of processor time, which a busy machine hardly changes

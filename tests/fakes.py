@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from whiflash_sglang.backlog import Backlog
-from whiflash_sglang.types import Drafts, Entries, HostRows, Prefill, Proposal, Rows, Verified
+from whiflash_sglang.core.backlog import Backlog
+from whiflash_sglang.core.types import Drafts, Entries, HostRows, Prefill, Proposal, Rows, Verified
 
 VOCAB = 11
 

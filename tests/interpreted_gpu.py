@@ -27,14 +27,14 @@ def install() -> None:
         raise SystemExit("error: without TRITON_INTERPRET=1 Triton has no interpreter")
     import sglang  # noqa: F401  it looks for the platform while it is imported, and not before
 
-    from whiflash_sglang.cpu import platform, twins
+    from whiflash_sglang.cpu import fallbacks, platform
     from whiflash_sglang.drafters import fused
 
     platform.ATTENTION_BACKEND = BACKEND
     platform.WhiFlashCpuPlatform.init_backend = lambda platform: None  # SGLang's own stays registered
-    kept = [twin for twin in twins.TWINS if not twin[0].endswith(KERNELS)]
-    assert len(kept) == len(twins.TWINS) - len(KERNELS)
-    twins.TWINS = tuple(kept)
+    kept = [one for one in fallbacks.FALLBACKS if not one[0].endswith(KERNELS)]
+    assert len(kept) == len(fallbacks.FALLBACKS) - len(KERNELS)
+    fallbacks.FALLBACKS = tuple(kept)
     fused.DEVICES = ("cpu",)
     os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "0"  # the CPU platform spares these copies
     os.environ.update(PLAIN_WEIGHTS)

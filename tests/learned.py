@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from whiflash_sglang.costs import NONE, RoundCosts
-from whiflash_sglang.identity import Identity
-from whiflash_sglang.router.neural import Network
+from whiflash_sglang.routing.costs import NONE, RoundCosts
+from whiflash_sglang.routing.identity import Identity
+from whiflash_sglang.routing.neural import Network
 from whiflash_sglang.training.replies import Positions
 from whiflash_sglang.training.router_data import Record
 

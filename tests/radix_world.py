@@ -15,8 +15,8 @@ from functools import cache
 import torch
 
 from tests.fakes import VOCAB, FakeDrafter, FakeTarget, World, feature, next_token
-from whiflash_sglang.round import DecodeRound, Router
-from whiflash_sglang.types import Prefill, Proposal, Rows, Verified
+from whiflash_sglang.core.round import DecodeRound, Router
+from whiflash_sglang.core.types import Prefill, Proposal, Rows, Verified
 
 MAX_LEN = 72  # positions of a request, its verify window included
 NUM_DRAFTS = {"df": 7, "e3": 4}

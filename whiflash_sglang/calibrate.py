@@ -26,11 +26,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from whiflash_sglang.calibration import Calibration, save_calibration
-from whiflash_sglang.config import FLAG_CALIBRATION, FLAG_OBJECTIVE, FLAG_ROUTER
-from whiflash_sglang.errors import ConfigError, WhiFlashError
-from whiflash_sglang.priors import save_priors
-from whiflash_sglang.router.artefact import load_router
+from whiflash_sglang.core.errors import ConfigError, WhiFlashError
+from whiflash_sglang.routing.artefact import load_router
+from whiflash_sglang.routing.calibration import Calibration, save_calibration
+from whiflash_sglang.routing.priors import save_priors
+from whiflash_sglang.startup.config import FLAG_CALIBRATION, FLAG_OBJECTIVE, FLAG_ROUTER
 from whiflash_sglang.training import collect_router_data
 from whiflash_sglang.training.fit_priors import fit_priors
 from whiflash_sglang.training.models import ModelPaths, add_arguments, paths_of

@@ -26,9 +26,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from whiflash_sglang import bounds, command_line, hub, ports, progress
-from whiflash_sglang.accelerator import FLAG_POOL, surely_none
-from whiflash_sglang.checkpoints import (
+from whiflash_sglang.core.errors import ConfigError, WhiFlashError
+from whiflash_sglang.startup import bounds, command_line, hub, ports, progress
+from whiflash_sglang.startup.checkpoints import (
     DRAFTER_FLAGS,
     FLAG_TARGET,
     DrafterSpec,
@@ -37,7 +37,7 @@ from whiflash_sglang.checkpoints import (
     load_drafter_spec,
     load_target_spec,
 )
-from whiflash_sglang.config import (
+from whiflash_sglang.startup.config import (
     ENVIRONMENT_VARIABLE,
     FLAG_BACKLOG,
     FLAG_DFLASH,
@@ -48,8 +48,8 @@ from whiflash_sglang.config import (
     WhiFlashConfig,
     add_arguments,
 )
-from whiflash_sglang.errors import ConfigError, WhiFlashError
-from whiflash_sglang.refusals import CPU_REFUSALS, CUDA_REFUSALS, FLAG_WIDTH, REFUSALS, Given, refuse, typed
+from whiflash_sglang.startup.gpu_memory import FLAG_POOL, surely_none
+from whiflash_sglang.startup.refusals import CPU_REFUSALS, CUDA_REFUSALS, FLAG_WIDTH, REFUSALS, Given, refuse, typed
 
 ALGORITHM = "WHIFLASH"
 PROGRAM = "python -m whiflash_sglang.launch_server"
@@ -293,14 +293,15 @@ def serve(sglang_argv: Sequence[str]) -> None:
         server_args = prepare_server_args([QUIET, *sglang_argv])
         copy.deepcopy(server_args).check_server_args()  # run_server does so too, and settles things in it
         if is_ours:
-            from whiflash_sglang import host
+            from whiflash_sglang.bridge.http_hooks import install_http
+            from whiflash_sglang.bridge.memory_checks import check_accelerator
 
-            host.check_accelerator(server_args)
+            check_accelerator(server_args)
     # Flags that do not go together, by SGLang or by us (host.py, cpu/platform.py).
     except (ValueError, TypeError, AssertionError, NotImplementedError, OSError, WhiFlashError) as error:
         raise refused(error) from error
     if is_ours:
-        host.install_http(server_args)
+        install_http(server_args)
     progress.say(f"loading the target {server_args.model_path}, in a process of its own")
     # Ready: said from SGLang's own thread for its warm-up. One of ours would be there before the processes are started,
     # and on a CPU they could not be forked.
@@ -396,7 +397,7 @@ def _check_learned(config: WhiFlashConfig, target_path: str) -> None:
     """Refuse a router, a calibration or priors that do not fit, before SGLang is started."""
     if config.neural_router_path is None and config.calibration is None and config.priors is None:
         return  # spares the import of torch
-    from whiflash_sglang.router import Learned
+    from whiflash_sglang.routing import Learned
 
     Learned.load(config, target_path)
 

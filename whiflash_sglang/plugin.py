@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from whiflash_sglang import cpu
-from whiflash_sglang.config import ENVIRONMENT_VARIABLE
+from whiflash_sglang.startup.config import ENVIRONMENT_VARIABLE
 
 
 def register() -> None:
     """Register the algorithm, the hooks and, where our CPU platform is the active one, what it needs."""
     if cpu.activate() is not None:
-        from whiflash_sglang.cpu import memory, twins
+        from whiflash_sglang.cpu import fallbacks, memory
 
-        twins.install()
+        fallbacks.install()
         memory.keep_freed_memory()
     if ENVIRONMENT_VARIABLE in os.environ:
-        from whiflash_sglang import host
+        from whiflash_sglang.bridge.algorithm import register_algorithm
+        from whiflash_sglang.bridge.scheduler_hooks import install_hooks
 
-        host.register_algorithm()
-        host.install_hooks()
+        register_algorithm(worker_class)
+        install_hooks()
+
+
+def worker_class(server_args: Any) -> type:
+    """The worker, imported when the scheduler makes one: other processes never need it."""
+    from whiflash_sglang.serving.worker import WhiFlashWorker
+
+    return WhiFlashWorker

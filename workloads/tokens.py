@@ -51,7 +51,7 @@ def heldout_histories(num_sessions: int, tokenizer_path: Path = TOKENIZER) -> li
     """Token ids of held-out demo sessions: for each, its histories up to every assistant turn in order."""
     from transformers import AutoTokenizer
 
-    from whiflash_sglang.training.text import histories
+    from whiflash_workloads.demo.prompts import histories
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     return [[prompt for _, prompt in histories(s, tokenizer)] for s in sessions("heldout", num_sessions)]

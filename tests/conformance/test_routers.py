@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.learned import HIDDEN, cost_table, network
-from whiflash_sglang.calibration import Calibration
-from whiflash_sglang.config import WhiFlashConfig
-from whiflash_sglang.priors import Priors
-from whiflash_sglang.round import Router
-from whiflash_sglang.router import Learned, create_router
-from whiflash_sglang.router.artefact import NeuralRouter
-from whiflash_sglang.types import HostRows, Plan, RoundResult, Standing
+from whiflash_sglang.core.round import Router
+from whiflash_sglang.core.types import HostRows, Plan, RoundResult, Standing
+from whiflash_sglang.routing import Learned, create_router
+from whiflash_sglang.routing.artefact import NeuralRouter
+from whiflash_sglang.routing.calibration import Calibration
+from whiflash_sglang.routing.priors import Priors
+from whiflash_sglang.startup.config import WhiFlashConfig
 
 SLOTS, VOCAB = 16, 7
 LENGTHS = {"df": 5.0, "e3": 5.0}

@@ -27,8 +27,8 @@ def install() -> None:
     from sglang.srt.mem_cache.radix_cache import RadixCache
 
     from whiflash_sglang.cpu.processes import other_threads
-    from whiflash_sglang.router.neural import NeuralScore
-    from whiflash_sglang.worker import WhiFlashWorker
+    from whiflash_sglang.routing.neural import NeuralScore
+    from whiflash_sglang.serving.worker import WhiFlashWorker
 
     workers: list[WhiFlashWorker] = []
     seen: dict[int, list[np.ndarray]] = {}  # hidden states by request slot

@@ -28,10 +28,10 @@ from transformers import AutoTokenizer
 
 from tests.e2e.dumping_server import FOLDER
 from whiflash_sglang.launch_server import DEMO_MODELS
-from whiflash_sglang.training.text import histories
 from whiflash_workloads.bench import Command
 from whiflash_workloads.bench import servers as side_by_side
 from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.demo.prompts import histories
 
 pytestmark = pytest.mark.e2e
 

@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from whiflash_sglang.launch_server import DEMO_MODELS
-from whiflash_sglang.training.text import histories
 from whiflash_workloads.bench import demo_servers
 from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.demo.prompts import histories
 
 pytestmark = pytest.mark.e2e
 

@@ -17,8 +17,9 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from whiflash_sglang.launch_server import DEMO_MODELS
-from whiflash_sglang.training.text import SPANS, histories, span_labels
+from whiflash_sglang.training.text import SPANS, span_labels
 from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.demo.prompts import histories
 from whiflash_workloads.server import running_server
 
 pytestmark = pytest.mark.e2e

@@ -21,15 +21,15 @@ pytest.importorskip("sglang")
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from tests.e2e.dumping_server import FOLDER
-from whiflash_sglang.config import WhiFlashConfig
 from whiflash_sglang.launch_server import DEMO_MODELS
+from whiflash_sglang.startup.config import WhiFlashConfig
 from whiflash_sglang.training.distill import load_drafters
 from whiflash_sglang.training.drafters import judge
 from whiflash_sglang.training.replies import dflash_lengths, eagle3_lengths
-from whiflash_sglang.training.text import histories
 from whiflash_workloads.bench import LAUNCHER, Command
 from whiflash_workloads.bench import servers as side_by_side
 from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.demo.prompts import histories
 from whiflash_workloads.lossless import compare, generate
 
 pytestmark = pytest.mark.e2e

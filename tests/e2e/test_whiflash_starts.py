@@ -23,9 +23,9 @@ from transformers import AutoTokenizer
 
 from tests.zygote import python_m
 from whiflash_sglang.launch_server import DEMO_MODELS
-from whiflash_sglang.training.text import histories
 from whiflash_workloads import server as server_module
 from whiflash_workloads.demo.generate import sessions
+from whiflash_workloads.demo.prompts import histories
 from whiflash_workloads.lossless import generate
 from whiflash_workloads.server import Server, start
 

@@ -22,11 +22,11 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from tests.kernels import DEVICE
 from tests.kernels.test_ingest import Launches, rotary_table
+from whiflash_sglang.core.types import Entries
 from whiflash_sglang.drafters import dflash, fused
+from whiflash_sglang.drafters import ingest_kernel as kernels
 from whiflash_sglang.drafters.eagle3 import Eagle3Drafter
 from whiflash_sglang.drafters.runner import DraftRunner
-from whiflash_sglang.kernels import ingest as kernels
-from whiflash_sglang.types import Entries
 
 HIDDEN, VOCAB = 48, 20
 CAPTURED, LAYER_IDS = (0, 2, 3), (0, 3)

@@ -22,8 +22,8 @@ from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from tests.kernels import DEVICE
-from whiflash_sglang.kernels import ingest as kernels
-from whiflash_sglang.kernels.ingest import DTYPES, Ingestion, folded, ingest, reference
+from whiflash_sglang.drafters import ingest_kernel as kernels
+from whiflash_sglang.drafters.ingest_kernel import DTYPES, Ingestion, folded, ingest, reference
 
 NUM_POSITIONS = 50
 ABSOLUTE = 2e-5

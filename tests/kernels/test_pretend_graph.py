@@ -13,7 +13,7 @@ import triton.language as tl
 from tests.kernels import DEVICE
 from tests.kernels.test_ingest import rotary_table
 from tests.pretend_graph import CaptureError, PretendGraph
-from whiflash_sglang.kernels.ingest import Ingestion, ingest, reference
+from whiflash_sglang.drafters.ingest_kernel import Ingestion, ingest, reference
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="of the interpreter")
 

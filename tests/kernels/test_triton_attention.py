@@ -28,9 +28,9 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 
 from tests.kernels import DEVICE
+from whiflash_sglang.core.types import HostRows, Rows
 from whiflash_sglang.cpu.attention import CpuAttentionBackend
 from whiflash_sglang.drafters.runner import DraftBlock, DraftRunner
-from whiflash_sglang.types import HostRows, Rows
 
 HEAD_DIM, Q_HEADS, KV_HEADS, LAYERS = 16, 2, 1, 2
 HIDDEN = Q_HEADS * HEAD_DIM

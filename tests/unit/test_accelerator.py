@@ -10,7 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from whiflash_sglang.accelerator import (
+from whiflash_sglang.core.errors import CheckpointError, ConfigError
+from whiflash_sglang.startup.checkpoints import DrafterSpec, TargetSpec, load_drafter_spec, load_target_spec
+from whiflash_sglang.startup.config import ENVIRONMENT_VARIABLE, WhiFlashConfig
+from whiflash_sglang.startup.gpu_memory import (
     GIB,
     MAX_RUNNING,
     Memory,
@@ -23,10 +26,7 @@ from whiflash_sglang.accelerator import (
     ring_bytes,
     surely_none,
 )
-from whiflash_sglang.checkpoints import DrafterSpec, TargetSpec, load_drafter_spec, load_target_spec
-from whiflash_sglang.config import ENVIRONMENT_VARIABLE, WhiFlashConfig
-from whiflash_sglang.errors import CheckpointError, ConfigError
-from whiflash_workloads.gpu.shapes import QWEN3_8B, write_models
+from whiflash_sglang.training.dummy_models import QWEN3_8B, write_models
 
 
 @pytest.fixture(scope="module")
@@ -136,19 +136,19 @@ def arguments(
 
 
 def test_resolved_arguments_are_judged_before_anything_is_loaded(arguments: SimpleNamespace) -> None:
-    from whiflash_sglang import host
+    from whiflash_sglang.bridge.memory_checks import check_accelerator
 
-    host.check_accelerator(arguments)
+    check_accelerator(arguments)
     arguments.mem_fraction_static = 0.2
     with pytest.raises(ConfigError, match=r"^--mem-fraction-static 0.2: of 80.0 GiB that leaves 0.00"):
-        host.check_accelerator(arguments)
+        check_accelerator(arguments)
     arguments.tp_size = 2
-    host.check_accelerator(arguments)
+    check_accelerator(arguments)
     arguments.get_attention_backends = lambda: ("trtllm_mha", "trtllm_mha")
     with pytest.raises(ConfigError, match=r"^--attention-backend trtllm_mha"):
-        host.check_accelerator(arguments)
+        check_accelerator(arguments)
     arguments.device = "cpu"
-    host.check_accelerator(arguments)
+    check_accelerator(arguments)
 
 
 def test_a_machine_without_a_device_file_has_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whiflash_sglang.accept import accept
-from whiflash_sglang.types import Proposal
+from whiflash_sglang.core.accept import accept
+from whiflash_sglang.core.types import Proposal
 
 
 def proposal(tokens: list[list[int]], num_drafts: list[int]) -> Proposal:

@@ -17,8 +17,8 @@ from sglang.srt.sampling import penaltylib
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_utils import GrammarTree
 
-from whiflash_sglang.adjust import Said, adjust, penalize_next
-from whiflash_sglang.cpu import twins
+from whiflash_sglang.bridge.logit_adjustments import Said, adjust, penalize_next
+from whiflash_sglang.cpu import fallbacks
 
 VOCAB, WIDTH = 24, 6
 STRENGTHS: list[dict[str, Any]] = [
@@ -170,8 +170,8 @@ LETTERS = ("<end>", *"abcdefghijklmnopqrstuvw")
 @pytest.fixture
 def grammar(monkeypatch):
     """`ab(c|d)*e` over one token a letter, masked as on a CPU."""
-    monkeypatch.setattr(xgrammar_backend, "_allocate_token_bitmask", twins.allocate_token_bitmask)
-    monkeypatch.setattr(xgrammar_backend.XGrammarGrammar, "apply_vocab_mask", twins.apply_vocab_mask)
+    monkeypatch.setattr(xgrammar_backend, "_allocate_token_bitmask", fallbacks.allocate_token_bitmask)
+    monkeypatch.setattr(xgrammar_backend.XGrammarGrammar, "apply_vocab_mask", fallbacks.apply_vocab_mask)
     info = xgrammar.TokenizerInfo(list(LETTERS), stop_token_ids=[0])
     compiled = xgrammar.GrammarCompiler(info).compile_regex("ab(c|d)*e")
     return xgrammar_backend.XGrammarGrammar(xgrammar.GrammarMatcher(compiled), VOCAB, compiled, [0], "ab(c|d)*e")

@@ -13,7 +13,7 @@ pytest.importorskip("sglang")
 from sglang.srt.managers.io_struct import dec_hook, msgpack_encode
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from whiflash_sglang.admission import (
+from whiflash_sglang.bridge.admission import (
     FILLED_IN,
     MAX_NESTING,
     judge_grammars,
@@ -24,8 +24,8 @@ from whiflash_sglang.admission import (
     judge_sampling,
     judge_types,
 )
-from whiflash_sglang.errors import MAX_SHOWN, RequestError
-from whiflash_sglang.host import _open_dead_ends
+from whiflash_sglang.bridge.scheduler_hooks import _open_dead_ends
+from whiflash_sglang.core.errors import MAX_SHOWN, RequestError
 
 VOCABULARY = 100
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.backlog import Backlog
+from whiflash_sglang.core.backlog import Backlog
 
 SLOTS, CONTEXT, WIDTH = 3, 400, 4
 TABLE = torch.arange(1000, 1000 + SLOTS * CONTEXT, dtype=torch.int32).view(SLOTS, CONTEXT)

@@ -15,15 +15,16 @@ import pytest
 import torch
 
 from tests.scripts import load_script
-from whiflash_sglang.accept import accept
-from whiflash_sglang.checkpoints import load_drafter_spec, load_target_spec
-from whiflash_sglang.observe import STEPS
-from whiflash_sglang.router.entropy import EntropyScore
-from whiflash_sglang.safetensors_header import read_headers, weight_bytes
-from whiflash_sglang.types import CatchUp, HostRows, Proposal
-from whiflash_workloads.gpu import forced, judge
-from whiflash_workloads.gpu.forced import ForcedAcceptance, ForcedChoices, Recording
-from whiflash_workloads.gpu.shapes import QWEN3_8B, TINY, ModelShape, write_models
+from whiflash_sglang.core.accept import accept
+from whiflash_sglang.core.types import CatchUp, HostRows, Proposal
+from whiflash_sglang.routing.entropy import EntropyScore
+from whiflash_sglang.serving.observe import STEPS
+from whiflash_sglang.startup.checkpoints import load_drafter_spec, load_target_spec
+from whiflash_sglang.startup.safetensors_header import read_headers, weight_bytes
+from whiflash_sglang.training import forced_server as forced
+from whiflash_sglang.training.dummy_models import QWEN3_8B, TINY, ModelShape, write_models
+from whiflash_sglang.training.forced_server import ForcedAcceptance, ForcedChoices, Recording
+from whiflash_workloads.gpu import judge
 from whiflash_workloads.tokens import Streamed, stream
 
 # ------------------------------------------------------------------------------------------------------------- shapes
@@ -412,7 +413,7 @@ def test_results_are_a_recording_too(script: Any, tmp_path: Path) -> None:
 
 
 def test_a_random_router_fits_its_models(script: Any, tmp_path: Path) -> None:
-    from whiflash_sglang.router.artefact import load_router
+    from whiflash_sglang.routing.artefact import load_router
 
     paths = script.ModelPaths(*write_models(tmp_path, TINY), 5)
     script.random_router(tmp_path / "router", paths)

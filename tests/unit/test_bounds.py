@@ -6,10 +6,10 @@ import argparse
 
 import pytest
 
-from whiflash_sglang import bounds, command_line
-from whiflash_sglang.bounds import BOUNDS
-from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.refusals import CPU_REFUSALS, CUDA_REFUSALS, DEFAULTS, REFUSALS
+from whiflash_sglang.core.errors import ConfigError
+from whiflash_sglang.startup import bounds, command_line
+from whiflash_sglang.startup.bounds import BOUNDS
+from whiflash_sglang.startup.refusals import CPU_REFUSALS, CUDA_REFUSALS, DEFAULTS, REFUSALS
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 from tests.learned import identity, record
 from whiflash_sglang.calibrate import MIN_SESSIONS, gains_by_entropy, round_costs
 from whiflash_sglang.calibrate import main as calibrate
-from whiflash_sglang.calibration import Calibration, load_calibration, save_calibration
-from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.core.errors import CheckpointError
+from whiflash_sglang.routing.calibration import Calibration, load_calibration, save_calibration
 
 CALIBRATION = Calibration({"df": 5.5, "e3": 5.0}, 0.1, (0.01, 0.5), (-1.5, 0.1, 2.0), 0.25)
 

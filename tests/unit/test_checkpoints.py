@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny_models
-from whiflash_sglang import hub, targets
-from whiflash_sglang.checkpoints import (
+from whiflash_sglang.core.errors import CheckpointError
+from whiflash_sglang.startup import hub
+from whiflash_sglang.startup import supported_targets as targets
+from whiflash_sglang.startup.checkpoints import (
     DrafterSpec,
     TargetSpec,
     check_ranks,
@@ -25,7 +27,6 @@ from whiflash_sglang.checkpoints import (
     load_drafter_spec,
     load_target_spec,
 )
-from whiflash_sglang.errors import CheckpointError
 
 FLAGS = {"df": "--speculative-draft-model-path", "e3": "--whiflash-eagle-draft"}
 FOLDERS = {"df": "dflash", "e3": "eagle3"}
@@ -368,8 +369,8 @@ def test_hub_ids_come_from_the_hubs_cache_and_fail_clearly_without_a_network(tin
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("0" * 40)
     program = (
-        "from whiflash_sglang import hub\n"
-        "from whiflash_sglang.errors import CheckpointError\n"
+        "from whiflash_sglang.startup import hub\n"
+        "from whiflash_sglang.core.errors import CheckpointError\n"
         "print(hub.resolve('--x', 'someone/drafter', patterns=hub.WHOLE_DRAFTER))\n"
         "try: hub.resolve('--x', 'someone/else', patterns=hub.WHOLE_DRAFTER)\n"
         "except CheckpointError as error: print(error)\n"

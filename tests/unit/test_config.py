@@ -7,8 +7,8 @@ import dataclasses
 
 import pytest
 
-from whiflash_sglang.config import ENVIRONMENT_VARIABLE, WhiFlashConfig, add_arguments
-from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.core.errors import ConfigError
+from whiflash_sglang.startup.config import ENVIRONMENT_VARIABLE, WhiFlashConfig, add_arguments
 
 BOTH = ["--speculative-draft-model-path", "models/df", "--whiflash-eagle-draft", "models/e3"]
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.learned import cost_table
-from whiflash_sglang.costs import RoundCosts
-from whiflash_sglang.router.cost_aware import PROBE_EVERY, TRY_AFTER, CostAwareRouter
-from whiflash_sglang.router.score import Score
-from whiflash_sglang.router.yields import Yields
-from whiflash_sglang.types import HostRows, Plan, Probe, RoundResult, Standing
+from whiflash_sglang.core.types import HostRows, Plan, Probe, RoundResult, Standing
+from whiflash_sglang.routing.cost_aware import PROBE_EVERY, TRY_AFTER, CostAwareRouter
+from whiflash_sglang.routing.costs import RoundCosts
+from whiflash_sglang.routing.score import Score
+from whiflash_sglang.routing.yields import Yields
 
 
 class Gains(Score):

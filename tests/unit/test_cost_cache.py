@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from whiflash_sglang.cost_cache import cache_file, load_table, machine, save_table
+from whiflash_sglang.routing.cost_cache import cache_file, load_table, machine, save_table
 
 TABLE = {name: {"1": {"256": ms}} for name, ms in {"none": 5.0, "df": 10.0}.items()}
 

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from tests.learned import cost_table
-from whiflash_sglang.costs import BUDGET_S, NONE, Measured, RoundCosts, is_table, measure, places
+from whiflash_sglang.routing.costs import BUDGET_S, NONE, Measured, RoundCosts, is_table, measure, places
 
 
 def test_a_round_is_its_drafts_and_the_rest_of_the_widest() -> None:

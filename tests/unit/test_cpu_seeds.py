@@ -9,7 +9,7 @@ pytest.importorskip("sglang")
 
 from sglang.srt.layers import sampler
 
-from whiflash_sglang.cpu import twins
+from whiflash_sglang.cpu import fallbacks
 
 SEEDS = torch.tensor([0, 42, 2**40 + 7, 2**62 + 12345])
 POSITIONS = torch.tensor([0, 5, 8000, 70000])
@@ -18,7 +18,7 @@ POSITIONS = torch.tensor([0, 5, 8000, 70000])
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hash where SGLang's sampler looks for it; and the sampler not compiled, as the platform has it."""
-    monkeypatch.setattr(sampler, "murmur_hash32", twins.murmur_hash32)
+    monkeypatch.setattr(sampler, "murmur_hash32", fallbacks.murmur_hash32)
     plain = getattr(sampler.multinomial_with_seed, "_torchdynamo_orig_callable", sampler.multinomial_with_seed)
     monkeypatch.setattr(sampler, "multinomial_with_seed", plain)
 
@@ -42,7 +42,7 @@ def murmur3(data: bytes) -> int:
 
 def test_the_hash_is_murmur3_of_seed_position_and_column() -> None:
     assert murmur3(b"test") == 0xBA6BD213, "a published value"
-    found = twins.murmur_hash32(SEEDS.to(torch.uint64), POSITIONS, torch.arange(6))
+    found = fallbacks.murmur_hash32(SEEDS.to(torch.uint64), POSITIONS, torch.arange(6))
     assert found.dtype == torch.uint32
     for row, (seed, position) in enumerate(zip(SEEDS.tolist(), POSITIONS.tolist(), strict=True)):
         for column in range(6):
@@ -52,13 +52,13 @@ def test_the_hash_is_murmur3_of_seed_position_and_column() -> None:
 
 def test_the_hash_is_that_of_sglangs_kernel() -> None:
     """Sums over 1,300 columns that SGLang 0.5.17's kernel gave in Triton's interpreter (TRITON_INTERPRET=1)."""
-    found = twins.murmur_hash32(SEEDS.to(torch.uint64), POSITIONS, torch.arange(1300)).to(torch.int64)
+    found = fallbacks.murmur_hash32(SEEDS.to(torch.uint64), POSITIONS, torch.arange(1300)).to(torch.int64)
     assert found.sum(dim=1).tolist() == [2715893501829, 2786094578031, 2807610089052, 2834317615450]
 
 
 def sample(probs: torch.Tensor, top_k: int, top_p: float, min_p: float, seeds: torch.Tensor | None) -> torch.Tensor:
     rows = len(probs)
-    return twins.sample_filtered(
+    return fallbacks.sample_filtered(
         sampler.top_k_top_p_min_p_sampling_from_probs_torch,
         probs,
         torch.full((rows,), top_k),

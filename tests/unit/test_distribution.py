@@ -18,9 +18,10 @@ pytest.importorskip("sglang")
 
 from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torch
 
-from whiflash_sglang.accept import accept
-from whiflash_sglang.config import WhiFlashConfig
+from whiflash_sglang.core.accept import accept
+from whiflash_sglang.core.types import Accepted, Proposal
 from whiflash_sglang.launch_server import DEMO_MODELS
+from whiflash_sglang.startup.config import WhiFlashConfig
 from whiflash_sglang.training.continuations import (
     ROUTES,
     Sampling,
@@ -33,7 +34,6 @@ from whiflash_sglang.training.continuations import (
     windows,
 )
 from whiflash_sglang.training.models import ModelPaths, Models, load_models
-from whiflash_sglang.types import Accepted, Proposal
 from whiflash_workloads.tokens import heldout_histories
 
 LENGTH = 3

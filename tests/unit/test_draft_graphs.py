@@ -14,12 +14,12 @@ import torch
 pytest.importorskip("sglang")
 
 from tests.pretend_graph import CaptureError, PretendGraphs
+from whiflash_sglang.core.types import Drafts, HostRows, Rows
 from whiflash_sglang.drafters import graphs
 from whiflash_sglang.drafters.dflash import DFlashDrafter
 from whiflash_sglang.drafters.eagle3 import Eagle3Drafter
 from whiflash_sglang.drafters.graphs import runs
 from whiflash_sglang.drafters.runner import DraftRunner
-from whiflash_sglang.types import Drafts, HostRows, Rows
 
 SLOTS, CONTEXT, HIDDEN, VOCAB, NUM_DRAFTS = 6, 24, 8, 11, 3
 SIZES = (1, 2, 4)

@@ -12,8 +12,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from whiflash_sglang import ending
-from whiflash_sglang.ending import RefuseWhenEnding, requests_have_ended
+from whiflash_sglang.bridge import shutdown as ending
+from whiflash_sglang.bridge.shutdown import RefuseWhenEnding, requests_have_ended
 
 BOUNDS = (ending.FINISH_SECONDS, ending.ABORT_SECONDS, ending.WRITE_SECONDS)
 

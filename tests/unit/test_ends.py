@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from whiflash_sglang.ends import tokens_to_end
+from whiflash_sglang.core.stop_conditions import tokens_to_end
 
 EOS = 2
 

@@ -10,13 +10,16 @@ import torch
 
 pytest.importorskip("sglang")
 
-from whiflash_sglang import host
-from whiflash_sglang.accelerator import graph_bytes
-from whiflash_sglang.checkpoints import load_drafter_spec, load_target_spec
-from whiflash_sglang.config import WhiFlashConfig
-from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.host import WhiFlashAlgorithm
-from whiflash_workloads.gpu.shapes import QWEN3_8B, write_models
+from whiflash_sglang.bridge.algorithm import WhiFlashAlgorithm
+from whiflash_sglang.bridge.builders import captured_layers
+from whiflash_sglang.bridge.memory_checks import memory_needs
+from whiflash_sglang.bridge.scheduler_hooks import _tried_attention
+from whiflash_sglang.bridge.start_block import attention_line
+from whiflash_sglang.core.errors import ConfigError
+from whiflash_sglang.startup.checkpoints import load_drafter_spec, load_target_spec
+from whiflash_sglang.startup.config import WhiFlashConfig
+from whiflash_sglang.startup.gpu_memory import graph_bytes
+from whiflash_sglang.training.dummy_models import QWEN3_8B, write_models
 
 
 def algorithm() -> WhiFlashAlgorithm:
@@ -47,11 +50,11 @@ def test_attention_is_triton_on_a_gpu_where_nothing_is_said() -> None:
     original = lambda *given: "fa3"  # noqa: E731
     for name, device, expected in (("WHIFLASH", "cuda", "triton"), (None, "cuda", "fa3"), ("WHIFLASH", "cpu", "fa3")):
         server_args = SimpleNamespace(speculative_algorithm=name, device=device)
-        assert host._tried_attention(original, server_args, False, None) == expected
-    tried = host.attention_line({"target": "triton", "df": "triton"}, "cuda")
+        assert _tried_attention(original, server_args, False, None) == expected
+    tried = attention_line({"target": "triton", "df": "triton"}, "cuda")
     assert tried == "target triton, df triton; WHIFLASH's default on a GPU"
-    assert "not tried yet" in host.attention_line({"target": "fa3", "df": "triton"}, "cuda:0")
-    assert host.attention_line({"target": "torch_native"}, "cpu") == "target torch_native"
+    assert "not tried yet" in attention_line({"target": "fa3", "df": "triton"}, "cuda:0")
+    assert attention_line({"target": "torch_native"}, "cpu") == "target torch_native"
 
 
 def test_what_is_counted_before_anything_of_it_is_allocated(
@@ -73,12 +76,12 @@ def test_what_is_counted_before_anything_of_it_is_allocated(
     )
     requests = SimpleNamespace(size=48, req_to_token=torch.empty(49, 4096))
     config = WhiFlashConfig(dflash_draft=df.path, eagle_draft=e3.path)
-    found = {need.what: need for need in host.memory_needs(config, {"df": df, "e3": e3}, runner, requests)}
+    found = {need.what: need for need in memory_needs(config, {"df": df, "e3": e3}, runner, requests)}
     assert found["draft pools"].size == 1000 * (20_480 + 4096)
     assert found["features that wait for drafters"].size == 49 * 128 * (8192 + 8192 + 8)
-    layers = len(host.captured_layers([df, e3]))
+    layers = len(captured_layers([df, e3]))
     widths = (1, config.eagle_steps + 1, 16)
     assert found["CUDA graphs"].size == graph_bytes([1, 8, 48], widths, (16, 1), layers * 8192, 151_936, 4096)
     assert found["CUDA graphs"].value == 48
     graphs.backend = "disabled"
-    assert host.memory_needs(config, {"df": df, "e3": e3}, runner, requests)[-1].size == 0
+    assert memory_needs(config, {"df": df, "e3": e3}, runner, requests)[-1].size == 0

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 
 from tests.fakes import VOCAB, FakeDrafter, FakeTarget, World, plain_greedy
-from whiflash_sglang.config import WhiFlashConfig
-from whiflash_sglang.health import REQUESTS, WINDOW
-from whiflash_sglang.round import DecodeRound
-from whiflash_sglang.router import create_router
-from whiflash_sglang.types import RoundResult
+from whiflash_sglang.core.health import REQUESTS, WINDOW
+from whiflash_sglang.core.round import DecodeRound
+from whiflash_sglang.core.types import RoundResult
+from whiflash_sglang.routing import create_router
+from whiflash_sglang.startup.config import WhiFlashConfig
 
 SLOTS = 6
 

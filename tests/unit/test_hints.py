@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whiflash_sglang.errors import HintError
-from whiflash_sglang.hints import CONTEXT_FIELD, FIELD, Asked, Hints, context_params, parse
-from whiflash_sglang.spans import SPANS, Context
+from whiflash_sglang.core.errors import HintError
+from whiflash_sglang.core.hints import CONTEXT_FIELD, FIELD, Asked, Hints, context_params, parse
+from whiflash_sglang.core.spans import SPANS, Context
 
 BOTH = ("df", "e3")
 

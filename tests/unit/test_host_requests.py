@@ -19,22 +19,19 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from whiflash_sglang.config import WhiFlashConfig
-from whiflash_sglang.errors import HintError
-from whiflash_sglang.hints import Asked, Hints
-from whiflash_sglang.host import (
+from whiflash_sglang.bridge.builders import asked
+from whiflash_sglang.bridge.http_hooks import _judge_request, _states_without_keys, _tell_context, ask_schedulers
+from whiflash_sglang.bridge.scheduler_hooks import (
     PRIORS_FIELD,
     RANKS_FIELD,
     _add_figures,
     _judge_custom_params,
-    _judge_request,
     _name_ourselves,
-    _states_without_keys,
-    _tell_context,
-    ask_schedulers,
-    asked,
 )
-from whiflash_sglang.spans import Context
+from whiflash_sglang.core.errors import HintError
+from whiflash_sglang.core.hints import Asked, Hints
+from whiflash_sglang.core.spans import Context
+from whiflash_sglang.startup.config import WhiFlashConfig
 
 CONFIG = WhiFlashConfig(drafters="e3", eagle_draft="e", router="fixed:e3")
 
@@ -178,7 +175,7 @@ def test_a_document_of_priors_is_made_only_where_it_is_asked_for() -> None:
 @pytest.mark.parametrize("way", ["update_weights_from_disk", "update_weights_from_ipc"])
 def test_new_weights_are_the_targets_alone(way: str) -> None:
     """SGLang would load the target's checkpoint into "the" drafter, by an attribute that ends the scheduler here."""
-    from whiflash_sglang.worker import WhiFlashWorker
+    from whiflash_sglang.serving.worker import WhiFlashWorker
 
     worker = object.__new__(WhiFlashWorker)
     done, message = getattr(worker, way)(SimpleNamespace(model_path="target"))

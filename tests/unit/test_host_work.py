@@ -17,15 +17,15 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from tests.fakes import VOCAB, FakeDrafter, FakeTarget, World, plain_greedy
 from tests.pretend_device import PretendDevice
-from whiflash_sglang import host
-from whiflash_sglang.config import WhiFlashConfig
-from whiflash_sglang.hints import parse
-from whiflash_sglang.host import WhiFlashDraftInput
-from whiflash_sglang.observe import Totals
-from whiflash_sglang.round import DecodeRound
-from whiflash_sglang.router import create_router
-from whiflash_sglang.spans import Markers, Pair, SpanReader
-from whiflash_sglang.worker import WhiFlashWorker
+from whiflash_sglang.bridge import builders
+from whiflash_sglang.bridge.algorithm import WhiFlashDraftInput
+from whiflash_sglang.core.hints import parse
+from whiflash_sglang.core.round import DecodeRound
+from whiflash_sglang.core.spans import Markers, Pair, SpanReader
+from whiflash_sglang.routing import create_router
+from whiflash_sglang.serving.observe import Totals
+from whiflash_sglang.serving.worker import WhiFlashWorker
+from whiflash_sglang.startup.config import WhiFlashConfig
 
 NUM_REQUESTS, MAX_LEN, WIDTH = 16, 200, 8
 CONFIG = WhiFlashConfig(dflash_draft="d", eagle_draft="e", router="fixed:e3")
@@ -88,7 +88,7 @@ def test_of_a_prompt_in_chunks_the_last_one_is_read_and_its_hints_are_parsed_onc
 ) -> None:
     """A tool's output of 128k tokens, in chunks of 8k; and once more after a retraction."""
     parsed: list[object] = []
-    monkeypatch.setattr(host, "parse", lambda *given: parsed.append(given) or parse(*given))
+    monkeypatch.setattr(builders, "parse", lambda *given: parsed.append(given) or parse(*given))
     pieces = Pieces()
     worker = object.__new__(WhiFlashWorker)
     worker.config = CONFIG

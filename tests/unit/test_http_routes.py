@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whiflash_sglang.http_routes import Finished, TokenTexts, routes, with_texts
+from whiflash_sglang.bridge.http_routes import Finished, TokenTexts, routes, with_texts
 
 
 def figures(rounds: int = 1, traced: bool = False) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from whiflash_sglang.kernels.ingest import HEAD_DIMS, Ingestion, constants_of, ingest_kernel, num_warps
+from whiflash_sglang.drafters.ingest_kernel import HEAD_DIMS, Ingestion, constants_of, ingest_kernel, num_warps
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = 99 * 1024  # bytes that a program may have on any GPU from Ampere on

@@ -17,14 +17,14 @@ import torch
 
 from tests import tiny_models
 from whiflash_sglang import launch_server
-from whiflash_sglang.calibration import Calibration, save_calibration
-from whiflash_sglang.config import ENVIRONMENT_VARIABLE, WhiFlashConfig
-from whiflash_sglang.errors import CheckpointError, ConfigError, WhiFlashError
-from whiflash_sglang.identity import Identity
+from whiflash_sglang.core.errors import CheckpointError, ConfigError, WhiFlashError
 from whiflash_sglang.launch_server import build_argv
-from whiflash_sglang.priors import Priors, save_priors
-from whiflash_sglang.router.artefact import NeuralRouter, save_router
-from whiflash_sglang.router.neural import Network
+from whiflash_sglang.routing.artefact import NeuralRouter, save_router
+from whiflash_sglang.routing.calibration import Calibration, save_calibration
+from whiflash_sglang.routing.identity import Identity
+from whiflash_sglang.routing.neural import Network
+from whiflash_sglang.routing.priors import Priors, save_priors
+from whiflash_sglang.startup.config import ENVIRONMENT_VARIABLE, WhiFlashConfig
 from whiflash_workloads.demo.expert import SYSTEM
 from whiflash_workloads.demo.world import TOOL_SCHEMAS
 from whiflash_workloads.server import free_port

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.fakes import VOCAB, FakeDrafter, FakeTarget, World, plain_greedy
-from whiflash_sglang.config import WhiFlashConfig
-from whiflash_sglang.hints import Hints
-from whiflash_sglang.ledger import MAX_TRACED_ROUNDS, Ledger, Trace
-from whiflash_sglang.round import DecodeRound
-from whiflash_sglang.router import create_router
-from whiflash_sglang.spans import Context, Markers, Pair, SpanReader
-from whiflash_sglang.types import HostRows, RoundResult
+from whiflash_sglang.core.hints import Hints
+from whiflash_sglang.core.round import DecodeRound
+from whiflash_sglang.core.spans import Context, Markers, Pair, SpanReader
+from whiflash_sglang.core.types import HostRows, RoundResult
+from whiflash_sglang.routing import create_router
+from whiflash_sglang.serving.ledger import MAX_TRACED_ROUNDS, Ledger, Trace
+from whiflash_sglang.startup.config import WhiFlashConfig
 
 THINK, CLOSE, CALL, END = range(4)
 MARKERS = Markers(Pair("<think>", "</think>"), Pair("<call>", "</call>"))

@@ -12,8 +12,8 @@ pytest.importorskip("sglang")
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from sglang.srt.parser.reasoning_parser import ReasoningParser
 
-from whiflash_sglang.host import Pieces, model_markers, span_reader
-from whiflash_sglang.spans import ANSWER, REASONING, TOOL_CALL, Markers, Pair, Place, SpanReader
+from whiflash_sglang.bridge.markers import Pieces, model_markers, span_reader
+from whiflash_sglang.core.spans import ANSWER, REASONING, TOOL_CALL, Markers, Pair, Place, SpanReader
 
 WITHOUT_MARKER = {"pythonic", "gigachat3"}  # calls are plain Python; the marker stands in a pattern only
 

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from whiflash_sglang.hints import Asked, Hints
-from whiflash_sglang.ledger import Record
-from whiflash_sglang.observe import NotDrafted, RequestFigures, Totals
-from whiflash_sglang.spans import CONTEXT_KINDS, SPANS
-from whiflash_sglang.types import CatchUp, HostRows, RoundResult
+from whiflash_sglang.core.hints import Asked, Hints
+from whiflash_sglang.core.spans import CONTEXT_KINDS, SPANS
+from whiflash_sglang.core.types import CatchUp, HostRows, RoundResult
+from whiflash_sglang.serving.ledger import Record
+from whiflash_sglang.serving.observe import NotDrafted, RequestFigures, Totals
 
 
 def rows(slots: list[int]) -> HostRows:
@@ -95,9 +95,9 @@ def test_metrics_follow_the_totals() -> None:
     # In a process of its own: metrics are registered once for a whole process.
     program = """
 from prometheus_client import generate_latest
-from whiflash_sglang.hints import Asked, Hints
-from whiflash_sglang.ledger import Record
-from whiflash_sglang.observe import Metrics, Totals
+from whiflash_sglang.core.hints import Asked, Hints
+from whiflash_sglang.serving.ledger import Record
+from whiflash_sglang.serving.observe import Metrics, Totals
 totals = Totals(("df", "e3"), 4)
 totals.pool = {"tokens": 100, "lost_to_draft_pools": 40}
 metrics = Metrics(totals, {"model_name": "m"})

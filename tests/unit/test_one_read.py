@@ -15,21 +15,21 @@ from tests.conformance.test_routers import BY_BATCH, BY_ROW, WITH_PRIORS, create
 from tests.fakes import VOCAB, FakeDrafter, FakeTarget, World, plain_greedy
 from tests.learned import HIDDEN
 from tests.pretend_device import OnDevice, PretendDevice, callers
-from whiflash_sglang.backlog import Backlog
+from whiflash_sglang.core.backlog import Backlog
+from whiflash_sglang.core.hints import Hints
+from whiflash_sglang.core.round import DecodeRound
+from whiflash_sglang.core.stop_conditions import tokens_to_end
+from whiflash_sglang.core.transfer import to_device, to_host
+from whiflash_sglang.core.types import Drafts, Entries, Proposal, Rows, Verified
 from whiflash_sglang.drafters.dflash import DFlashDrafter
 from whiflash_sglang.drafters.eagle3 import Eagle3Drafter
 from whiflash_sglang.drafters.graphs import runs
 from whiflash_sglang.drafters.runner import DraftRunner
-from whiflash_sglang.ends import tokens_to_end
-from whiflash_sglang.hints import Hints
-from whiflash_sglang.ledger import Trace
-from whiflash_sglang.observe import Totals
-from whiflash_sglang.round import DecodeRound
-from whiflash_sglang.router.prior import TRY_EVERY
-from whiflash_sglang.target import SGLangTarget
-from whiflash_sglang.transfer import to_device, to_host
-from whiflash_sglang.types import Drafts, Entries, Proposal, Rows, Verified
-from whiflash_sglang.worker import batch_result, decode_rows, prefill_positions
+from whiflash_sglang.routing.exploration import TRY_EVERY
+from whiflash_sglang.serving.ledger import Trace
+from whiflash_sglang.serving.observe import Totals
+from whiflash_sglang.serving.verifier import SGLangTarget
+from whiflash_sglang.serving.worker import batch_result, decode_rows, prefill_positions
 
 SLOTS, MAX_LEN, WIDTH = 8, 600, 8
 

@@ -12,6 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OTHERS_WITHOUT_SGLANG = (
+    *("launch_server", "bridge.http_routes", "bridge.replicas", "bridge.shutdown", "drafters.ingest_kernel"),
+    *("serving.ledger", "serving.ranks"),
+)
 HEAVY = {"sglang", "torch", "transformers", "tokenizers", "safetensors", "numpy", "triton"}
 
 
@@ -74,32 +78,13 @@ def test_clients_import_neither_sglang_nor_torch(package: str) -> None:
 
 @pytest.mark.slow  # it starts a program that imports torch and all of the core
 def test_the_core_imports_without_sglang() -> None:
-    core = [
-        *("accept", "asked", "backlog", "calibration", "checkpoints", "config", "costs", "errors", "hints", "targets"),
-        *(
-            "ending",
-            "http_routes",
-            "hub",
-            "identity",
-            "kernels",
-            "launch_server",
-            "ledger",
-            "plans",
-            "priors",
-            "probe",
-            "ranks",
-            "replicas",
-            "round",
-            "router",
-            "spans",
-            "types",
-        ),
-    ]
-    modules = [name for part in core for name in modules_of(f"whiflash_sglang/{part}") or [f"whiflash_sglang.{part}"]]
+    client_side = [name for part in ("core", "routing", "startup") for name in modules_of(f"whiflash_sglang/{part}")]
+    others = [f"whiflash_sglang.{name}" for name in OTHERS_WITHOUT_SGLANG]
+    modules = [*client_side, *others]
     assert imports_of("import " + ", ".join(modules), {"sglang"}) == []
 
 
 def test_the_flag_and_error_modules_import_without_torch() -> None:
-    modules = "whiflash_sglang.config, whiflash_sglang.checkpoints, whiflash_sglang.hub, whiflash_sglang.errors"
-    modules += ", whiflash_sglang.hints, whiflash_sglang.spans"
+    core = ("errors", "hints", "spans")
+    modules = ", ".join([*modules_of("whiflash_sglang/startup"), *(f"whiflash_sglang.core.{name}" for name in core)])
     assert imports_of(f"import {modules}", {"sglang", "torch"}) == []

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from whiflash_sglang import ports
-from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.core.errors import ConfigError
+from whiflash_sglang.startup import ports
 from whiflash_workloads.server import free_port
 
 

@@ -12,18 +12,27 @@ import pytest
 
 from tests.learned import cost_table, identity, record
 from tests.unit.test_cost_aware import Gains, chosen, result, rows
-from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.hints import Hints
-from whiflash_sglang.ledger import Ledger
-from whiflash_sglang.priors import MAX_BIAS, MAX_ROUNDS, MAX_TOOLS, Place, Priors, document, load_priors, save_priors
-from whiflash_sglang.router.cost_aware import CostAwareRouter
-from whiflash_sglang.router.prior import LOOK_EVERY, TRY_EVERY, TrialRouter
-from whiflash_sglang.router.threshold import ThresholdRouter
-from whiflash_sglang.router.yields import Yields
-from whiflash_sglang.spans import Context, Markers, SpanReader
+from whiflash_sglang.core.errors import CheckpointError
+from whiflash_sglang.core.hints import Hints
+from whiflash_sglang.core.spans import Context, Markers, SpanReader
+from whiflash_sglang.core.types import HostRows, Standing
+from whiflash_sglang.routing.cost_aware import CostAwareRouter
+from whiflash_sglang.routing.exploration import LOOK_EVERY, TRY_EVERY, TrialRouter
+from whiflash_sglang.routing.priors import (
+    MAX_BIAS,
+    MAX_ROUNDS,
+    MAX_TOOLS,
+    Place,
+    Priors,
+    document,
+    load_priors,
+    save_priors,
+)
+from whiflash_sglang.routing.threshold import ThresholdRouter
+from whiflash_sglang.routing.yields import Yields
+from whiflash_sglang.serving.ledger import Ledger
 from whiflash_sglang.training.fit_priors import biases, fit_priors, margin_of
 from whiflash_sglang.training.walk import walk
-from whiflash_sglang.types import HostRows, Standing
 
 ANSWER = Place("tool_output", "answer", None)
 LOOKUP = ANSWER._replace(tool="lookup")

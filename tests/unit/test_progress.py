@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from whiflash_sglang import progress
+from whiflash_sglang.startup import progress
 
 
 @pytest.mark.parametrize("status", [200, 401])

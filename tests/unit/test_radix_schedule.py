@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 
 from tests.fakes import VOCAB, plain_greedy
 from tests.radix_world import MAX_LEN, RadixWorld, Request, feature_of
-from whiflash_sglang.config import DRAFTERS, WhiFlashConfig
-from whiflash_sglang.round import Router
-from whiflash_sglang.router import create_router
+from whiflash_sglang.core.round import Router
+from whiflash_sglang.routing import create_router
+from whiflash_sglang.startup.config import DRAFTERS, WhiFlashConfig
 
 NUM_ROWS = 4
 ROUTERS = {

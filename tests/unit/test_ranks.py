@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 
 from tests.fakes import FakeDrafter, FakeTarget, World, plain_greedy
-from whiflash_sglang.config import WhiFlashConfig
-from whiflash_sglang.costs import RoundCosts, measure
-from whiflash_sglang.ranks import Ranks, SharedRouter
-from whiflash_sglang.round import DecodeRound
-from whiflash_sglang.router import create_router
-from whiflash_sglang.types import Proposal, Rows, Verified
+from whiflash_sglang.core.round import DecodeRound
+from whiflash_sglang.core.types import Proposal, Rows, Verified
+from whiflash_sglang.routing import create_router
+from whiflash_sglang.routing.costs import RoundCosts, measure
+from whiflash_sglang.serving.ranks import Ranks, SharedRouter
+from whiflash_sglang.startup.config import WhiFlashConfig
 
 PROMPTS = ([1, 2, 3], [4, 5], [6])
 ROUNDS = 12

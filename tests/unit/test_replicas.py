@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.unit.test_round import config
-from whiflash_sglang.observe import Totals
-from whiflash_sglang.replicas import together
+from whiflash_sglang.bridge.replicas import together
+from whiflash_sglang.serving.observe import Totals
 
 
 def test_counts_add_up_and_the_rest_is_what_it_says() -> None:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes import FakeDrafter, FakeTarget, World, feature, plain_greedy
-from whiflash_sglang.config import WhiFlashConfig
-from whiflash_sglang.round import DecodeRound, Router
-from whiflash_sglang.router import create_router
-from whiflash_sglang.types import HostRows, Plan, Probe, RoundResult
+from whiflash_sglang.core.round import DecodeRound, Router
+from whiflash_sglang.core.types import HostRows, Plan, Probe, RoundResult
+from whiflash_sglang.routing import create_router
+from whiflash_sglang.startup.config import WhiFlashConfig
 
 SLOTS, MAX_LEN = 8, 160
 ROUTERS = ["fixed:e3", "fixed:df", "alternate", "random:3", "entropy"]

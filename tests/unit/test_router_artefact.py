@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.learned import HIDDEN, identity, network
-from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.router.artefact import NeuralRouter, load_router, save_router
-from whiflash_sglang.router.neural import Folded, NeuralScore
+from whiflash_sglang.core.errors import CheckpointError
+from whiflash_sglang.routing.artefact import NeuralRouter, load_router, save_router
+from whiflash_sglang.routing.neural import Folded, NeuralScore
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.learned import HIDDEN, identity, record
-from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.router.artefact import load_router
+from whiflash_sglang.core.errors import ConfigError
+from whiflash_sglang.routing.artefact import load_router
 from whiflash_sglang.training import train_router
 from whiflash_sglang.training.router_data import (
     Record,

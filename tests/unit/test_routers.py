@@ -8,10 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from whiflash_sglang.config import WhiFlashConfig
-from whiflash_sglang.router import create_router
-from whiflash_sglang.router.entropy import EntropyGain, entropy
-from whiflash_sglang.types import HostRows, Plan
+from whiflash_sglang.core.types import HostRows, Plan
+from whiflash_sglang.routing import create_router
+from whiflash_sglang.routing.entropy import EntropyGain, entropy
+from whiflash_sglang.startup.config import WhiFlashConfig
 
 
 def config(router: str, threshold: float | None = None) -> WhiFlashConfig:

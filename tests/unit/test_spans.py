@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whiflash_sglang.spans import (
+from whiflash_sglang.core.spans import (
     ANSWER,
     REASONING,
     TOOL_CALL,

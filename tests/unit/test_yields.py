@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from whiflash_sglang.router.yields import DF, E3, MOST, Yields
-from whiflash_sglang.types import HostRows, Standing
+from whiflash_sglang.core.types import HostRows, Standing
+from whiflash_sglang.routing.yields import DF, E3, MOST, Yields
 
 LENGTHS = {DF: 6.0, E3: 5.0}
 

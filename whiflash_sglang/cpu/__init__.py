@@ -4,7 +4,7 @@
     platform.py     what SGLang asks a platform for: device, KV pool, allocator, attention backend, checked flags
     attention.py    the attention backend: prefill, decode, verify, draft block, vectorised over the batch
     metadata.py     what one forward's attention calls share: gathered slots and masks, computed once
-    twins.py        torch versions of helpers that SGLang has only for accelerators
+    fallbacks.py    torch versions of helpers that SGLang has only for accelerators
 
 On a machine with an accelerator nothing here is imported by the server except `activate`.
 """

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch.nn.functional import rms_norm
 
+from whiflash_sglang.core.types import Drafts, Entries, Rows
 from whiflash_sglang.drafters.fused import KVProjection, write_entries
 from whiflash_sglang.drafters.graphs import Begin, runs
 from whiflash_sglang.drafters.runner import (
@@ -26,7 +27,6 @@ from whiflash_sglang.drafters.runner import (
     project,
     select_columns,
 )
-from whiflash_sglang.types import Drafts, Entries, Rows
 
 
 class DFlashDrafter:

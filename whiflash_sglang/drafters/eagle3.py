@@ -19,18 +19,10 @@ from functools import partial
 
 import torch
 
+from whiflash_sglang.core.types import Drafts, Entries, Rows
 from whiflash_sglang.drafters.fused import KVProjection, write_entries
 from whiflash_sglang.drafters.graphs import Begin, is_one_graph, runs
-from whiflash_sglang.drafters.runner import (
-    DraftBlock,
-    DraftRunner,
-    Plan,
-    columns_of,
-    kv_rows,
-    project,
-    select_columns,
-)
-from whiflash_sglang.types import Drafts, Entries, Rows
+from whiflash_sglang.drafters.runner import DraftBlock, DraftRunner, Plan, columns_of, kv_rows, project, select_columns
 
 
 class Eagle3Drafter:

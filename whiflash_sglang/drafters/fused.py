@@ -43,7 +43,7 @@ def write_entries(runner: DraftRunner, kv: KVProjection) -> WriteEntries | None:
     if runner.device.type not in DEVICES:
         return None
     # Here, as a server on a CPU never needs Triton.
-    from whiflash_sglang.kernels.ingest import Ingestion, folded, ingest, warm_up
+    from whiflash_sglang.drafters.ingest_kernel import Ingestion, folded, ingest, warm_up
 
     pool, rotary = runner.worker.model_runner.token_to_kv_pool, kv.layers[0].rotary_emb
     reason = lacking(runner, kv, pool, rotary)
@@ -69,7 +69,7 @@ def write_entries(runner: DraftRunner, kv: KVProjection) -> WriteEntries | None:
 
 def lacking(runner: DraftRunner, kv: KVProjection, pool: Any, rotary: Any) -> str | None:
     """What the kernel would have to know and does not."""
-    from whiflash_sglang.kernels.ingest import DTYPES, HEAD_DIMS
+    from whiflash_sglang.drafters.ingest_kernel import DTYPES, HEAD_DIMS
 
     head_dim = runner.spec.head_dim
     if head_dim not in HEAD_DIMS:

@@ -14,7 +14,7 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, Forw
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 
-from whiflash_sglang.checkpoints import DrafterSpec
+from whiflash_sglang.startup.checkpoints import DrafterSpec
 
 Plan = Callable[[ForwardBatch, int], None]
 """Tells attention of a forward. The number: how many more entries are cached by then than when drafting began."""

@@ -1,1 +1,4 @@
-"""Training of small targets and of both kinds of drafters, on a CPU in an hour or on a GPU in minutes."""
+"""Offline work: training of small targets and both kinds of drafters, their evaluation, models without weights.
+
+Imports `core`, `routing`, `startup`, `launch_server` and the client package `whiflash_workloads`; nothing of SGLang.
+"""

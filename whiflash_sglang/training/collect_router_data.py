@@ -22,7 +22,7 @@ import httpx
 import torch
 from rich.progress import track
 
-from whiflash_sglang.errors import ConfigError, WhiFlashError
+from whiflash_sglang.core.errors import ConfigError, WhiFlashError
 from whiflash_sglang.training.models import Models, add_arguments, load_models, paths_of
 from whiflash_sglang.training.replies import greedy_replies, positions, prompts_of, served_replies
 from whiflash_sglang.training.router_data import Record, shard_path, write_manifest, write_shard

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from whiflash_sglang.priors import Place, Priors
+from whiflash_sglang.routing.priors import Place, Priors
 from whiflash_sglang.training.router_data import Record
 from whiflash_sglang.training.text import SPANS
 from whiflash_sglang.training.walk import by_worth, gather, round_starts, walk

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from whiflash_sglang.training.drafters import DFlash, Eagle3, Verdict, judge
-from whiflash_sglang.training.text import Example, histories, span_labels
+from whiflash_sglang.training.text import Example, span_labels
+from whiflash_workloads.demo.prompts import histories
 from whiflash_workloads.tokens import ask
 
 CONTEXT_KINDS = ("user", "tool_output")

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.core.errors import ConfigError
 from whiflash_sglang.training.replies import Positions, Reply
 
 FORMAT, FORMAT_VERSION = "whiflash-router-data", 1

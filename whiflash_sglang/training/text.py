@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from whiflash_workloads.demo.prompts import parsed_arguments
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>")
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 VOCAB_SIZE = 1280
@@ -140,26 +142,6 @@ def document(text: str, tokenizer: Any) -> Example:
     """A text that is all the model's own to say, as one long answer."""
     ids = np.array([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id], dtype=np.int64)
     return Example(ids, np.full(len(ids), ANSWER, dtype=np.uint8))
-
-
-def histories(session: dict[str, Any], tokenizer: Any) -> Iterator[tuple[int, list[int]]]:
-    """Index of each assistant message and the token ids of the prompt that asks for it."""
-    messages = [parsed_arguments(message) for message in session["messages"]]
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = tokenizer.apply_chat_template(messages[:i], tools=session["tools"], add_generation_prompt=True)
-            yield i, list(prompt["input_ids"])
-
-
-def parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """Tool-call arguments as objects, as servers hand them to the template."""
-    if not message.get("tool_calls"):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        function = call["function"]
-        calls.append({**call, "function": {**function, "arguments": json.loads(function["arguments"])}})
-    return {**message, "tool_calls": calls}
 
 
 def span_labels(ids: np.ndarray, tokenizer: Any) -> np.ndarray:

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from whiflash_sglang.checkpoints import FLAG_TARGET, load_target_spec
-from whiflash_sglang.errors import ConfigError, WhiFlashError
+from whiflash_sglang.core.errors import ConfigError, WhiFlashError
+from whiflash_sglang.startup.checkpoints import FLAG_TARGET, load_target_spec
 from whiflash_sglang.training import text
 from whiflash_sglang.training.collect_router_data import plain
 from whiflash_sglang.training.distill import (

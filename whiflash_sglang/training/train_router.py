@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from whiflash_sglang.errors import ConfigError, WhiFlashError
-from whiflash_sglang.identity import Identity
-from whiflash_sglang.router.artefact import NeuralRouter, save_router
-from whiflash_sglang.router.neural import Network
+from whiflash_sglang.core.errors import ConfigError, WhiFlashError
+from whiflash_sglang.routing.artefact import NeuralRouter, save_router
+from whiflash_sglang.routing.identity import Identity
+from whiflash_sglang.routing.neural import Network
 from whiflash_sglang.training.router_data import Record, RouterData, load_router_data
 from whiflash_sglang.training.walk import EQUAL_COSTS, best_threshold, by_worth, gather, lengths_of, walk
 from whiflash_workloads.printing import to_readers

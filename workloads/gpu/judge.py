@@ -20,7 +20,7 @@ PARTS = {
     "verify": ("verify",),
     "commit": ("commit", "commit_idle"),
 }
-"""The parts of a round by the server's steps (`whiflash_sglang/observe.py`); what is left of a round is the host's.
+"""The parts of a round by the server's steps (`whiflash_sglang/serving/observe.py`); the rest is the host's.
 
 `between`, from one round to the next, is no part of either.
 """

@@ -1,0 +1,131 @@
+"""The speculative algorithm that SGLang registers, and its state between steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
+from sglang.srt.speculative.spec_registry import CustomSpecAlgo
+
+from whiflash_sglang.core.errors import ConfigError
+from whiflash_sglang.core.transfer import to_device
+from whiflash_sglang.startup.checkpoints import DRAFTER_FLAGS, FLAG_TARGET, check_ranks
+from whiflash_sglang.startup.config import active_config
+from whiflash_sglang.startup.gpu_memory import MAX_RUNNING
+
+ALGORITHM = "WHIFLASH"
+LATE_KV = "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
+
+
+class WhiFlashAlgorithm(CustomSpecAlgo):
+    """What the scheduler asks of a speculative algorithm.
+
+    It counts as one of the DFlash family, as SGLang's verify of a linear chain, its draft input (`DFlashDraftInputV2`)
+    and the room for draft KV in the memory budget are chosen by that.
+    """
+
+    def is_dflash(self) -> bool:
+        return True
+
+    def is_dflash_family(self) -> bool:
+        return True
+
+    def supports_target_verify_for_draft(self) -> bool:
+        return True
+
+    def need_topk(self) -> bool:
+        return False
+
+    def carries_draft_hidden_states(self) -> bool:
+        return False
+
+    def create_future_map(
+        self,
+        device: torch.device,
+        req_to_token_pool: Any,
+        needs_cpu_seq_lens: bool = True,
+        needs_confidence_relay: bool = False,
+    ) -> Any:
+        from sglang.srt.managers.overlap_utils import FutureMap
+
+        return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
+
+    def create_worker(self, server_args: Any) -> type:
+        """The base class warns that steps do not overlap, which is `handle_server_args`'s own choice."""
+        return self.factory(server_args)
+
+    def handle_server_args(self, server_args: Any) -> None:
+        """Settle what follows from the algorithm; runs inside SGLang's own argument resolution."""
+        if server_args.tp_size > 1:
+            check_ranks(FLAG_TARGET, server_args.model_path, server_args.tp_size)
+            for name, path in active_config().draft_paths.items():
+                check_ranks(DRAFTER_FLAGS[name], path, server_args.tp_size)
+        server_args.speculative_eagle_topk = 1
+        server_args.speculative_num_steps = 1
+        # A round ends when the host has read what it committed; overlap would need that to stay on the device.
+        server_args.disable_overlap_schedule = True
+        if os.environ.get(LATE_KV, "").lower() in ("1", "true", "yes", "y"):
+            problem = "KV has no memory yet while WHIFLASH captures graphs and measures what rounds cost"
+            raise ConfigError(LATE_KV, os.environ[LATE_KV], problem, "unset that environment variable")
+        if server_args.max_running_requests is None and server_args.device.startswith("cuda"):
+            server_args.max_running_requests = MAX_RUNNING
+
+
+@dataclass
+class WhiFlashDraftInput(DFlashDraftInputV2):
+    """What survives between rounds: each request's bonus token and length; and how room for the next one is made."""
+
+    def prepare_for_decode(self, batch: Any) -> None:
+        """Reserve KV slots for each request's next window.
+
+        One window, where SGLang's own reserves two: the second is for its overlapped schedule, in which lengths lag a
+        round behind. Slots that nobody will write are prompt tokens that the radix tree could have kept.
+        """
+        from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
+        from sglang.srt.runtime_context import get_spec
+
+        window = get_spec().speculative_num_draft_tokens
+        committed = [request.kv_committed_len for request in batch.reqs]
+        allocated = [request.kv.kv_allocated_len for request in batch.reqs]
+        reserved = [max(known, length + window) for known, length in zip(allocated, committed, strict=True)]
+        lens = torch.tensor((allocated, reserved), dtype=torch.int32)
+        on_device = to_device(lens, torch.device(batch.device), torch.int32)
+        alloc_for_spec_decode(
+            batch.tree_cache,
+            batch.req_to_token_pool,
+            reqs=batch.reqs,
+            req_pool_indices=batch.req_pool_indices,
+            cur_kv_lens=on_device[0],
+            cur_kv_lens_cpu=lens[0],
+            nxt_kv_lens=on_device[1],
+            nxt_kv_lens_cpu=lens[1],
+            num_needed_tokens=sum(reserved) - sum(allocated),
+            batch=batch,
+        )
+        batch.seq_lens_cpu, batch.seq_lens_sum = torch.tensor(committed, dtype=torch.int64), sum(committed)
+
+
+def draft_input(bonus_tokens: torch.Tensor, new_seq_lens: torch.Tensor) -> WhiFlashDraftInput:
+    """SGLang's carrier of state between steps, for requests with the given bonus tokens and lengths [rows]."""
+    nothing = bonus_tokens.new_empty((len(bonus_tokens), 0))  # the fields of other algorithms
+    return WhiFlashDraftInput(
+        topk_p=nothing,
+        topk_index=nothing,
+        bonus_tokens=bonus_tokens.to(torch.int64),
+        new_seq_lens=new_seq_lens.to(torch.int64),
+        hidden_states=nothing,
+    )
+
+
+def register_algorithm(worker_class: Callable[[Any], type]) -> None:
+    """Make `--speculative-algorithm WHIFLASH` known to SGLang in this process, served by a worker of `worker_class`."""
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+    from sglang.srt.speculative.spec_registry import get_spec
+
+    if get_spec(ALGORITHM) is None:
+        register = SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=False, spec_class=WhiFlashAlgorithm)
+        register(worker_class)

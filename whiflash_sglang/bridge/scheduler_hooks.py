@@ -1,0 +1,164 @@
+"""The hooks of the scheduler's process, each with its reason."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import msgspec
+import torch
+
+from whiflash_sglang.bridge.algorithm import ALGORITHM, WhiFlashAlgorithm
+from whiflash_sglang.bridge.builders import captured_layers, drafter_specs
+from whiflash_sglang.bridge.logit_adjustments import open_dead_ends
+from whiflash_sglang.core.errors import HintError
+from whiflash_sglang.core.hints import parse
+from whiflash_sglang.startup.config import active_config
+
+TRIED_ATTENTION = "triton"
+PRIORS_FIELD, RANKS_FIELD = "whiflash_priors", "whiflash_ranks"  # of the scheduler's state
+ASKS_FOR_PRIORS = "whiflash_priors"  # id of a request for the state
+
+
+def install_hooks() -> None:
+    """Register the hooks; SGLang applies them once all plugins are loaded."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    components = "sglang.srt.model_executor.model_runner_components"
+    # Captured layers: SGLang knows the layers of one drafter; ours need the union of both.
+    HookRegistry.register(
+        f"{components}.spec_aux_hidden_state.resolve_spec_aux_hidden_state_config", _capture_union, HookType.AROUND
+    )
+    # Radix keys: EAGLE-3's entry at a position depends on the next token, so that with it a prefix is shared only
+    # together with its next token (bigram keys, as SGLang does it for its own EAGLE).
+    HookRegistry.register("sglang.srt.mem_cache.registry.create_tree_cache", _bigram_keys, HookType.BEFORE)
+    # Live figures: /server_info shows the scheduler's internal state, and has no place for a plugin's own.
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _add_figures, HookType.AFTER)
+    # Reserve: SGLang keeps room for two windows of each running request when it admits and retracts; see
+    # WhiFlashDraftInput.prepare_for_decode.
+    HookRegistry.register(
+        "sglang.srt.mem_cache.allocation_sizing.get_alloc_reserve_per_decode", _one_window, HookType.AROUND
+    )
+    # Longest request: SGLang lets one fill the whole pool, without room for its last verify window.
+    HookRegistry.register(
+        "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info", _leave_room_for_a_window, HookType.AFTER
+    )
+    # Attention: SGLang takes fa3 or flashinfer where nothing is said, and rounds have been tried with triton only.
+    HookRegistry.register(
+        "sglang.srt.server_args.ServerArgs._get_default_attn_backend", _tried_attention, HookType.AROUND
+    )
+    # Refusals: SGLang names the algorithm of which ours counts as one of the family, and no mend; log probabilities,
+    # which our rounds return, it refuses; hidden states, which they do not, it refuses only where steps overlap.
+    HookRegistry.register(
+        "sglang.srt.speculative.dflash_utils.validate_dflash_request", _name_ourselves, HookType.AROUND
+    )
+    # Dead ends: a grammar that allows no token leaves a sampler no probabilities, which ends the scheduler.
+    HookRegistry.register(
+        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.apply_logits_bias", _open_dead_ends, HookType.AFTER
+    )
+    # Signals: SGLang samples in the logits' own memory, and routers read the target's own distribution in rounds too.
+    HookRegistry.register(
+        "sglang.srt.model_executor.model_runner.ModelRunner.sample", _keep_raw_logits, HookType.BEFORE
+    )
+    # Hints: judged where SGLang judges sampling parameters, in the HTTP process, which answers a ValueError with 400.
+    judge = functools.partial(_judge_custom_params, active_config().drafter_names)
+    HookRegistry.register("sglang.srt.sampling.sampling_params.SamplingParams.verify", judge, HookType.AFTER)
+
+
+raw_logits: list[torch.Tensor] = []
+"""Of the target's newest prefill [requests, vocab], as they were before sampling; at most one."""
+
+
+def _keep_raw_logits(model_runner: Any, logits_output: Any, forward_batch: Any) -> None:
+    raw_logits[:] = [logits_output.next_token_logits.clone()]
+
+
+def _capture_union(
+    original: Any, *, server_args: Any, model_config: Any, spec_algorithm: Any, is_draft_worker: bool
+) -> Any:
+    if is_draft_worker or not isinstance(spec_algorithm, WhiFlashAlgorithm):
+        return original(
+            server_args=server_args,
+            model_config=model_config,
+            spec_algorithm=spec_algorithm,
+            is_draft_worker=is_draft_worker,
+        )
+    from sglang.srt.model_executor.model_runner_components.spec_aux_hidden_state import SpecAuxHiddenStateConfig
+
+    specs = drafter_specs(active_config(), server_args)
+    target_layer = model_config.get_total_num_kv_heads() * model_config.head_dim
+    draft_layers = sum(spec.num_layers * spec.num_kv_heads * spec.head_dim for spec in specs.values())
+    return SpecAuxHiddenStateConfig(
+        dflash_use_aux_hidden_state=True,
+        dflash_target_layer_ids=list(captured_layers(specs.values())),
+        # SGLang budgets draft KV in units of target layers.
+        dflash_draft_num_layers=math.ceil(draft_layers / target_layer),
+    )
+
+
+def _bigram_keys(context: Any) -> None:
+    if "e3" in active_config().drafter_names and context.server_args.speculative_algorithm == ALGORITHM:
+        context.params.is_eagle = True
+
+
+def _one_window(original: Any, server_args: Any = None) -> int:
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_len_per_decode
+
+    return int(get_alloc_len_per_decode(server_args))
+
+
+def _tried_attention(original: Any, server_args: Any, use_mla_backend: bool, model_config: Any) -> str:
+    ours = server_args.speculative_algorithm == ALGORITHM and server_args.device.startswith("cuda")
+    return TRIED_ATTENTION if ours else str(original(server_args, use_mla_backend, model_config))
+
+
+def _leave_room_for_a_window(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
+    pool_tokens, max_request_len, max_prompt_len = info[0], info[4], info[5]
+    room = pool_tokens - 1 - worker.server_args.speculative_num_draft_tokens
+    excess = max(0, max_request_len - room)
+    return (*info[:4], max_request_len - excess, max_prompt_len - excess, *info[6:])
+
+
+def _name_ourselves(original: Any, request: Any, *args: Any, **kwargs: Any) -> str | None:
+    refusal = original(request, *args, **kwargs)
+    if refusal is not None and "return_logprob" in refusal:
+        refusal = None  # ours returns them
+    if refusal is None and request.return_hidden_states:
+        refusal = f"{ALGORITHM} speculative decoding does not support return_hidden_states yet."
+    if refusal is None:
+        try:  # requests that have not come through SamplingParams.verify
+            parse(request.sampling_params.custom_params, active_config().drafter_names)
+        except HintError as error:
+            return str(error)
+        return None
+    mend = "Leave it out of the request, or start the server with --whiflash-router off."
+    return f"{refusal.replace('DFLASH', ALGORITHM)} {mend}"
+
+
+def _open_dead_ends(result: None, sampling: Any, logits: torch.Tensor) -> None:
+    if sampling.grammar_mask is not None:
+        open_dead_ends(logits)
+
+
+def _judge_custom_params(drafters: tuple[str, ...], result: Any, params: Any, *args: Any) -> None:
+    from sglang.srt.sampling.sampling_params import CustomParamValue
+
+    parse(params.custom_params, drafters)
+    try:
+        # What SGLang cannot decode on the scheduler's side would end the scheduler.
+        msgspec.convert(params.custom_params, dict[str, CustomParamValue] | None)
+    except msgspec.ValidationError as error:
+        mend = "give numbers, text, truth values, null, or flat lists and objects of these"
+        raise HintError("custom_params", None, str(error), mend) from error
+
+
+def _add_figures(result: Any, scheduler: Any, request: Any) -> Any:
+    worker = scheduler.draft_worker
+    if getattr(worker, "totals", None) is not None:
+        # The request for it comes to every rank in the same step, so that ranks can be compared here.
+        result.internal_state["whiflash"] = worker.totals.snapshot()
+        result.internal_state[RANKS_FIELD] = {"replica": scheduler.ps.dp_rank or 0, **worker.ranks.snapshot()}
+        if request.rid == ASKS_FOR_PRIORS:
+            result.internal_state[PRIORS_FIELD] = worker.priors_document()
+    return result

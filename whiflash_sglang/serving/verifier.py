@@ -1,0 +1,150 @@
+"""The target behind one door: rows and a proposal in, the target's choices and features out.
+
+The only code that fills SGLang's batch for a verify forward, and the only one that samples.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.logprob_processor import compute_spec_v2_logprobs
+from sglang.srt.layers.sampler import apply_custom_logit_processor
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+from sglang.srt.speculative.spec_utils import GrammarTree
+
+from whiflash_sglang.bridge.logit_adjustments import Said, adjust
+from whiflash_sglang.core.types import Proposal, Rows, Verified
+from whiflash_sglang.serving.verify_graphs import VerifyWidth
+
+
+class SGLangTarget:
+    """Verifies on an SGLang target worker. `bind` names the batch that the next call is about.
+
+    `feature_size` is captures * hidden: what a forward returns behind these columns are the final hidden states.
+    `widths`: what windows of each width are verified with.
+    """
+
+    def __init__(self, worker: Any, feature_size: int, widths: Mapping[int, VerifyWidth]):
+        self.worker = worker
+        self.feature_size = feature_size
+        self.widths = widths
+        self.batch: Any = None
+        self.said = Said()
+        self.logprobs: LogitsProcessorOutput | None = None  # of the last verify, where the batch wants them
+
+    def bind(self, batch: Any) -> None:
+        self.batch = batch
+        self.logprobs = None
+
+    def verify(self, rows: Rows, proposal: Proposal) -> Verified:
+        num_rows, width = proposal.tokens.shape
+        # Before the forward: masks are made on the host, along the drafts, while the target computes.
+        tree = GrammarTree.from_linear_chain(proposal.tokens) if self.batch.has_grammar else None
+        logits_output = self.forward(rows, proposal.tokens)
+        logits = logits_output.next_token_logits.view(num_rows, width, -1)
+        positions = rows.prefix_lens[:, None] + torch.arange(width, device=rows.slots.device)
+        features, hidden = self.split(logits_output.hidden_states.view(num_rows, width, -1))
+        return Verified(self.predict(logits, positions, proposal.tokens, tree), logits, features, hidden)
+
+    def split(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Captured features and final hidden states of what a forward returned, [..., captures * hidden + hidden]."""
+        return states[..., : self.feature_size], states[..., self.feature_size :]
+
+    def forward(self, rows: Rows, tokens: torch.Tensor) -> LogitsProcessorOutput:
+        """One causal forward over the windows `tokens` [rows, width]; logits and features of every position."""
+        batch, width = self.batch, tokens.shape[1]
+        positions = rows.prefix_lens[:, None] + torch.arange(width, device=tokens.device)
+        batch.out_cache_loc = rows.kv_slots[:, 1 : 1 + width].reshape(-1)
+        # Host mirrors of the lengths count the window too, as attention backends plan with them.
+        committed = batch.seq_lens_cpu
+        batch.seq_lens_cpu = committed + width
+        batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
+        info = DFlashVerifyInput(
+            tokens.reshape(-1), positions.reshape(-1), width, capture_hidden_mode=CaptureHiddenMode.FULL
+        )
+        with self.widths[width].in_place(self.worker.model_runner):
+            forward_batch, _ = info.prepare_for_verify(batch, self.worker)
+            forward_batch.mark_forward_metadata_ready()
+            batch.seq_lens_cpu, batch.seq_lens_sum = committed, int(committed.sum())
+            return self.worker.forward_batch_generation(None, forward_batch=forward_batch, is_verify=True).logits_output
+
+    def predict(
+        self, logits: torch.Tensor, positions: torch.Tensor, window: torch.Tensor, tree: GrammarTree | None = None
+    ) -> torch.Tensor:
+        """The target's choice at every position of the window, as SGLang would make it there; [rows, width] int64.
+
+        `logits` [rows, width, vocab], `positions` and `window` [rows, width] of the tokens that the logits follow;
+        `tree` as `adjust` takes it.
+        """
+        batch, sampling = self.batch, self.batch.sampling_info
+        logits = adjust(logits, window, batch, tree, self.said)
+        if sampling.has_custom_logit_processor:
+            logits = process_first(logits, sampling)
+        num_rows, width = positions.shape
+        if sampling.is_all_greedy:
+            tokens = logits.argmax(dim=-1)
+        else:
+            sampler = self.worker.model_runner.sampler
+            flat = LogitsProcessorOutput(next_token_logits=logits.reshape(num_rows * width, -1).clone())
+            tokens = sampler(flat, repeat_sampling(sampling, width), False, [], [], positions.reshape(-1))
+            tokens = tokens.view(num_rows, width).to(torch.int64)
+        if batch.return_logprob:
+            self.logprobs = log_probabilities(batch, logits, tokens)
+        return tokens
+
+
+def process_first(logits: torch.Tensor, sampling: Any) -> torch.Tensor:
+    """A copy of `logits` [rows, width, vocab] whose first column has been through the requests' own processors.
+
+    They are code of the operator's that may look at anything, so rows with one are not drafted for (see `draftable`)
+    and their other columns are not used.
+    """
+    logits = logits.clone()
+    first = logits[:, 0].clone()
+    apply_custom_logit_processor(first, sampling)
+    logits[:, 0] = first
+    return logits
+
+
+def log_probabilities(batch: Any, logits: torch.Tensor, tokens: torch.Tensor) -> LogitsProcessorOutput:
+    """What SGLang is to return of log probabilities: for every column of the window, as for a chain all of which was
+    accepted. It takes as many of a row as were."""
+    num_rows, width = tokens.shape
+    output = LogitsProcessorOutput(next_token_logits=logits.reshape(num_rows * width, -1))
+    every_column = torch.arange(num_rows * width, device=tokens.device).view(num_rows, width)
+    compute_spec_v2_logprobs(batch, output, tokens.reshape(-1), every_column, width - 1)
+    output.next_token_logits = None  # large, and of no use to the host
+    all_as_tensors(output)
+    return output
+
+
+def all_as_tensors(output: LogitsProcessorOutput) -> None:
+    """SGLang reads the log probabilities of certain tokens as tensors, and has empty lists for the requests of a batch
+    that ask for none: that would end the scheduler."""
+    values = output.next_token_token_ids_logprobs_val
+    if values is not None:
+        output.next_token_token_ids_logprobs_val = [torch.as_tensor(value) for value in values]
+
+
+def draftable(batch: Any) -> list[bool] | None:
+    """Of each row [rows] whether its logits can be adjusted at every column; None: all of them can be."""
+    if not batch.sampling_info.has_custom_logit_processor:
+        return None
+    return [request.custom_logit_processor is None for request in batch.reqs]
+
+
+def repeat_sampling(sampling: Any, width: int) -> Any:
+    """SGLang's sampling parameters with each row repeated for every column of its window."""
+    repeated = copy.copy(sampling)
+    for name in ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed"):
+        value = getattr(sampling, name)
+        if value is not None:
+            setattr(repeated, name, value.repeat_interleave(width, dim=0))
+    repeated.has_custom_logit_processor = False  # rows with one are not drafted for; see `predict`
+    repeated.grammars = None
+    return repeated

@@ -1,0 +1,73 @@
+"""Whether the server can listen where it is told to: tried before minutes of loading, not after them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Mapping, Sequence
+
+from whiflash_sglang.core.errors import ConfigError
+from whiflash_sglang.startup.bounds import BOUNDS
+from whiflash_sglang.startup.command_line import last
+
+FLAG_HOST, FLAG_PORT, FLAG_RENDEZVOUS = "--host", "--port", "--dist-init-addr"
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", "30000"  # SGLang's
+EVERYWHERE = ""
+
+
+def check(given: Mapping[str, Sequence[str]]) -> None:
+    """Raise where an address that the server would listen on is not this machine's, or a port is in use.
+
+    Ports that SGLang chooses itself are free ones. All are held until the last one is tried, so that two flags that
+    name the same port are found too.
+    """
+    host = last(given, FLAG_HOST) or DEFAULT_HOST
+    wanted = [(FLAG_PORT, host, last(given, FLAG_PORT) or DEFAULT_PORT)]
+    wanted += [("--grpc-port", host, port)] if (port := last(given, "--grpc-port")) else []
+    if int(last(given, "--node-rank") or 0) == 0:  # where the ranks meet
+        wanted += [("--nccl-port", EVERYWHERE, port)] if (port := last(given, "--nccl-port")) else []
+        if address := last(given, FLAG_RENDEZVOUS):
+            wanted.append((FLAG_RENDEZVOUS, EVERYWHERE, _port_of(address)))
+    with contextlib.ExitStack() as held:
+        for flag, address, port in wanted:
+            _listen(flag, address, int(port), held)
+
+
+def _port_of(address: str) -> str:
+    port = address.rpartition(":")[2]
+    try:
+        return f"{BOUNDS[FLAG_PORT].number(port):.0f}"
+    except ValueError:
+        raise ConfigError(FLAG_RENDEZVOUS, address, "names no port from 1 to 65535", "give HOST:PORT") from None
+
+
+def _listen(flag: str, host: str, port: int, held: contextlib.ExitStack) -> None:
+    """Listen on every address of `host`, as the server will."""
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        mend = "give an address of this machine, 127.0.0.1 or 0.0.0.0"
+        raise ConfigError(FLAG_HOST, host, f"is no known address ({error.strerror})", mend) from error
+    problems = []
+    for family, kind, protocol, _, address in found:
+        try:
+            listener = held.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(address)
+            listener.listen()
+        except OSError as error:
+            problems.append(error)
+    if in_use := [error for error in problems if error.errno == errno.EADDRINUSE]:
+        mend = "stop what listens there, or give another port"
+        raise ConfigError(flag, port, f"is in use on {host or 'this machine'}", mend) from in_use[0]
+    if len(problems) < len(found):
+        return  # a host's second address, of a family that this machine does not have
+    if problems[0].errno == errno.EADDRNOTAVAIL:
+        mend = "give an address of this machine, 127.0.0.1 or 0.0.0.0"
+        raise ConfigError(FLAG_HOST, host, "is no address of this machine", mend) from problems[0]
+    raise ConfigError(flag, port, f"cannot be listened on ({problems[0].strerror})", "give another port") from problems[
+        0
+    ]
