@@ -7,7 +7,7 @@ a ratio within this run. The last line is JSON.
 
     random     tokens/s over those of `off` for prompts of random token ids, 1, 8 and 16 in flight: text that no drafter
                knows. Lengths are drawn as SGLang's bench_serving draws those of its `random-ids`
-    trace      the same for recorded sessions of another world (--trace), four at a time
+    trace      the same for recorded sessions of another world (--trace), two a block and at a time
     changes    the order desk, random ids, the order desk: by stretches of about 64 rounds of one request at a time, the
                share of rounds without drafts
 
@@ -49,12 +49,14 @@ def random_prompts(seed: int) -> tuple[list[TokenIds], list[int]]:
     return prompts, [dice.randint(1, TOKENS) for _ in prompts]
 
 
-def over_off(speeds: dict[str, list[float]]) -> dict[str, Any]:
-    """From tokens/s by policy and block: the mean of `off`, the others' ratios to it, and their standard errors."""
+def compared(what: str, speeds: dict[str, list[float]], texts: dict[str, list[Any]]) -> dict[str, Any]:
+    """Of speeds and texts by policy and block: tokens/s over those of `off`, standard errors, whether texts agree."""
     found: dict[str, Any] = {"off_tokens_per_s": round(mean(speeds["off"]), 1)}
     for name in POLICIES[1:]:
         by_block = [own / off for own, off in zip(speeds[name], speeds["off"], strict=True)]
         found[name] = {"over_off": round(mean(by_block), 4), "error": round(stdev(by_block) / len(by_block) ** 0.5, 4)}
+    found["identical"] = all(texts[name] == texts["off"] for name in texts)
+    note(f"{what}: {found}")
     return found
 
 
@@ -66,20 +68,18 @@ def on_random_ids(urls: dict[str, str], in_flight: int, blocks: int) -> dict[str
         answers = ask(urls[name], prompts, lengths, in_flight, {"ignore_eos": True})
         speeds[name].append(answers.tokens / answers.wall_s)
         texts[name].append(answers.texts)
-    note(f"random ids, {in_flight} in flight: measured")
-    return over_off(speeds) | {"identical": all(texts[name] == texts["off"] for name in urls)}
+    return compared(f"random ids, {in_flight} in flight", speeds, texts)
 
 
 def on_trace(urls: dict[str, str], trace: Path, blocks: int) -> dict[str, Any]:
-    sessions = load_traces([trace]).sessions
+    sessions = load_traces([trace], limit=2 * blocks).sessions
     speeds: dict[str, list[float]] = {name: [] for name in urls}
     texts: dict[str, list[Any]] = {name: [] for name in urls}
     for block, name in in_turns(list(urls), blocks):
-        report = replay(sessions[block::blocks], urls[name], label=name, concurrency=4, max_tokens=TRACE_TOKENS)
+        report = replay(sessions[block::blocks], urls[name], label=name, concurrency=2, max_tokens=TRACE_TOKENS)
         speeds[name].append(report.figures()["tokens_per_s"])
         texts[name].append(report.texts())
-    note(f"{trace.name}: measured")
-    return over_off(speeds) | {"identical": all(texts[name] == texts["off"] for name in urls)}
+    return compared(trace.name, speeds, texts)
 
 
 def on_changes(url: str) -> list[dict[str, Any]]:
@@ -113,7 +113,7 @@ def main() -> None:
     flags = {name: ("--whiflash-router", name) for name in POLICIES}
     with demo_servers(flags, logs) as urls:
         changes = {name: on_changes(urls[name]) for name in POLICIES[1:]}
-        note("changes of text: measured")
+        note(f"changes of text: {changes}")
         for url in urls.values():
             ask(url, random_prompts(0)[0], TOKENS)  # warm
         by_load = {str(n): on_random_ids(urls, n, args.blocks) for n in IN_FLIGHT}
