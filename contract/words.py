@@ -4,7 +4,7 @@ One word stands for one idea, so that most names hold in every file. Where one d
 
     "batch"                                    everywhere
     "drafters/dflash.py:self.runner.model"     in one file
-    "host.py:_keep_finished.batch"             in one function
+    "bridge/http_hooks.py:_keep_finished.batch"             in one function
     "DraftRunner.worker"                       an attribute of one of our own classes
 
 "-" is nothing of SGLang's, "[...]" many of something.
@@ -71,38 +71,41 @@ CONTRACT = Words(
         **dict.fromkeys(("on_publish", "grammar_barrier", "original"), NOTHING),
         # Of other packages, or our own.
         **dict.fromkeys(("tokenizer", "finished", "value"), NOTHING),
-        "spans.py:_called_tool.output": NOTHING,
+        "core/spans.py:_called_tool.output": NOTHING,
         **dict.fromkeys(("receive", "send"), NOTHING),  # of ASGI
-        "host.py:_each_its_own.logprobs": NOTHING,
-        "host.py:_is_ending.http_server": NOTHING,  # a module, which host.py imports itself
+        "bridge/http_hooks.py:_each_its_own.logprobs": NOTHING,
+        "bridge/http_hooks.py:_is_ending.http_server": NOTHING,  # a module, which http_hooks.py imports itself
         # Groups of torch.distributed.
         **dict.fromkeys(("device_group", "host_group"), NOTHING),
         "recv_req": f"{IO}.UpdateWeightFromDiskReqInput",
-        "worker.py:batch_result.logprobs": f"{SRT}.layers.logits_processor.LogitsProcessorOutput",
+        "serving/worker.py:batch_result.logprobs": f"{SRT}.layers.logits_processor.LogitsProcessorOutput",
         # Hooks: the result of what is hooked, and what it is called with.
-        "host.py:_add_figures.worker": NOTHING,  # our own
-        "host.py:_add_figures.result": f"{IO}.GetInternalStateReqOutput",
-        "host.py:_judge_custom_params.result": NOTHING,
-        "host.py:_bigram_keys.context": f"{SRT}.mem_cache.registry.TreeCacheBuildContext",
-        "host.py:_capture_union.model_config": f"{SRT}.configs.model_config.ModelConfig",
-        "host.py:_capture_union.spec_algorithm": NOTHING,
-        "host.py:_keep_raw_logits.logits_output": f"{SRT}.layers.logits_processor.LogitsProcessorOutput",
-        "host.py:_keep_raw_logits.forward_batch": NOTHING,  # not looked at
-        "host.py:_tried_attention.model_config": NOTHING,  # passed on as it is
-        **dict.fromkeys(("host.py:check_memory.requests", "host.py:memory_needs.requests"), f"{POOL}.ReqToTokenPool"),
-        "host.py:_keep_finished.batch": f"{IO}.BatchStrOutput",
-        "host.py:_tell_context.request": f"{SRT}.entrypoints.openai.protocol.ChatCompletionRequest",
-        "host.py:_judge_samples.asked": f"{IO}.GenerateReqInput",
-        "host.py:_judge_names.asked": f"{IO}.GenerateReqInput",
-        "host.py:_hand_on_custom_params.asked": f"{IO}.GenerateReqInput",
-        "host.py:_keep_custom_params.asked": NOTHING,  # passed on as it is
+        "bridge/scheduler_hooks.py:_add_figures.worker": NOTHING,  # our own
+        "bridge/scheduler_hooks.py:_add_figures.result": f"{IO}.GetInternalStateReqOutput",
+        "bridge/scheduler_hooks.py:_judge_custom_params.result": NOTHING,
+        "bridge/scheduler_hooks.py:_bigram_keys.context": f"{SRT}.mem_cache.registry.TreeCacheBuildContext",
+        "bridge/scheduler_hooks.py:_capture_union.model_config": f"{SRT}.configs.model_config.ModelConfig",
+        "bridge/scheduler_hooks.py:_capture_union.spec_algorithm": NOTHING,
+        "bridge/scheduler_hooks.py:_keep_raw_logits.logits_output": f"{SRT}.layers.logits_processor.LogitsProcessorOutput",
+        "bridge/scheduler_hooks.py:_keep_raw_logits.forward_batch": NOTHING,  # not looked at
+        "bridge/scheduler_hooks.py:_tried_attention.model_config": NOTHING,  # passed on as it is
+        **dict.fromkeys(
+            ("bridge/memory_checks.py:check_memory.requests", "bridge/memory_checks.py:memory_needs.requests"),
+            f"{POOL}.ReqToTokenPool",
+        ),
+        "bridge/http_hooks.py:_keep_finished.batch": f"{IO}.BatchStrOutput",
+        "bridge/http_hooks.py:_tell_context.request": f"{SRT}.entrypoints.openai.protocol.ChatCompletionRequest",
+        "bridge/http_hooks.py:_judge_samples.asked": f"{IO}.GenerateReqInput",
+        "bridge/http_hooks.py:_judge_names.asked": f"{IO}.GenerateReqInput",
+        "bridge/http_hooks.py:_hand_on_custom_params.asked": f"{IO}.GenerateReqInput",
+        "bridge/http_hooks.py:_keep_custom_params.asked": NOTHING,  # passed on as it is
         "raw_request": NOTHING,  # of Starlette
-        "host.py:_judge_request.sent": NOTHING,  # one of several kinds, told apart there
-        "host.py:_judge_request.request": f"{IO}.TokenizedGenerateReqInput",
-        "host.py:_tell_context.params": NOTHING,  # a dict
-        "host.py:_tell_context.adapted": f"{IO}.GenerateReqInput",
+        "bridge/http_hooks.py:_judge_request.sent": NOTHING,  # one of several kinds, told apart there
+        "bridge/http_hooks.py:_judge_request.request": f"{IO}.TokenizedGenerateReqInput",
+        "bridge/http_hooks.py:_tell_context.params": NOTHING,  # a dict
+        "bridge/http_hooks.py:_tell_context.adapted": f"{IO}.GenerateReqInput",
         # The drafters' models as SGLang loads them.
-        "host.py:_share_embedding.draft_model": f"{EAGLE}.LlamaForCausalLMEagle3",
+        "bridge/builders.py:_share_embedding.draft_model": f"{EAGLE}.LlamaForCausalLMEagle3",
         "model_runner": RUNNER,
         "drafters/fused.py:lacking.pool": f"{POOL}.MHATokenToKVPool",
         "drafters/fused.py:lacking.rotary": ROTARY,
@@ -159,21 +162,23 @@ CONTRACT = Words(
     results={f"{SRT}.runtime_context.get_spec": SERVER_ARGS},
     foreign=frozenset({"value", "__dict__", "register_forward_pre_hook"}),
     by_name={
-        "target.py": tuple(
+        "serving/verifier.py": tuple(
             f"{SAMPLING}.sampling_batch_info.SamplingBatchInfo.{name}"
             for name in ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed")
         ),
-        "host.py": (
+        "bridge/algorithm.py": (f"{SRT}.environ.Envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",),
+        "bridge/builders.py": (
             f"{SERVER_ARGS}.speculative_draft_model_path",
-            f"{SRT}.environ.Envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+            # Its arguments are taken by position; the name is part of register_forward_pre_hook's.
+            f"{SRT}.layers.logits_processor.LogitsProcessor.forward",
+        ),
+        "bridge/http_hooks.py": (
             *(
                 f"{IO}.BatchTokenIDOutput.{name}"
                 for name in ("rids", "finished_reasons", "prompt_tokens", "completion_tokens", "cached_tokens")
             ),
             f"{IO}.BatchTokenIDOutput.retraction_counts",
             f"{IO}.BatchTokenIDOutput.customized_info",
-            # Its arguments are taken by position; the name is part of register_forward_pre_hook's.
-            f"{SRT}.layers.logits_processor.LogitsProcessor.forward",
         ),
         "drafters/runner.py": (f"{EAGLE}.LlamaForCausalLMEagle3.forward",),
         "cpu/platform.py": tuple(
@@ -183,22 +188,22 @@ CONTRACT = Words(
     },
     mentions=(
         # What SGLang calls on our objects without a base class that says so.
-        ("host.py", f"{SRT}.managers.overlap_utils", "need_topk"),
-        ("host.py", f"{SRT}.managers.scheduler", "carries_draft_hidden_states"),
-        ("host.py", f"{SRT}.managers.scheduler", "create_future_map"),
-        ("worker.py", f"{SRT}.managers.scheduler", "forward_batch_generation"),
+        ("bridge/algorithm.py", f"{SRT}.managers.overlap_utils", "need_topk"),
+        ("bridge/algorithm.py", f"{SRT}.managers.scheduler", "carries_draft_hidden_states"),
+        ("bridge/algorithm.py", f"{SRT}.managers.scheduler", "create_future_map"),
+        ("serving/worker.py", f"{SRT}.managers.scheduler", "forward_batch_generation"),
         (
-            "worker.py",
+            "serving/worker.py",
             f"{SRT}.managers.scheduler_components.batch_result_processor",
             "prepare_for_kv_cache_release",
         ),
-        ("host.py", f"{SRT}.managers.tokenizer_control_mixin", "get_internal_state_communicator"),
+        ("bridge/http_hooks.py", f"{SRT}.managers.tokenizer_control_mixin", "get_internal_state_communicator"),
         # The entry points in pyproject.toml.
         ("plugin.py", f"{SRT}.plugins", "sglang.srt.plugins"),
         ("cpu/__init__.py", f"{SRT}.plugins", "sglang.srt.platforms"),
         # The names that detectors of tool calls give to their markers.
         *(
-            ("host.py", f"{SRT}.function_call.{module}", word)
+            ("bridge/markers.py", f"{SRT}.function_call.{module}", word)
             for module, word in (
                 ("hermes_detector", "bot_token"),
                 ("hermes_detector", "eot_token"),
@@ -209,7 +214,7 @@ CONTRACT = Words(
     ),
     # Since 0.5.20 the fields are declared there.
     assembled={SERVER_ARGS: f"{SRT}.arg_groups.fields"},
-    flag_files=("launch_server.py", "config.py", "checkpoints.py"),
+    flag_files=("launch_server.py", "startup/config.py", "startup/checkpoints.py"),
     flag_module=f"{SRT}.server_args",
     own_flags=r"--whiflash.*|--demo|--help|--spec",
 )

@@ -20,7 +20,7 @@ ALLOWED = {
     "serving": {"core", "startup", "routing", "drafters", "bridge"},
     "plugin": {"startup", "cpu", "bridge", "serving"},
     "launch_server": {"core", "startup", "routing", "cpu", "bridge"},
-    "training": {"core", "startup", "routing", "launch_server", "whiflash_workloads"},
+    "training": {"core", "startup", "routing", "serving", "launch_server", "whiflash_workloads"},
     "calibrate": {"core", "startup", "routing", "training", "whiflash_workloads"},
 }
 WITHOUT_SGLANG = {"core", "routing", "startup", "training", "calibrate", "plugin"}
@@ -71,5 +71,5 @@ def test_the_layers_have_no_circle() -> None:
 @pytest.mark.parametrize("client", ["agents", "workloads"])
 def test_clients_import_nothing_of_the_server(client: str) -> None:
     for file in (ROOT / client).rglob("*.py"):
-        found = [name for name in imports(file) if name.partition(".")[0] in (SERVER, "sglang", "torch")]
+        found = [name for name in imports(file) if name.partition(".")[0] in (SERVER, "sglang")]
         assert not found, file

@@ -62,7 +62,7 @@ def tokens(text: str) -> list[int]:
     ],
 )
 def test_what_lies_behind_the_first_end_is_cut(asked: SimpleNamespace, accepted: str, kept: str) -> None:
-    assert tokens(accepted)[: tokens_to_end(asked, tokens(accepted)).count] == tokens(kept)
+    assert tokens(accepted)[: tokens_to_end(asked, tokens(accepted)).num_tokens] == tokens(kept)
 
 
 def test_ends_of_the_model_and_of_its_tokenizer() -> None:

@@ -221,7 +221,7 @@ class Server:
         result = self.round.run(rows)
         self.round.router.learn(rows.host, result, 12.0)
         self.totals.count(rows.host, result, signals)
-        kept = [tokens_to_end(*text).count for text in zip(self.requests, result.committed, strict=True)]
+        kept = [tokens_to_end(*text).num_tokens for text in zip(self.requests, result.committed, strict=True)]
         given = batch_result(rows, result, kept, None)
         # What SGLang's scheduler reads next is on the host; what its next forward reads is on the device.
         flat, counts, stride = (

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 class Kept(NamedTuple):
     """What of a round's accepted tokens belongs to a request's text."""
 
-    count: int
+    num_tokens: int
     ends: bool  # whether the text ends there
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from whiflash_sglang.drafters.runner import DraftRunner
+if TYPE_CHECKING:
+    from whiflash_sglang.drafters.runner import DraftRunner
 
 
 def _df(runner: DraftRunner, **kwargs: Any) -> Any:

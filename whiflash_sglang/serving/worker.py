@@ -291,10 +291,12 @@ class WhiFlashWorker(BaseSpecWorker):
         kept = [tokens_to_end(*text) for text in zip(batch.reqs, result.committed, strict=True)]
         ending = [row for row, text in enumerate(kept) if text.ends or batch.reqs[row].to_finish]
         known = rows.host
-        self.finish([known.slots[row] for row in ending], [known.prefix_lens[row] + kept[row].count for row in ending])
+        self.finish(
+            [known.slots[row] for row in ending], [known.prefix_lens[row] + kept[row].num_tokens for row in ending]
+        )
         if self.metrics is not None:
             self.metrics.update(at_once=len(ending) == len(kept))
-        return batch_result(rows, result, [text.count for text in kept], self.target.logprobs)
+        return batch_result(rows, result, [text.num_tokens for text in kept], self.target.logprobs)
 
     def tell_switched_off(self, name: str) -> None:
         """A drafter's arithmetic has failed several requests."""
