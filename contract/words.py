@@ -86,7 +86,9 @@ CONTRACT = Words(
         "bridge/scheduler_hooks.py:_bigram_keys.context": f"{SRT}.mem_cache.registry.TreeCacheBuildContext",
         "bridge/scheduler_hooks.py:_capture_union.model_config": f"{SRT}.configs.model_config.ModelConfig",
         "bridge/scheduler_hooks.py:_capture_union.spec_algorithm": NOTHING,
-        "bridge/scheduler_hooks.py:_keep_raw_logits.logits_output": f"{SRT}.layers.logits_processor.LogitsProcessorOutput",
+        "bridge/scheduler_hooks.py:_keep_raw_logits.logits_output": (
+            f"{SRT}.layers.logits_processor.LogitsProcessorOutput"
+        ),
         "bridge/scheduler_hooks.py:_keep_raw_logits.forward_batch": NOTHING,  # not looked at
         "bridge/scheduler_hooks.py:_tried_attention.model_config": NOTHING,  # passed on as it is
         **dict.fromkeys(
