@@ -2,11 +2,10 @@
 
     python scripts/bench_switching.py [--sessions N] [--results FILE]
 
-Four questions, each answered by ratios within this run; the last line is JSON.
+Three questions, each answered by ratios within this run; the last line is JSON.
 
-    overhead_share     of a round's time: routing, keeping features for drafters that are idle, and catching up with
-                       what they had missed (a pass's time by its tokens). Not what a drafter does for its own rounds
-    lazy_over_eager    tokens/s of `entropy` with Lazy Catch-up over that with both drafters up to date every round
+    overhead_share     of a round's time: routing, and catching up with what idle drafters had missed (a pass's time by
+                       its tokens). Not what a drafter does for its own rounds
     prefill            the drafters' share of the target's time for a tool output of 2000 tokens; by counted FLOPs at
                        Qwen3-8B's shapes; and KV-only ingestion over running EAGLE-3's whole layer over the prompt
     the cache          acceptance length with the radix cache over that without; cached prompt tokens over those of
@@ -35,7 +34,6 @@ from whiflash_workloads.tokens import TOKENIZER, Answers, TokenIds, ask, heldout
 
 TIMED = {
     "entropy": ("--whiflash-router", "entropy"),
-    "eager": ("--whiflash-router", "entropy", "--whiflash-catchup", "eager"),
     "alternate": ("--whiflash-router", "alternate"),
 }
 CACHED = {"e3": "fixed:e3", "df": "fixed:df", "random": "random:1"}
@@ -48,7 +46,7 @@ BLOCKS = 6
 
 
 def rounds(sessions: list[list[TokenIds]], logs: Path) -> dict[str, Any]:
-    """Overheads of a round and lazy over eager, measured block by block in rotated order."""
+    """Overheads of a round, measured block by block in rotated order."""
     parts: dict[str, list[Answers]] = {name: [] for name in TIMED}
     with demo_servers(TIMED, logs, at_once=True) as urls:
         for url in urls.values():
@@ -57,13 +55,11 @@ def rounds(sessions: list[list[TokenIds]], logs: Path) -> dict[str, Any]:
             parts[name].append(ask(urls[name], list(chain(*sessions[block::BLOCKS])), MAX_TOKENS))
         prefill = prefill_share(urls["entropy"], sessions)
     note("rounds and prefill: measured")
-    speed = {name: sum(p.tokens for p in found) / sum(p.wall_s for p in found) for name, found in parts.items()}
     return {
         "overhead_share": {
             name: switching_share([part.totals for part in parts[name] if part.totals is not None])
             for name in ("alternate", "entropy")
         },
-        "lazy_over_eager_tokens_per_s": round(speed["entropy"] / speed["eager"], 4),
         "drafters_over_target": prefill,
     }
 
@@ -188,7 +184,6 @@ def main() -> None:
         "benchmark": "switching",
         "arguments": {"sessions": args.sessions},
         "overhead_share": measured["overhead_share"],
-        "lazy_over_eager_tokens_per_s": measured["lazy_over_eager_tokens_per_s"],
         "prefill": {
             "drafters_over_target": measured["drafters_over_target"],
             "drafters_over_target_flops_qwen3_8b": flops_share_at_8b(),

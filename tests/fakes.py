@@ -56,7 +56,7 @@ class World:
         return Rows(index, anchors, lens, self.table[index[:, None], window], known)
 
     def backlog(self, names: Sequence[str], capacity: int = 16) -> Backlog:
-        return Backlog(dict.fromkeys(names, (1, torch.float64)), self.table, capacity)
+        return Backlog(names, 1, torch.float64, self.table, capacity)
 
     def prefill(self, slots: Sequence[int]) -> Prefill:
         """All committed positions of the given requests, as a prefill would hand them to the round."""
@@ -122,16 +122,13 @@ class FakeDrafter:
     def entry(self, feature: float, next_token: int, position: int) -> tuple[float, int, int]:
         return (feature, next_token if self.sees_next else -1, position)
 
-    def fuse(self, features: torch.Tensor) -> torch.Tensor:
-        return -features  # a drafter keeps something of its own
-
     def ingest(self, entries: Entries) -> None:
         for i, kv_slot in enumerate(entries.kv_slots.tolist()):
-            feature, next_token = -float(entries.features[i, 0]), int(entries.next_tokens[i])
+            feature, next_token = float(entries.features[i, 0]), int(entries.next_tokens[i])
             self.entries[kv_slot] = self.entry(feature, next_token, int(entries.positions[i]))
 
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
-        tokens = torch.tensor([self.draft_row(rows, row, -float(last[row, 0])) for row in range(len(rows.slots))])
+        tokens = torch.tensor([self.draft_row(rows, row, float(last[row, 0])) for row in range(len(rows.slots))])
         return Drafts(tokens, torch.tensor([not self.fails(slot) for slot in rows.host.slots]))
 
     def draft_row(self, rows: Rows, row: int, last: float) -> list[int]:

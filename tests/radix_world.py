@@ -152,7 +152,6 @@ class RadixWorld(World):
         num_rows: int = 4,
         pool_size: int = 256,
         capacity: int = 64,
-        lazy: bool = True,
         skill: float = 0.8,
         key_size: int | None = None,
     ):
@@ -161,9 +160,9 @@ class RadixWorld(World):
         self.drafters = {
             name: FakeDrafter(name, NUM_DRAFTS[name], self, skill, sees_next=name == "e3") for name in names
         }
-        self.capacity, self.lazy, self.pool_size = capacity, lazy, pool_size
-        self.decode = DecodeRound(router, self.drafters, MoodyTarget(self), self.backlog(names, capacity), lazy=lazy)
-        self.tree = RadixTree(key_size or (2 if "e3" in names else 1))  # see host._bigram_keys
+        self.capacity, self.pool_size = capacity, pool_size
+        self.decode = DecodeRound(router, self.drafters, MoodyTarget(self), self.backlog(names, capacity))
+        self.tree = RadixTree(key_size or (2 if "e3" in names else 1))  # see scheduler_hooks._bigram_keys
         self.free, self.free_rows = list(range(pool_size)), list(range(num_rows))
         self.requests: list[Request] = []
         self.waiting: list[Request] = []

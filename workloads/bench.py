@@ -93,9 +93,9 @@ def replay_in_turns(
 
 
 def switching_share(counted: Sequence[Totals]) -> float:
-    """What choosing among drafters costs, as a share of the rounds' time: routing, keeping features for drafters that
-    are idle, and catching up with what they had missed (a pass's time by its tokens)."""
-    overhead = sum(c["seconds"]["route"] + c["seconds"]["commit_idle"] + c["catch_up"]["ms"] / 1000 for c in counted)
+    """What choosing among drafters costs, as a share of the rounds' time: routing, and catching up with what idle
+    drafters had missed (a pass's time by its tokens)."""
+    overhead = sum(c["seconds"]["route"] + c["catch_up"]["ms"] / 1000 for c in counted)
     return round(overhead / sum(c["seconds"]["round"] for c in counted), 4)
 
 

@@ -161,13 +161,11 @@ def drafter(runner: DraftRunner, monkeypatch: pytest.MonkeyPatch, *, with_kernel
 def entries_of(made: Any, num_rows: int) -> list[torch.Tensor]:
     """What an ingestion of random features leaves in the drafter's pools: K of every layer, then V of every layer."""
     generator = torch.Generator().manual_seed(1)
-    dtype = made.feature_dtype
+    dtype = made.runner.model.fc.weight.dtype if made.name == "df" else made.runner.model.model.fc.weight.dtype
     captured = torch.randn(num_rows, len(CAPTURED) * HIDDEN, generator=generator).to(DEVICE, dtype)
-    features = made.fuse(captured)
-    assert features.shape == (num_rows, made.feature_size) and features.dtype == dtype
     next_tokens, positions = (torch.randint(high, (num_rows,), generator=generator).to(DEVICE) for high in (VOCAB, 50))
     kv_slots = torch.randperm(NUM_SLOTS, generator=generator)[:num_rows].to(DEVICE)
-    made.ingest(Entries(features, next_tokens, positions, kv_slots))
+    made.ingest(Entries(captured, next_tokens, positions, kv_slots))
     pool = made.runner.worker.model_runner.token_to_kv_pool
     return [*pool.k_buffer, *pool.v_buffer]
 

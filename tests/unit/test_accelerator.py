@@ -82,7 +82,7 @@ def needs(tokens: int, requests: int = 48, graphs: Sequence[int] = ()) -> list[N
     captured = graph_bytes(graphs, (1, 6, 16), (16, 1), 8 * 4096 * 2, 151_936, 40_960)
     return [
         Need("draft pools", tokens * (20_480 + 4096), "--max-total-tokens", tokens),
-        Need("rings", ring_bytes(requests, 128, [8192, 8192]), "--max-running-requests", requests),
+        Need("rings", ring_bytes(requests, 128, 65536), "--max-running-requests", requests),
         Need("CUDA graphs", captured, "--cuda-graph-max-bs", max(graphs, default=0)),
     ]
 

@@ -17,21 +17,21 @@ def keep(backlog: Backlog, slots: list[int], lens: list[int]) -> None:
     """One window behind each request: token 7 * position + slot, feature 10000 * slot + position."""
     positions = torch.tensor(lens)[:, None] + torch.arange(WIDTH)
     rows = torch.tensor(slots)
-    places = backlog.push(rows, torch.tensor(lens), 7 * positions + rows[:, None])
-    backlog.store("df", places, (10000 * rows[:, None] + positions).double().reshape(-1, 1))
+    features = (10000 * rows[:, None] + positions).double()[:, :, None]
+    backlog.push(rows, torch.tensor(lens), 7 * positions + rows[:, None], features)
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), capacity=st.integers(WIDTH, 20))
 def test_what_is_taken_is_what_waits(data: st.DataObject, capacity: int) -> None:
-    backlog = Backlog({"df": (1, torch.float64)}, TABLE, capacity)
+    backlog = Backlog(["df"], 1, torch.float64, TABLE, capacity)
     lens = [data.draw(st.integers(1, 30)) for _ in range(SLOTS)]
     first = torch.tensor([[10000.0 * slot + lens[slot] - 1] for slot in range(SLOTS)], dtype=torch.float64)
-    backlog.begin("df", range(SLOTS), lens, first)
+    backlog.begin(range(SLOTS), lens, first)
     ingested = list(lens)
     for _ in range(data.draw(st.integers(1, 12))):
         slots = data.draw(st.lists(st.integers(0, SLOTS - 1), min_size=1, unique=True))
-        last = backlog.last("df", torch.tensor(slots), torch.tensor([lens[slot] for slot in slots]))
+        last = backlog.last(torch.tensor(slots), torch.tensor([lens[slot] for slot in slots]))
         assert last[:, 0].tolist() == [10000 * slot + lens[slot] - 1 for slot in slots]
         due = [slot for slot in slots if backlog.overdue("df", slot, lens[slot], WIDTH) or data.draw(st.booleans())]
         entries = backlog.take("df", due, [lens[slot] for slot in due])
@@ -53,8 +53,8 @@ def test_what_is_taken_is_what_waits(data: st.DataObject, capacity: int) -> None
 
 
 def test_missed_is_what_waited_before_the_last_round() -> None:
-    backlog = Backlog({"df": (1, torch.float64)}, TABLE, 16)
-    backlog.begin("df", [1], [10], torch.zeros(1, 1, dtype=torch.float64))
+    backlog = Backlog(["df"], 1, torch.float64, TABLE, 16)
+    backlog.begin([1], [10], torch.zeros(1, 1, dtype=torch.float64))
     missed = []
     for committed in (10, 14, 17):  # what each round begins with
         missed.append(backlog.missed("df", 1))
@@ -64,18 +64,15 @@ def test_missed_is_what_waited_before_the_last_round() -> None:
 
 
 def test_a_new_request_in_a_slot_has_no_backlog() -> None:
-    backlog = Backlog({"df": (1, torch.float64)}, TABLE, 16)
+    backlog = Backlog(["df"], 1, torch.float64, TABLE, 16)
     keep(backlog, [2], [5])
-    backlog.begin("df", [2], [3], torch.ones(1, 1, dtype=torch.float64))
+    backlog.begin([2], [3], torch.ones(1, 1, dtype=torch.float64))
     assert backlog.take("df", [2], [3]) is None
-    assert backlog.last("df", torch.tensor([2]), torch.tensor([3])).item() == 1.0
+    assert backlog.last(torch.tensor([2]), torch.tensor([3])).item() == 1.0
 
 
-def test_rings_are_as_large_as_said() -> None:
-    backlog = Backlog({"df": (8, torch.bfloat16), "e3": (4, torch.float32)}, TABLE, 16)
-    assert {name: (tuple(ring.shape), ring.dtype) for name, ring in backlog.features.items()} == {
-        "df": ((48, 8), torch.bfloat16),
-        "e3": ((48, 4), torch.float32),
-    }
+def test_the_ring_is_as_large_as_said() -> None:
+    backlog = Backlog(["df", "e3"], 8, torch.bfloat16, TABLE, 16)
+    assert (tuple(backlog.features.shape), backlog.features.dtype) == ((48, 8), torch.bfloat16)
     with pytest.raises(KeyError):
         backlog.take("other", [0], [1])

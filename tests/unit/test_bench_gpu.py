@@ -191,8 +191,7 @@ def test_a_round_by_part() -> None:
             catch_up=0.01,
             draft=0.02,
             verify=0.05,
-            commit=0.004,
-            commit_idle=0.005,
+            commit=0.009,
             between=0.007,
         )
     )

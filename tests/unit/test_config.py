@@ -83,8 +83,6 @@ def test_router_off_needs_no_drafter_and_loads_none() -> None:
         ),
         ([*BOTH, "--whiflash-max-backlog", "many"], ["--whiflash-max-backlog", "many", "whole number"]),
         ([*BOTH, "--whiflash-max-backlog", "64.5"], ["--whiflash-max-backlog", "64.5", "whole number"]),
-        ([*BOTH, "--whiflash-catchup", "sometimes"], ["--whiflash-catchup", "sometimes", "lazy or eager"]),
-        ([*BOTH, "--whiflash-catchup", ""], ["--whiflash-catchup", "lazy or eager"]),
     ],
 )
 def test_bad_flags_are_refused_with_flag_value_and_mend(argv: list[str], named: list[str]) -> None:
@@ -95,10 +93,9 @@ def test_bad_flags_are_refused_with_flag_value_and_mend(argv: list[str], named: 
     assert "\n" not in str(refusal.value)
 
 
-def test_catch_up_is_lazy_and_bounded_unless_told() -> None:
-    assert (parse(*BOTH).catch_up, parse(*BOTH).max_backlog) == ("lazy", 128)
-    told = parse(*BOTH, "--whiflash-catchup", "eager", "--whiflash-max-backlog", "6")
-    assert (told.catch_up, told.max_backlog) == ("eager", 6)
+def test_the_backlog_is_bounded() -> None:
+    assert parse(*BOTH).max_backlog == 128
+    assert parse(*BOTH, "--whiflash-max-backlog", "6").max_backlog == 6
 
 
 def test_a_config_is_frozen_and_checked_wherever_it_is_made() -> None:
@@ -110,9 +107,7 @@ def test_a_config_is_frozen_and_checked_wherever_it_is_made() -> None:
 
 
 def test_the_environment_carries_the_config_unchanged() -> None:
-    config = parse(
-        *BOTH, "--whiflash-router", "entropy", "--whiflash-entropy-threshold", "0.1", "--whiflash-catchup", "eager"
-    )
+    config = parse(*BOTH, "--whiflash-router", "entropy", "--whiflash-entropy-threshold", "0.1")
     environ: dict[str, str] = {}
     config.to_environ(environ)
     assert list(environ) == [ENVIRONMENT_VARIABLE]

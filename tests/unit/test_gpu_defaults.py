@@ -78,8 +78,8 @@ def test_what_is_counted_before_anything_of_it_is_allocated(
     config = WhiFlashConfig(dflash_draft=df.path, eagle_draft=e3.path)
     found = {need.what: need for need in memory_needs(config, {"df": df, "e3": e3}, runner, requests)}
     assert found["draft pools"].size == 1000 * (20_480 + 4096)
-    assert found["features that wait for drafters"].size == 49 * 128 * (8192 + 8192 + 8)
     layers = len(captured_layers([df, e3]))
+    assert found["features that wait for drafters"].size == 49 * 128 * (layers * 8192 + 8)
     widths = (1, config.eagle_steps + 1, 16)
     assert found["CUDA graphs"].size == graph_bytes([1, 8, 48], widths, (16, 1), layers * 8192, 151_936, 4096)
     assert found["CUDA graphs"].value == 48

@@ -288,7 +288,6 @@ def test_demo_without_its_models_says_how_to_make_them(tmp_path: Path, monkeypat
             "--whiflash-max-backlog 7: below the verify width, which is 8 for these drafters",
         ),
         (["--whiflash-max-backlog", "5"], "--whiflash-max-backlog 5: below the verify width"),
-        (["--whiflash-catchup", "never"], "--whiflash-catchup never: unknown catch-up mode"),
     ],
 )
 def test_flags_that_are_refused(both: list[str], flags: list[str], said: str) -> None:

@@ -25,16 +25,14 @@ def config(router: str, threshold: float | None = None) -> WhiFlashConfig:
     return WhiFlashConfig(dflash_draft="d", eagle_draft="e", router=router, entropy_threshold=threshold)
 
 
-def serve(
-    router: str, prompts: list[list[int]], num_tokens: int, seed: int, skill: float = 0.7, lazy: bool = True
-) -> list[list[int]]:
+def serve(router: str, prompts: list[list[int]], num_tokens: int, seed: int, skill: float = 0.7) -> list[list[int]]:
     """Serve the prompts with requests joining and leaving in between; the new tokens of each."""
     shuffle = random.Random(seed)
     world = World(SLOTS, MAX_LEN)
     drafters = {"df": FakeDrafter("df", 7, world, skill, seed), "e3": FakeDrafter("e3", 4, world, skill, seed)}
     target = FakeTarget(world)
     backlog = world.backlog([*drafters], shuffle.choice([8, 9, 13, 64]))
-    decode = DecodeRound(create_router(config(router), SLOTS), drafters, target, backlog, lazy=lazy)
+    decode = DecodeRound(create_router(config(router), SLOTS), drafters, target, backlog)
     waiting, running, outputs = list(enumerate(prompts)), {}, {}
     free = list(range(SLOTS))
     while waiting or running:
@@ -59,11 +57,11 @@ def serve(
 
 @pytest.mark.parametrize("router", ROUTERS)
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), skill=st.sampled_from([0.0, 0.5, 0.9, 1.0]), lazy=st.booleans())
-def test_text_is_plain_greedy_text(router: str, seed: int, skill: float, lazy: bool) -> None:
+@given(seed=st.integers(0, 10_000), skill=st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+def test_text_is_plain_greedy_text(router: str, seed: int, skill: float) -> None:
     shuffle = random.Random(seed)
     prompts = [[shuffle.randrange(11) for _ in range(shuffle.randint(1, 12))] for _ in range(shuffle.randint(1, 10))]
-    outputs = serve(router, prompts, 40, seed, skill, lazy)
+    outputs = serve(router, prompts, 40, seed, skill)
     assert outputs == [plain_greedy(prompt, 40) for prompt in prompts]
 
 
@@ -184,18 +182,6 @@ def test_a_drafter_that_is_not_chosen_ingests_nothing_until_its_backlog_is_full(
         lengths.append(decode.backlog.length("df", 0, len(world.texts[0]) - 1))
     assert passes == [0, 0, 0, 0, 0, 25, 0, 0, 0, 0, 25, 0]
     assert max(lengths) <= 32
-
-
-def test_eager_leaves_no_backlog() -> None:
-    world = World(SLOTS, MAX_LEN)
-    world.texts[0] = [1, 2]
-    decode = decode_round(world, create_router(config("fixed:e3"), SLOTS), ["df", "e3"], [0], lazy=False)
-    for _ in range(5):
-        result = decode.run(world.rows([0], 8))
-        assert not result.catch_ups
-        commit(world, [0], result)
-        for name in ("df", "e3"):
-            assert decode.backlog.length(name, 0, len(world.texts[0]) - 1) == 0
 
 
 def test_a_request_that_ends_is_ingested_up_to_what_is_shared() -> None:

@@ -70,9 +70,10 @@ def memory_needs(
     windows = {1, *(config.eagle_steps + 1 if name == "e3" else width for name, width in drafts.items())}
     of_feature = target_runner.dtype.itemsize
     hidden = target_runner.model_config.hidden_size
-    captures = len(captured_layers(specs.values())) + (config.router == "neural")  # which reads final hidden states
+    layers = len(captured_layers(specs.values()))
+    captures = layers + (config.router == "neural")  # which reads final hidden states
     pools = sum(tokens * kv_bytes(spec, element, server_args.tp_size) for spec in specs.values())
-    rings = ring_bytes(num_slots, config.max_backlog, [spec.hidden_size * of_feature for spec in specs.values()])
+    rings = ring_bytes(num_slots, config.max_backlog, layers * hidden * of_feature)
     vocab_size = target_runner.model_config.vocab_size
     captured = graph_bytes(sizes, windows, drafts.values(), captures * hidden * of_feature, vocab_size, context)
     return [

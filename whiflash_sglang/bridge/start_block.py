@@ -34,7 +34,7 @@ def print_start_block(
         "drafters": drafters,
         "router": router,
         "verify width": f"{width} (anchor and up to {width - 1} drafts)",
-        "catch-up": f"{config.catch_up}, a drafter lags at most {config.max_backlog} tokens behind",
+        "catch-up": f"a drafter lags by at most {config.max_backlog} tokens",
         "KV tokens": f"{tokens}, and {lost} more would fit without the draft pools",
         "attention": attention_line(backends, str(runner.device)),
         "requests": f"up to {runner.req_to_token_pool.size} at once ({FLAG_RUNNING})",

@@ -1,23 +1,25 @@
 """What each drafter has not ingested yet: the ledger of Lazy Catch-up (WhiFlash, arXiv 2606.07710).
 
-A drafter that is not chosen does no work. Every committed position's feature, reduced by the drafter's own `fc`, waits
-in a ring: position p of the request in slot s stands in row s * capacity + p % capacity. A drafter has ingested a
-request's positions up to `ingested`, and the rest, up to the committed length, is its backlog:
+A drafter that is not chosen does no work. The target's feature of every committed position waits in one ring that all
+drafters read: position p of the request in slot s is in row s * capacity + p % capacity. A drafter has ingested a
+request's positions up to `ingested`. The rest, up to the committed length, is its backlog:
 
-    position     0 .. 36   37 38 39 40 | 41 42 43      capacity 16: 37 stands in column 5, 43 in column 11
+    position     0 .. 36   37 38 39 40 | 41 42 43      capacity 16: 37 is in column 5, 43 in column 11
                  ingested  backlog     | the next verify window
 
-The ring is written by whole windows, so that shapes do not depend on accept counts; what lies behind the committed
-positions is written anew before it counts. A round may begin with a backlog of at most capacity - width, which is what
-`overdue` is for. The last committed position's feature stays readable also when it has been ingested, as EAGLE-3's
-chain starts from it.
+Features wait as the target gave them. Reducing them by each drafter's `fc` as they come would take less memory, but a
+product for each drafter and round: for one token and an idle drafter that is most of what its idleness costs.
+
+The ring is written by whole windows, so shapes do not depend on accept counts. What is beyond the committed positions
+is overwritten before it counts. A round may begin with a backlog of at most capacity - width: see `overdue`. The last
+committed position's feature stays readable after it is ingested, as EAGLE-3's chain starts from it.
 
 Lengths are plain numbers on the host: a batch has tens of requests, and a tensor operation costs as much as a loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -26,55 +28,52 @@ from whiflash_sglang.core.types import Entries
 
 
 class Backlog:
-    """Features in waiting, by drafter and request slot.
+    """Features that wait for the drafters `names`, by request slot.
 
-    `kv_table` [slots, context] maps a request's positions to KV slots, as long as the request lives. `capacity` is the
-    bound of the backlog, in tokens of a request, and at least the verify width. `features` says how many numbers of
-    which type a drafter keeps for a position.
+    `kv_table` [slots, context] maps a request's positions to KV slots, as long as the request lives. `capacity` bounds
+    the backlog, in tokens of a request, and is at least the verify width. A position's feature has `feature_size`
+    numbers of `dtype`.
     """
 
-    def __init__(self, features: Mapping[str, tuple[int, torch.dtype]], kv_table: torch.Tensor, capacity: int):
+    def __init__(
+        self, names: Iterable[str], feature_size: int, dtype: torch.dtype, kv_table: torch.Tensor, capacity: int
+    ):
         num_slots, self.context = kv_table.shape
         self.device = kv_table.device
         self.kv_slots = kv_table.view(-1)  # [slots * context]
         self.capacity = capacity
-        self.ingested = {name: [0] * num_slots for name in features}
+        self.ingested = {name: [0] * num_slots for name in names}
         self.previous = [0] * num_slots  # positions that had been committed when the last round began
         num_rows = num_slots * capacity
         self.next_tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
-        self.features = {
-            name: torch.zeros(num_rows, hidden, dtype=dtype, device=self.device)
-            for name, (hidden, dtype) in features.items()
-        }
+        self.features = torch.zeros(num_rows, feature_size, dtype=dtype, device=self.device)
+        self.window = torch.arange(capacity, device=self.device)
 
-    def begin(self, name: str, slots: Sequence[int], lens: Sequence[int], last: torch.Tensor) -> None:
-        """The drafter has ingested positions 0 .. lens - 1 of `slots`; `last` [requests, hidden]: the newest ones'."""
-        self.settle(name, slots, lens)
+    def begin(self, slots: Sequence[int], lens: Sequence[int], last: torch.Tensor) -> None:
+        """Every drafter has ingested positions 0 .. lens - 1 of `slots`; `last` [requests, feature]: of the newest."""
+        for name in self.ingested:
+            self.settle(name, slots, lens)
         self.begin_round(slots, lens)
         rows = [slot * self.capacity + (end - 1) % self.capacity for slot, end in zip(slots, lens, strict=True)]
-        self.features[name].index_copy_(0, to_device(rows, self.device), last)
+        self.features.index_copy_(0, to_device(rows, self.device), last)
 
     def rows(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Where `positions` of the requests in `slots` stand in the rings."""
+        """The ring's rows of `positions` of the requests in `slots`."""
         return slots * self.capacity + positions % self.capacity
 
-    def push(self, slots: torch.Tensor, prefix_lens: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
-        """Keep the tokens [rows, width] behind each position of the windows at `prefix_lens`.
-
-        Returns where the windows stand in the rings, flat, for `store`.
-        """
-        window = torch.arange(next_tokens.shape[1], device=slots.device)
-        rows = self.rows(slots[:, None], prefix_lens[:, None] + window).view(-1)
+    def push(
+        self, slots: torch.Tensor, prefix_lens: torch.Tensor, next_tokens: torch.Tensor, features: torch.Tensor
+    ) -> None:
+        """Keep the windows that start at `prefix_lens` [rows]: `features` [rows, width, feature] of each position, and
+        the token after it, `next_tokens` [rows, width]."""
+        positions = prefix_lens[:, None] + self.window[: next_tokens.shape[1]]
+        rows = self.rows(slots[:, None], positions).view(-1)
         self.next_tokens.index_copy_(0, rows, next_tokens.reshape(-1))
-        return rows
+        self.features.index_copy_(0, rows, features.flatten(0, 1))
 
-    def store(self, name: str, rows: torch.Tensor, features: torch.Tensor) -> None:
-        """Keep a drafter's `features` [n, hidden] at `rows` [n] of its ring."""
-        self.features[name].index_copy_(0, rows, features)
-
-    def last(self, name: str, slots: torch.Tensor, prefix_lens: torch.Tensor) -> torch.Tensor:
-        """The features [rows, hidden] of each row's last committed position."""
-        return self.features[name].index_select(0, self.rows(slots, prefix_lens - 1))
+    def last(self, slots: torch.Tensor, prefix_lens: torch.Tensor) -> torch.Tensor:
+        """The features [rows, feature] of each row's last committed position."""
+        return self.features.index_select(0, self.rows(slots, prefix_lens - 1))
 
     def length(self, name: str, slot: int, committed: int) -> int:
         """Tokens waiting for the drafter, of a request with `committed` positions."""
@@ -109,7 +108,7 @@ class Backlog:
             return None
         index = to_device((rows, positions, kv_rows), self.device)  # one copy to the device
         return Entries(
-            features=self.features[name].index_select(0, index[0]),
+            features=self.features.index_select(0, index[0]),
             next_tokens=self.next_tokens.index_select(0, index[0]),
             positions=index[1],
             kv_slots=self.kv_slots.index_select(0, index[2]).to(torch.int64),

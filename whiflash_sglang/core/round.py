@@ -77,10 +77,6 @@ class Drafter(Protocol):
     name: str
     num_drafts: int
 
-    def fuse(self, features: torch.Tensor) -> torch.Tensor:
-        """The target's features [n, captures * hidden] as this drafter keeps them, [n, hidden]."""
-        ...
-
     def ingest(self, entries: Entries) -> None:
         """Write this drafter's KV for the given positions (KV-only)."""
         ...
@@ -88,7 +84,7 @@ class Drafter(Protocol):
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
         """Chains of `num_drafts` tokens. Every committed position of the rows has been ingested.
 
-        `last` [rows, hidden]: the fused features of each row's last committed position.
+        `last` [rows, captures * hidden]: the target's features of each row's last committed position.
         """
         ...
 
@@ -107,7 +103,6 @@ Timed = Callable[[str], AbstractContextManager[None]]
 class DecodeRound:
     """Runs rounds. What it keeps from one to the next is the backlog, and which drafters have failed whom.
 
-    With `lazy`, only drafters that a round needs are brought up to date; else all of them are, in every round.
     `timed` is given the name of each step, to measure it.
     """
 
@@ -118,14 +113,12 @@ class DecodeRound:
         target: Target,
         backlog: Backlog,
         *,
-        lazy: bool = True,
         timed: Timed = lambda step: nullcontext(),
     ):
         self.router = router
         self.drafters = dict(drafters)
         self.target = target
         self.backlog = backlog
-        self.lazy = lazy
         self.timed = timed
         self.indices = Indices(backlog.device)
         self.health = Health()
@@ -139,10 +132,10 @@ class DecodeRound:
         """
         self.health.begin(prefill.slots)
         with self.timed("prefill_drafters"):
-            for name, drafter in self.drafters.items():
-                features = drafter.fuse(prefill.features)
-                drafter.ingest(Entries(features, prefill.next_tokens, prefill.positions, prefill.kv_slots))
-                self.backlog.begin(name, prefill.slots, prefill.lens, features.index_select(0, prefill.last))
+            entries = Entries(prefill.features, prefill.next_tokens, prefill.positions, prefill.kv_slots)
+            for drafter in self.drafters.values():
+                drafter.ingest(entries)
+            self.backlog.begin(prefill.slots, prefill.lens, prefill.features.index_select(0, prefill.last))
         every = self.indices.of(tuple(range(len(prefill.slots))))
         signals = self.observe(logits, prefill.hidden.index_select(0, prefill.last), every)
         with self.timed("read"):
@@ -165,7 +158,11 @@ class DecodeRound:
         with self.timed("verify"):
             verified = self.target.verify(rows, proposal)
         accepted = accept(proposal, verified.predictions)
-        self.commit(rows, plan, verified, accepted)
+        with self.timed("commit"):
+            # Position prefix_len + j holds window token j. Its successor is the target's choice after column j: an
+            # accepted draft or, at column num_committed - 1, the bonus token. The whole window is kept, not only what
+            # was accepted: shapes stay fixed, and the rest is overwritten before it counts as committed.
+            self.backlog.push(rows.slots, rows.prefix_lens, accepted.tokens, verified.features)
         with self.timed("route"):
             signals = self.observe(verified.logits, verified.hidden, self.newest(accepted))
         with self.timed("read"):
@@ -178,8 +175,6 @@ class DecodeRound:
             probe = probe._replace(drafts=told[len(finite)])
         self.keep(rows.host.slots, told[len(finite) + len(probed) :])
         committed = [row[:count] for row, count in zip(tokens.tolist(), num_committed.tolist(), strict=True)]
-        if not self.lazy:
-            self.settle(rows.host, committed)
         is_finite = dict(zip(finite, told, strict=False))
         return RoundResult(plan, num_drafts, window, tokens, committed, is_finite, catch_ups, probe)
 
@@ -230,8 +225,10 @@ class DecodeRound:
 
     def propose(self, rows: Rows, plan: Plan, num_drafts: Sequence[int]) -> tuple[Proposal, dict[str, torch.Tensor]]:
         """Let each drafter draft for its rows; one verify width for the batch, the widest that is needed."""
-        width = 1 + max(num_drafts, default=0)
-        tokens = rows.anchors[:, None].repeat(1, width)  # [rows, width]; column 0 is the anchor
+        anchors = rows.anchors[:, None]
+        if not plan:
+            return Proposal(anchors, self.indices.of(tuple(num_drafts))), {}
+        tokens = anchors.repeat(1, 1 + max(num_drafts))  # [rows, width]; column 0 is the anchor
         finite = {}
         for name, chosen in plan.items():
             drafts, finite[name] = self.draft(rows, name, chosen)
@@ -241,32 +238,16 @@ class DecodeRound:
     def draft(self, rows: Rows, name: str, chosen: tuple[int, ...]) -> Drafts:
         """A drafter's drafts for the rows of these numbers."""
         picked = rows if len(chosen) == len(rows.host.slots) else rows.pick(chosen, self.indices.of(chosen))
-        return self.drafters[name].draft(picked, self.backlog.last(name, picked.slots, picked.prefix_lens))
-
-    def commit(self, rows: Rows, plan: Plan, verified: Verified, accepted: Accepted) -> None:
-        """Keep every drafter's features of the window.
-
-        The whole window is kept, not only what was accepted: shapes stay fixed, and what lies behind the accepted
-        tokens is overwritten before it counts as committed.
-        """
-        with self.timed("commit"):
-            window = verified.features.flatten(0, 1)
-            # Position prefix_len + j holds window token j; its successor is the target's choice after column j: an
-            # accepted draft or, at column num_committed - 1, the bonus token.
-            places = self.backlog.push(rows.slots, rows.prefix_lens, accepted.tokens)
-        for name, drafter in self.drafters.items():
-            with self.timed("commit" if name in plan else "commit_idle"):
-                features = drafter.fuse(window)
-                self.backlog.store(name, places, features)
-                if not self.lazy:
-                    self.ingest_window(drafter, rows, accepted, features)
+        return self.drafters[name].draft(picked, self.backlog.last(picked.slots, picked.prefix_lens))
 
     def newest(self, accepted: Accepted) -> torch.Tensor:
-        """Where each row's last committed position stands [rows], in windows that stand one after the other.
+        """The index [rows] of each row's last committed position in the windows, flattened.
 
         It is window column num_committed - 1; the bonus token was chosen there.
         """
         num_rows, width = accepted.tokens.shape
+        if width == 1:
+            return self.indices.of(tuple(range(num_rows)))
         return self.indices.of(tuple(range(-1, num_rows * width - 1, width))) + accepted.num_committed
 
     def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> list[torch.Tensor]:
@@ -278,24 +259,6 @@ class DecodeRound:
         """Give the router what became of `observe` on the host."""
         for signals in told:
             self.router.keep(slots, signals)
-
-    def ingest_window(self, drafter: Drafter, rows: Rows, accepted: Accepted, features: torch.Tensor) -> None:
-        """Bring a drafter up to date at once, whether it will be chosen or not.
-
-        Entries behind the accepted ones are written too: their slots are reserved for this request, and they are
-        written anew before they can be read or shared.
-        """
-        width = accepted.tokens.shape[1]
-        window = torch.arange(width, device=rows.slots.device)
-        positions = rows.prefix_lens[:, None] + window
-        kv_slots = rows.kv_slots[:, 1 : 1 + width]
-        drafter.ingest(Entries(features, accepted.tokens.reshape(-1), positions.reshape(-1), kv_slots.reshape(-1)))
-
-    def settle(self, rows: HostRows, committed: Sequence[Sequence[int]]) -> None:
-        """Every drafter has ingested the windows: count the tokens of them that were committed."""
-        lens = [length + len(tokens) for length, tokens in zip(rows.prefix_lens, committed, strict=True)]
-        for name in self.drafters:
-            self.backlog.settle(name, rows.slots, lens)
 
     def lags(self, slot: int, committed: int) -> bool:
         """Whether a drafter has not ingested all `committed` positions of a request."""

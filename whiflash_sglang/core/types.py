@@ -128,7 +128,7 @@ class Prefill(NamedTuple):
 class Entries(NamedTuple):
     """Positions whose K and V a drafter is to write, flat over requests."""
 
-    features: torch.Tensor  # [n, hidden], the drafter's own: reduced by its `fc`
+    features: torch.Tensor  # [n, captures * hidden], the target's
     next_tokens: torch.Tensor  # [n] int64, the token at position + 1
     positions: torch.Tensor  # [n] int64
     kv_slots: torch.Tensor  # [n] int64

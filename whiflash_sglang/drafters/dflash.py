@@ -54,7 +54,6 @@ class DFlashDrafter:
         # The kernel norms features as it reads them, and a feature then waits as `fc` gave it.
         self.reduce = runner.model.project_target_hidden if fused is None else runner.model.fc
         self.write = fused or partial(self.write_layers, kv)
-        self.feature_size, self.feature_dtype = runner.spec.hidden_size, runner.model.fc.weight.dtype
         block_size = self.block.shape[1]
         self.fill = runs(runner, self.propose, num_queries=block_size, num_entries=block_size)
 
@@ -63,7 +62,7 @@ class DFlashDrafter:
         return self.reduce(select_columns(features, self.columns))
 
     def ingest(self, entries: Entries) -> None:
-        self.write((entries.features,), entries.positions, entries.kv_slots)
+        self.write((self.fuse(entries.features),), entries.positions, entries.kv_slots)
 
     def write_layers(
         self, kv: KVProjection, parts: Sequence[torch.Tensor], positions: torch.Tensor, kv_slots: torch.Tensor

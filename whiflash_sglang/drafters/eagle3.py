@@ -40,10 +40,10 @@ class Eagle3Drafter:
         kv = KVProjection([attention], weight, bias, norms, self.layer.hidden_norm.variance_epsilon)
         self.write = write_entries(runner, kv) or partial(self.write_layer, kv)
         self.token_ids = None if model.hot_token_id is None else model.hot_token_id.to(runner.device)  # [draft vocab]
-        self.feature_size, self.feature_dtype = runner.spec.hidden_size, model.model.fc.weight.dtype
         # Drafts of one `propose`: all of them, or one where attention has to be told of each forward by the host.
         self.link = num_drafts if is_one_graph(runner) else 1
-        self.chain = runs(runner, self.propose, num_queries=1, num_entries=self.link, hidden_size=self.feature_size)
+        hidden_size = runner.spec.hidden_size
+        self.chain = runs(runner, self.propose, num_queries=1, num_entries=self.link, hidden_size=hidden_size)
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """Captured features [n, captures * hidden] through the drafter's `fc`, and the norms some put before it."""
@@ -58,7 +58,7 @@ class Eagle3Drafter:
 
     def ingest(self, entries: Entries) -> None:
         embeds = self.runner.model.model.embed_tokens(entries.next_tokens)
-        self.write((embeds, entries.features), entries.positions, entries.kv_slots)
+        self.write((embeds, self.fuse(entries.features)), entries.positions, entries.kv_slots)
 
     def write_layer(
         self, kv: KVProjection, parts: Sequence[torch.Tensor], positions: torch.Tensor, kv_slots: torch.Tensor
@@ -72,7 +72,7 @@ class Eagle3Drafter:
         self.runner.write_kv(attention.attn, kv_slots, k, v)
 
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
-        tokens, hidden = rows.anchors, last  # [rows], [rows, hidden]
+        tokens, hidden = rows.anchors, self.fuse(last)  # [rows], [rows, hidden]
         drafts = tokens.new_empty(len(tokens), self.num_drafts)
         for first in range(0, self.num_drafts, self.link):
             links = slice(first, first + self.link)

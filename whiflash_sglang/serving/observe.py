@@ -30,13 +30,12 @@ STEPS = (
     "draft",
     "verify",
     "commit",
-    "commit_idle",
     "read",
     "spans",
     "round",
     "between",
 )
-"""`commit` keeps the features of drafters that draft in the round, `commit_idle` those of the others.
+"""`commit` keeps the features of the window for all drafters.
 
 `read` is the round's one copy to the host, and a prefill's. On a device that runs asynchronously it is where the host
 waits: the time of all steps before stands there, and what stands at these is launch time.

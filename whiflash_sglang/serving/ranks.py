@@ -148,9 +148,6 @@ class SharedDrafter(Drafter):
         self.ranks = ranks
         self.name, self.num_drafts = inner.name, inner.num_drafts
 
-    def fuse(self, features: torch.Tensor) -> torch.Tensor:
-        return self.inner.fuse(features)
-
     def ingest(self, entries: Entries) -> None:
         self.inner.ingest(entries)
 

@@ -134,17 +134,13 @@ class WhiFlashWorker(BaseSpecWorker):
         verify = verify_widths(self._target_worker.model_runner, {1, *widths.values()})
         self.target = SGLangTarget(self._target_worker, len(captured) * hidden_size, verify)
         costs = self.cost_table(widths) if self.config.weighs_costs else None
-        backlog = Backlog(
-            {name: (drafter.feature_size, drafter.feature_dtype) for name, drafter in drafters.items()},
-            kv_table,
-            capacity=self.config.max_backlog,
-        )
+        dtype = self._target_worker.model_runner.dtype
+        backlog = Backlog(drafters, self.target.feature_size, dtype, kv_table, self.config.max_backlog)
         self.round = DecodeRound(
             create_router(self.config, kv_table.shape[0], self.learned, costs),
             drafters,
             self.target,
             backlog,
-            lazy=self.config.catch_up == "lazy",
             timed=self.totals.timed,
         )
         self.totals.health = self.round.health

@@ -30,7 +30,6 @@ ROUTERS = "entropy, neural, fixed:e3, fixed:df, alternate, random:SEED or off"
 SCORED = ("entropy", "neural")  # routers that decide by a score
 MAX_EAGLE_STEPS = 15
 DEFAULT_ENTROPY_THRESHOLD = 0.5  # nats, where no calibration says better
-CATCH_UP = ("lazy", "eager")
 LEARNED = "learned"  # priors that begin with nothing
 OBJECTIVES = ("tokens_per_ms", "acceptance")
 POSITIVE_DRAFTERS = ("e3", "df")
@@ -47,7 +46,6 @@ FLAG_OBJECTIVE = "--whiflash-objective"
 FLAG_CALIBRATION = "--whiflash-calibration"
 FLAG_PRIORS = "--whiflash-priors"
 FLAG_STEPS = "--whiflash-eagle-steps"
-FLAG_CATCH_UP = "--whiflash-catchup"
 FLAG_BACKLOG = "--whiflash-max-backlog"
 
 WITHOUT_DRAFTERS = f"or {FLAG_ROUTER} off to serve without speculation"
@@ -69,7 +67,6 @@ class WhiFlashConfig:
     calibration: str | None = None
     priors: str | None = None  # LEARNED, or a file
     eagle_steps: int = 5  # draft tokens of one EAGLE-3 chain
-    catch_up: str = "lazy"  # a drafter ingests when it is needed, or in every round
     max_backlog: int = 128  # tokens of a request that a drafter may lag behind
 
     def __post_init__(self) -> None:
@@ -195,8 +192,6 @@ class WhiFlashConfig:
             raise ConfigError(FLAG_STEPS, steps, "not a whole number", "give draft tokens a round, e.g. 5")
         if not 1 <= steps <= MAX_EAGLE_STEPS:
             raise ConfigError(FLAG_STEPS, steps, "out of bounds", f"use 1 to {MAX_EAGLE_STEPS}")
-        if self.catch_up not in CATCH_UP:
-            raise ConfigError(FLAG_CATCH_UP, self.catch_up, "unknown catch-up mode", f"use {' or '.join(CATCH_UP)}")
         backlog = self.max_backlog
         if isinstance(backlog, bool) or not isinstance(backlog, int):
             raise ConfigError(FLAG_BACKLOG, backlog, "not a whole number", "give tokens, e.g. 128")
@@ -252,7 +247,6 @@ class WhiFlashConfig:
             calibration=namespace.whiflash_calibration,
             priors=None if namespace.whiflash_priors == "none" else namespace.whiflash_priors,
             eagle_steps=_number(int, FLAG_STEPS, steps, cls.eagle_steps),
-            catch_up=namespace.whiflash_catchup,
             max_backlog=_number(int, FLAG_BACKLOG, namespace.whiflash_max_backlog, cls.max_backlog),
         )
 
@@ -351,13 +345,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         metavar="K",
         default=None,
         help=f"draft tokens of one EAGLE-3 chain, 1 to {MAX_EAGLE_STEPS} (default: {WhiFlashConfig.eagle_steps})",
-    )
-    group.add_argument(
-        FLAG_CATCH_UP,
-        metavar="{lazy,eager}",
-        default=WhiFlashConfig.catch_up,
-        help="when a drafter that is not chosen ingests new tokens: when it is needed (lazy), or in every round "
-        "(eager, for comparison) (default: %(default)s)",
     )
     group.add_argument(
         FLAG_BACKLOG,

@@ -92,9 +92,9 @@ class Need(NamedTuple):
     value: int
 
 
-def ring_bytes(num_requests: int, backlog: int, feature_sizes: Iterable[int]) -> int:
-    """Bytes of the features (`feature_sizes`: of each drafter, in bytes) and tokens that wait for drafters."""
-    return num_requests * backlog * (sum(feature_sizes) + 8)
+def ring_bytes(num_requests: int, backlog: int, feature_bytes: int) -> int:
+    """Bytes of the features (`feature_bytes` each, of all captured layers) and tokens that wait for drafters."""
+    return num_requests * backlog * (feature_bytes + 8)
 
 
 def graph_bytes(

@@ -17,7 +17,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from whiflash_sglang.core.errors import ConfigError
-from whiflash_sglang.startup.config import FLAG_CATCH_UP, FLAG_ROUTER, FLAG_STEPS
+from whiflash_sglang.startup.config import FLAG_ROUTER, FLAG_STEPS
 
 FLAG_WIDTH = "--speculative-num-draft-tokens"
 FLAG_ATTENTION = "--attention-backend"
@@ -98,7 +98,7 @@ REFUSALS: tuple[Refusal, ...] = (
     *_rows(
         "--speculative-draft-window-size",
         "drafters of WHIFLASH attend to the whole context: their KV shares the target's slots",
-        f"leave it out; {FLAG_CATCH_UP} and --whiflash-max-backlog say how far a drafter may lag behind",
+        "leave it out; --whiflash-max-backlog says how far a drafter may lag behind",
     ),
     *_rows(
         "--speculative-draft-model-quantization",

@@ -18,7 +18,7 @@ PARTS = {
     "catch-up": ("catch_up",),
     "draft": ("draft",),
     "verify": ("verify",),
-    "commit": ("commit", "commit_idle"),
+    "commit": ("commit",),
 }
 """The parts of a round by the server's steps (`whiflash_sglang/serving/observe.py`); the rest is the host's.
 
