@@ -101,7 +101,8 @@ def test_text_that_no_drafter_knows_goes_without_drafts() -> None:
         decided = router([gain], base=5.0)
         first, then = serve(decided, 64, MS, BAD), serve(decided, 640, MS, BAD)
         assert first["none"] >= 40
-        assert then["none"] >= 0.99 * 640 and then["probes"] <= 640 / PROBE_EVERY + 1
+        # A draft takes 2 ms here and a round 5: every 40 rounds that is 1% of the time.
+        assert then["none"] >= 0.99 * 640 and then["probes"] <= 640 / 40 + 1
 
 
 def test_drafts_come_back_with_the_text_that_drafters_know() -> None:

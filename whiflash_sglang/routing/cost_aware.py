@@ -32,11 +32,12 @@ from whiflash_sglang.routing.exploration import PriorShare, added, asked_priors,
 from whiflash_sglang.routing.score import Score
 from whiflash_sglang.routing.yields import DF, E3, Row, Yields
 
-PROBE_EVERY = 40  # rounds without drafts, or fewer where a probe then costs less than
+PROBE_AFTER, PROBE_EVERY = 8, 56  # rounds without drafts: at least, and at most where a probe then costs less than
 PROBE_SHARE = 0.01  # of their time
 TRY_AFTER, TRY_AFTER_MOST = 256, 8192  # rounds in which an arm was not run
 SURPRISE = 1.5  # times what a trial was expected to cost
 LEARN_EVERY = 16  # rounds: correcting sure costs in each would take as long as routing does
+HOPELESS = 0.05  # trust; of rows that no drafter knows this much of, no score changes the plan
 MOST_PREMIUM = 1.3  # what the router may be believed to make of the time of the best single choice
 _MEMORY = 0.1  # weight of the newest round in the running means
 _CONTEXT_STEP = 64  # tokens; contexts that differ by less cost the same
@@ -63,6 +64,7 @@ class CostAwareRouter(Router):
         # Running means over rounds, a row: tokens, and what the best single choice would have made of the same time.
         self.tokens, self.par = 1.0, 1.0
         self.routed: list[Row] = []  # of the round in flight
+        self.hopeless: HostRows | None = None  # what the next round has if nothing changes but the rows' lengths
         self.rounds = 0
         self.without_drafts = 0  # rounds since the last probe
         self.probes = 0
@@ -74,17 +76,21 @@ class CostAwareRouter(Router):
         self.known: dict[tuple[int, int, int], tuple[list[float], float]] = {}  # see `times`; until costs are corrected
 
     def route(self, rows: HostRows) -> Plan:
-        scores, learned, asked = self.score.read(rows.slots), learned_priors(rows), asked_priors(rows)
-        # A wish is no evidence: nothing is learned from it.
-        self.routed = self.yields.expect(rows, added(scores, learned), asked)
         drafted = rows.may_draft()
-        plan = self.best_plan(rows, self.routed, drafted)
-        if learned is not None:
-            self.share.look(rows, plan, lambda: self.best_plan(rows, self.yields.expect(rows, scores, asked), drafted))
+        plan = {} if rows == self.hopeless else self.plan_by_score(rows, drafted)
         self.trial = self.arm_to_try() if drafted else None
         if self.trial is None:
             return plan
         return {} if self.trial == NONE else {self.trial: tuple(drafted)}
+
+    def plan_by_score(self, rows: HostRows, drafted: Sequence[int]) -> Plan:
+        scores, learned, asked = self.score.read(rows.slots), learned_priors(rows), asked_priors(rows)
+        # A wish is no evidence: nothing is learned from it.
+        self.routed = self.yields.expect(rows, added(scores, learned), asked)
+        plan = self.best_plan(rows, self.routed, drafted)
+        if learned is not None:
+            self.share.look(rows, plan, lambda: self.best_plan(rows, self.yields.expect(rows, scores, asked), drafted))
+        return plan
 
     def arm_to_try(self) -> str | None:
         if self.next_trial is not None:
@@ -98,6 +104,8 @@ class CostAwareRouter(Router):
             self.without_drafts = 0
             return None
         self.without_drafts += 1
+        if self.without_drafts < PROBE_AFTER:
+            return None
         free = [row for row in rows.may_draft() if rows.slots[row] not in self.pending]
         drafter = (DF, E3)[self.probes % 2]
         if not free or self.without_drafts < self.probe_interval(drafter, rows):
@@ -177,9 +185,15 @@ class CostAwareRouter(Router):
     def learn(self, rows: HostRows, result: RoundResult, ms: float) -> None:
         self.rounds += 1
         committed = [len(tokens) for tokens in result.committed]
+        settled = rows == self.hopeless and not result.plan and result.probe is None and not self.pending
         self.resolve(rows, result)
         self.learn_costs(rows, result, committed, ms)
-        self.yields.learn(rows, self.routed, result.plan, committed)
+        if not settled:
+            self.yields.learn(rows, self.routed, result.plan, committed)
+            settled = not result.plan and all(max(row.trust.values()) < HOPELESS for row in self.routed)
+        self.yields.advance(rows, committed)
+        lens = [length + count for length, count in zip(rows.prefix_lens, committed, strict=True)]
+        self.hopeless = rows._replace(prefix_lens=lens) if settled else None
 
     def learn_costs(self, rows: HostRows, result: RoundResult, committed: Sequence[int], ms: float) -> None:
         num_rows, context = len(committed), mean(rows.prefix_lens)

@@ -132,7 +132,7 @@ class RoundCosts:
             cell.ms = max(cell.ms + (seen_ms - expected) * variance / total, seen_ms / 1000)
             cell.seen = min(cell.seen + weight, _MAX_SEEN)
         self.speed *= 1 + (bounded - 1) * of_speed / total
-        if not is_sure:
+        if any(cell.seen - weight < SURE <= cell.seen for cell, weight in touched):  # it bounds others from now on
             self._bound_unsure()
         return off_by
 

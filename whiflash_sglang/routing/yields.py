@@ -111,7 +111,7 @@ class Yields:
         }
 
     def learn(self, rows: HostRows, routed: Sequence[Row], plan: Plan, committed: Sequence[int]) -> None:
-        """What became of a round: `committed` [rows] tokens."""
+        """What came of a round's drafts: `committed` [rows] tokens."""
         for name, chosen in plan.items():
             for row in chosen:
                 self.count(rows, row, routed[row], name, committed[row] - 1)
@@ -119,6 +119,9 @@ class Yields:
             level = self._level(one.gain)
             for name, drafts in ((DF, level), (E3, max(0.0, level + one.gain))):
                 self.usual_drafts[name] += _SLOW / len(routed) * (drafts - self.usual_drafts[name])
+
+    def advance(self, rows: HostRows, committed: Sequence[int]) -> None:
+        """The requests are longer by `committed` [rows] tokens."""
         for slot, length, tokens in zip(rows.slots, rows.prefix_lens, committed, strict=True):
             self.requests[slot] = self.requests[slot]._replace(length=length + tokens)
 
