@@ -1,10 +1,10 @@
-"""The order desk: a small shop on an embedded SQLite database, and the tools an agent works it with.
+"""The order desk: a small shop in an in-memory SQLite database, and an agent's tools for it.
 
-    desk = Desk.create(seed=7)                      # the same seed gives the same shop, byte for byte
+    desk = Desk.create(seed=7)                      # deterministic: the same seed gives the same shop
     desk.call("lookup_order", {"order_id": 1042})   # JSON text, as an agent sees it
 
-Tools really run: queries read the database, `update_order` changes it. A failing call answers {"error": ...}, as tools
-of agents do, and never raises.
+The tools are real: queries read the database, `update_order` modifies it. A failing call returns {"error": ...} and
+never raises.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MONEY = 2  # decimals
 
 
 class Lexicon(NamedTuple):
-    """The proper names that a shop is made of."""
+    """The proper names used in a shop."""
 
     first_names: Sequence[str]
     last_names: Sequence[str]
@@ -41,7 +41,7 @@ class Lexicon(NamedTuple):
 
     @classmethod
     def invented(cls, rng: random.Random) -> Lexicon:
-        """As many names as USUAL has, all made up: whoever learns from such shops has to read names, not know them."""
+        """As many names as USUAL, all made up, so that a model must copy names instead of memorizing them."""
 
         def words(like: Sequence[str]) -> list[str]:
             return ["".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize() for _ in like]
@@ -72,7 +72,7 @@ SYLLABLES = [
 
 
 class Desk:
-    """One shop. Tool calls may come from several threads, as LangGraph's do, and take turns."""
+    """One shop. Tool calls are serialized and may come from several threads, as in LangGraph."""
 
     def __init__(self, connection: sqlite3.Connection):
         self.turn = threading.Lock()
@@ -81,13 +81,14 @@ class Desk:
 
     @classmethod
     def create(cls, seed: int, lexicon: Lexicon = USUAL) -> Desk:
+        """Generate a shop from a seed."""
         desk = cls(sqlite3.connect(":memory:", check_same_thread=False))
         desk.db.executescript(SCHEMA)
         _fill(desk.db, random.Random(f"desk-{seed}"), lexicon)
         return desk
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Run a tool; its result as JSON text."""
+        """Run a tool and return its result as JSON text."""
         if name not in TOOLS:
             return _json({"error": f"unknown tool {name}"})
         try:
@@ -97,6 +98,7 @@ class Desk:
             return _json({"error": str(error)})
 
     def rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+        """Rows of a query, as dicts."""
         return [dict(row) for row in self.db.execute(sql, values)]
 
 
@@ -134,7 +136,7 @@ def search_customers(desk: Desk, query: str) -> dict[str, Any]:
 
 
 def run_sql(desk: Desk, sql: str) -> dict[str, Any]:
-    """Read only: SQLite itself refuses everything but reading."""
+    """Read-only, enforced by SQLite's authorizer."""
     desk.db.set_authorizer(_only_reading)
     try:
         rows = [dict(row) for row in desk.db.execute(sql).fetchmany(20)]
