@@ -279,7 +279,7 @@ def _speeds_page(acceptance: Mapping[str, Any]) -> str:
 def _soak_page(soak: Mapping[str, Any]) -> str:
     title = f"## Soak, {soak['models']}, {soak['minutes']:g} minutes"
     if soak.get("checks") is None:
-        return f"{title}\n\nNo result."
+        return f"{title}\n\nEnded without a result."
     checks = [(name, "yes" if held else "no") for name, held in soak["checks"].items()]
     rounds = ", ".join(f"{count} of {name}" for name, count in soak["rounds_by_drafter"].items())
     return f"{title}\n\n{_table(('check', 'holds'), checks)}\n\n{soak['requests']} requests; rounds: {rounds}."
