@@ -158,6 +158,7 @@ def server_at(base_url: str | None, console: Console) -> Iterator[str]:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", default=QUESTION, help="default: %(default)s")
     parser.add_argument("--base-url", help="a running server, without /v1 (default: start a temporary one)")

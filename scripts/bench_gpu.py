@@ -241,9 +241,7 @@ def cell(base_url: str, batch: int, context: int, setting: Setting) -> dict[str,
     dice = random.Random(f"{batch} {context}")
     prompts = [noise(dice, context) for _ in range(batch)]
     endless = {"ignore_eos": True}
-    ask(
-        base_url, prompts, WARM_TOKENS, batch, endless
-    )  # cache the prompts, so that all requests start decoding at once
+    ask(base_url, prompts, WARM_TOKENS, batch, endless)  # cache the prompts, so all requests start decoding at once
     answers = ask(base_url, prompts, setting.tokens, batch, endless)
     assert answers.totals is not None
     return round_figures(answers.totals)
@@ -542,9 +540,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=200, help="for `acceptance` (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=40, help="training time (default: %(default)s)")
     parser.add_argument("--soak-minutes", type=float, help=f"default: {SOAK_MINUTES:g}; --tiny: {TINY_SOAK_MINUTES:g}")
-    parser.add_argument(
-        "--models", type=Path, metavar="DIR", help="folder to keep trained models in, and to reuse them"
-    )
+    parser.add_argument("--models", type=Path, metavar="DIR", help="folder to store and reuse trained models")
     parser.add_argument("--results", type=Path, metavar="FILE", help="also write the JSON line, .md and .png")
     own, server_flags = server.split_flags(argv)
     args = parser.parse_args(own)

@@ -113,6 +113,7 @@ def kv_only_over_full_layer(repeats: int = 7) -> float:
 
 
 def quickest(call: Any, repeats: int) -> float:
+    """Seconds of the fastest of several calls."""
     times = []
     for _ in range(repeats):
         began = time.perf_counter()

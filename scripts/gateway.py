@@ -33,6 +33,7 @@ LOGS = Path(".runs") / "gateway"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
     args = parse(argv)
     if not has_gateway(args.gateway_python):
         fix = "install it with `pip install '.[gateway]'`, or give the python of an environment that has it"

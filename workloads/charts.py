@@ -17,6 +17,8 @@ class Bar(NamedTuple):
 
 
 class Tick(NamedTuple):
+    """A labeled position on the scale."""
+
     shown: str
     at: float  # percent of the scale
 
@@ -36,6 +38,8 @@ class Strip(NamedTuple):
 
 
 class Panel(NamedTuple):
+    """Strips on a common scale."""
+
     title: str
     strips: list[Strip]
     ticks: list[Tick]

@@ -90,6 +90,7 @@ def _delay_s(session: Session, index: int) -> float | None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m whiflash_workloads.export",
         description=__doc__,

@@ -17,6 +17,8 @@ TEMPLATE_TOKENS_PER_MESSAGE = 16
 
 
 class Prompt(NamedTuple):
+    """A prompt that fits, and how it was cut."""
+
     messages: list[Message]
     cut_turns: int
     shortened: bool

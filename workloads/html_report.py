@@ -258,6 +258,7 @@ def drafter_class(name: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m whiflash_workloads.html_report",
         description=__doc__,

@@ -51,6 +51,7 @@ def replay(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
     try:
         return run(argv)
     except KeyboardInterrupt:  # before or after the replay, or a second time

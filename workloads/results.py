@@ -63,11 +63,15 @@ class Arguments(BaseModel):
 
 
 class Detail(_Part):
+    """Data for reports only."""
+
     quantiles: dict[str, list[float]]
     views: list[View]
 
 
 class Result(_Part):
+    """The content of a result file."""
+
     benchmark: Literal["replay"]
     arguments: Arguments
     figures: dict[str, Any]

@@ -57,9 +57,11 @@ class Count(NamedTuple):
     tokens: int = 0
 
     def plus(self, rounds: int, tokens: int) -> Count:
+        """The sum."""
         return Count(self.rounds + rounds, self.tokens + tokens)
 
     def figures(self) -> dict[str, Any]:
+        """As plain data, with AL."""
         al = round(self.tokens / self.rounds, 3) if self.rounds else None
         return {"rounds": self.rounds, "tokens": self.tokens, "acceptance_length": al}
 

@@ -46,6 +46,7 @@ class BlockMetadata:
 
     @property
     def num_rows(self) -> int:
+        """Number of requests."""
         return self.slots.shape[0]
 
     def mask(self, dtype: torch.dtype, *, causal: bool, window: int, groups: int) -> torch.Tensor | None:
@@ -88,6 +89,7 @@ class QueryChunk:
 
     @property
     def num_queries(self) -> int:
+        """Number of queries."""
         return self.rows.stop - self.rows.start
 
 

@@ -63,6 +63,7 @@ class WhiFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return MHATokenToKVPool
 
     def get_paged_allocator_cls(self) -> type:
+        """A factory that SGLang calls like an allocator class."""
         from whiflash_sglang.cpu.pages import allocator
 
         return allocator

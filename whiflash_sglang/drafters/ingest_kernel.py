@@ -77,14 +77,17 @@ class Ingestion:
 
     @property
     def num_layers(self) -> int:
+        """Number of the drafter's layers."""
         return len(self.pools) // 2
 
     @property
     def num_heads(self) -> int:
+        """KV heads per layer."""
         return self.pools[0].shape[1]
 
     @property
     def head_dim(self) -> int:
+        """Size of a head."""
         return self.pools[0].shape[2]
 
     @cached_property

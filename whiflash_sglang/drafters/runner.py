@@ -31,14 +31,17 @@ class DraftRunner(NamedTuple):
 
     @property
     def model(self) -> Any:
+        """The draft model."""
         return self.worker.model_runner.model
 
     @property
     def attention(self) -> Any:
+        """The draft model's attention backend."""
         return self.worker.model_runner.attn_backend
 
     @property
     def device(self) -> torch.device:
+        """The draft model's device."""
         return torch.device(self.worker.model_runner.device)
 
     def forward(self, block: DraftBlock, plan: Plan) -> Any:

@@ -48,6 +48,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def share(self, decode_round: DecodeRound) -> None:
@@ -106,6 +107,7 @@ class SharedRouter(Router):
         self.shared_probe: Probe | None = None  # for the last plan
 
     def route(self, rows: HostRows) -> Plan:
+        """Rank 0's plan, broadcast with its probe."""
         # [rows + 2]: each row's index into names, or -1 without drafts; then the probe's drafter and row, or -1.
         choice = torch.full((len(rows.slots) + 2,), -1, dtype=torch.int64)
         if self.ranks.is_first:
@@ -121,15 +123,18 @@ class SharedRouter(Router):
         return plan_of({row: self.names[index] for row, index in enumerate(chosen) if index >= 0})
 
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
+        """Rank 0's probe for the last plan."""
         return self.shared_probe
 
     def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor | None:
+        """Signals on rank 0, None on the others."""
         return self.inner.observe(logits, hidden, at) if self.ranks.is_first else None
 
     def keep(self, slots: Sequence[int], signals: Sequence[Sequence[float]]) -> None:
         self.inner.keep(slots, signals)  # only called on rank 0; the others observe nothing
 
     def learn(self, rows: HostRows, result: RoundResult, ms: float) -> None:
+        """Count the round for the digest; learn on rank 0."""
         self.ranks.count(rows, result)
         if self.ranks.is_first:
             self.inner.learn(rows, result, ms)

@@ -22,6 +22,8 @@ _COPY_AGAIN = "copy or download the file again"
 
 
 class TensorInfo(NamedTuple):
+    """A tensor in a safetensors file."""
+
     file: Path
     dtype: str
     shape: tuple[int, ...]

@@ -138,6 +138,7 @@ class Eagle3(nn.Module):
             yield self.lm_head(self.norm(state))
 
     def join(self, embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """The attention's input [..., 2 * hidden] from embeddings and features [..., hidden]."""
         return torch.cat([self.input_layernorm(embeds), self.hidden_norm(features)], dim=-1)
 
 
@@ -189,6 +190,8 @@ class DFlash(nn.Module):
 
 
 class DFlashLayer(nn.Module):
+    """A decoder layer whose attention also reads the context."""
+
     def __init__(self, shape: DrafterShape):
         super().__init__()
         hidden = shape.hidden
@@ -206,6 +209,7 @@ class DFlashLayer(nn.Module):
         mask: torch.Tensor,
         rope: Rope,
     ) -> torch.Tensor:
+        """`x` [rows, queries, hidden] attends to `context` [rows, n, hidden] and itself, as `mask` allows."""
         normed = self.input_layernorm(x)
         k, v = self.self_attn.keys(normed, positions, rope)
         context_k, context_v = self.self_attn.keys(context, context_positions, rope)

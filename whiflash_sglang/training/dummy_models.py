@@ -130,6 +130,7 @@ def write_hollow(file: Path, tensors: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def common_config(shape: ModelShape) -> dict[str, Any]:
+    """Fields of `config.json` that all three models share."""
     return {
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
@@ -149,11 +150,13 @@ def common_config(shape: ModelShape) -> dict[str, Any]:
 
 
 def target_config(shape: ModelShape) -> dict[str, Any]:
+    """A Qwen3 config."""
     own = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": shape.num_layers}
     return common_config(shape) | own | {"use_sliding_window": False}
 
 
 def dflash_config(shape: ModelShape) -> dict[str, Any]:
+    """A DFlash config."""
     return common_config(shape) | {
         "architectures": ["DFlashDraftModel"],
         "model_type": "qwen3",
@@ -166,6 +169,7 @@ def dflash_config(shape: ModelShape) -> dict[str, Any]:
 
 
 def eagle3_config(shape: ModelShape) -> dict[str, Any]:
+    """An EAGLE-3 config."""
     captured = {"eagle_aux_hidden_state_layer_ids": list(shape.eagle3_layers), "use_aux_hidden_state": True}
     return common_config(shape) | {
         "architectures": ["LlamaForCausalLMEagle3"],

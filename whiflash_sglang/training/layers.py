@@ -59,6 +59,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """A gated MLP with SiLU."""
+
     def __init__(self, hidden: int, intermediate: int):
         super().__init__()
         self.gate_proj = nn.Linear(hidden, intermediate, bias=False)

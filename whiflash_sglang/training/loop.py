@@ -20,6 +20,8 @@ Batch = TypeVar("Batch")
 
 
 class Settings(NamedTuple):
+    """Options of a training run."""
+
     steps: int
     learning_rate: float = 3e-3  # AdamW; Muon's is scaled from it
     warmup: int = 40
@@ -28,6 +30,8 @@ class Settings(NamedTuple):
 
 
 class Result(NamedTuple):
+    """Figures of a training run."""
+
     steps: int
     loss: float  # mean of the last tenth of the steps
     seconds: float

@@ -38,6 +38,8 @@ class ModelPaths(NamedTuple):
 
 
 class Models(NamedTuple):
+    """Target, tokenizer and drafters, loaded by `load_models`."""
+
     target: PreTrainedModel
     tokenizer: Any
     eagle3: Eagle3

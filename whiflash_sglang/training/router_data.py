@@ -39,11 +39,14 @@ class Record(NamedTuple):
 
     @classmethod
     def of(cls, reply: Reply, positions: Positions) -> Record:
+        """The record of a reply and its positions."""
         prompt = reply.prompt
         return cls(prompt.session, prompt.message, reply.start, prompt.context_kind, prompt.tool, positions)
 
 
 class RouterData(NamedTuple):
+    """The content of a folder."""
+
     manifest: dict[str, Any]
     records: list[Record]
 

@@ -35,6 +35,8 @@ THRESHOLDS = tuple(round(0.25 * step - 2, 2) for step in range(17))  # tokens
 
 
 class Fit(NamedTuple):
+    """A trained network and its losses by epoch."""
+
     network: Network
     epochs: int
     train_losses: list[float]

@@ -29,10 +29,12 @@ class Walk(NamedTuple):
 
     @property
     def acceptance_length(self) -> float:
+        """Mean tokens per round."""
         return float(self.tokens.sum() / len(self.tokens))
 
     @property
     def tokens_per_ms(self) -> float:
+        """Tokens per millisecond."""
         return float(self.tokens.sum() / self.ms.sum())
 
     def by_span(self) -> dict[str, dict[str, float]]:

@@ -79,12 +79,15 @@ class Session:
         self.calls = 0
 
     def pick(self, options: list[str], **values: object) -> str:
+        """A random option, formatted with `values`."""
         return self.rng.choice(options).format(**values)
 
     def think(self, *sentences: str) -> str:
+        """Join non-empty sentences."""
         return " ".join(sentence for sentence in sentences if sentence)
 
     def ask(self, text: str) -> None:
+        """Add a user message."""
         self.messages.append({"role": "user", "content": text})
 
     def call(self, reasoning: str, name: str, **arguments: Any) -> dict[str, Any]:
@@ -105,17 +108,21 @@ class Session:
         return json.loads(output)
 
     def answer(self, reasoning: str, text: str) -> None:
+        """Add an answer with its reasoning."""
         self.messages.append({"role": "assistant", "content": text, "reasoning_content": reasoning})
 
     def open(self, goal: str, tool: str) -> str:
+        """Reasoning before the first call."""
         plan = self.pick(BEFORE_CALL, tool=tool) + self.pick(REASONS)
         return self.think(self.pick(OPENERS, goal=goal), self.pick(DOUBTS), plan)
 
     def go_on(self, fact: str, tool: str) -> str:
+        """Reasoning between calls."""
         plan = self.pick(BEFORE_CALL, tool=tool) + self.pick(REASONS)
         return self.think(self.pick(FINDINGS, fact=fact), self.pick(DOUBTS), plan)
 
     def close(self, fact: str) -> str:
+        """Reasoning before the answer."""
         return self.think(self.pick(FINDINGS, fact=fact), self.pick(DOUBTS), self.pick(CLOSERS))
 
     def look_up(self, goal: str, order_id: int) -> dict[str, Any]:

@@ -103,6 +103,7 @@ class Desk:
 
 
 def lookup_order(desk: Desk, order_id: int) -> dict[str, Any]:
+    """An order with its customer, items and shipment."""
     orders = desk.rows("SELECT * FROM orders WHERE id = ?", order_id)
     if not orders:
         raise ValueError(f"no order {order_id}")
@@ -126,6 +127,7 @@ def lookup_order(desk: Desk, order_id: int) -> dict[str, Any]:
 
 
 def search_customers(desk: Desk, query: str) -> dict[str, Any]:
+    """Up to five customers by part of name or email, with their orders."""
     pattern = f"%{query}%"
     found = desk.rows("SELECT * FROM customers WHERE name LIKE ? OR email LIKE ? ORDER BY id LIMIT 5", pattern, pattern)
     for customer in found:
@@ -146,10 +148,12 @@ def run_sql(desk: Desk, sql: str) -> dict[str, Any]:
 
 
 def calculate(desk: Desk, expression: str) -> dict[str, Any]:
+    """The rounded result of an arithmetic expression."""
     return {"expression": expression, "result": round(_evaluate(ast.parse(expression, mode="eval").body), MONEY)}
 
 
 def check_stock(desk: Desk, sku: str) -> dict[str, Any]:
+    """A row of the products table."""
     found = desk.rows("SELECT * FROM products WHERE sku = ?", sku)
     if not found:
         raise ValueError(f"no product {sku}")
@@ -157,6 +161,7 @@ def check_stock(desk: Desk, sku: str) -> dict[str, Any]:
 
 
 def update_order(desk: Desk, order_id: int, status: str) -> dict[str, Any]:
+    """Set an order's status."""
     if status not in STATUSES:
         raise ValueError(f"unknown status {status}; use one of {', '.join(STATUSES)}")
     before = lookup_order(desk, order_id)["status"]

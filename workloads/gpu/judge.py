@@ -56,6 +56,7 @@ class Spent(NamedTuple):
     seconds: float = 0.0
 
     def plus(self, tokens: float, seconds: float) -> Spent:
+        """The sum."""
         return Spent(self.tokens + tokens, self.seconds + seconds)
 
 

@@ -30,6 +30,7 @@ STOP_SECONDS = 5  # for replies in flight at Ctrl-C; a second Ctrl-C ends them i
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m whiflash_workloads.record",
         description=__doc__,

@@ -20,6 +20,8 @@ class NotWhole(ValueError):
 
 
 class Reply(NamedTuple):
+    """The assistant message, and its length if the server reported it."""
+
     message: Raw
     output_tokens: int | None
 
