@@ -165,7 +165,7 @@ def test_a_replay_in_which_nothing_was_answered_still_has_a_page() -> None:
     figures = report.figures() | {"sessions": 1, "skipped": 0}
     original = result("off", 1)
     broken = original.model_copy(update={"figures": figures, "detail": detail(report, [session()])})
-    assert "No turn was answered." in render([broken])
+    assert "No turn succeeded." in render([broken])
 
 
 # The commands
