@@ -115,7 +115,9 @@ def load_data(args: argparse.Namespace, paths: ModelPaths) -> RouterData:
         collect_router_data.main([*models, *traces, "--out", str(folder), "--device", str(args.device)])
     data = load_router_data(folder)
     paths.identity().check("--data", folder, data.manifest["models"])
-    kept = set(data.sessions[-args.sessions :])  # the last ones: a router may have been trained on the first
+    kept = set(
+        data.sessions[-args.sessions :]
+    )  # the last sessions, as a router may have been trained on the first ones
     if len(kept) < MIN_SESSIONS:
         problem = f"{len(kept)} sessions, but calibration needs at least {MIN_SESSIONS}"
         raise ConfigError("--traces" if args.data is None else "--data", None, problem, "give more sessions")

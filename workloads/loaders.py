@@ -116,7 +116,7 @@ def _unreadable(path: Path, text: str) -> TraceError:
         json.loads(text)
     except json.JSONDecodeError as error:
         return TraceError(path, error.lineno, f"(column {error.colno})", f"not JSON: {error.msg}", FIX)
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond what can be read
+    except (ValueError, RecursionError) as error:  # a number that is too large, or nested too deeply
         return TraceError(path, 1, "(file)", f"not read: {error}", FIX)
     return _of_no_format(path)
 
@@ -126,5 +126,5 @@ def _parsed(path: Path, number: int, line: str) -> Item:
         return Record(number, "", json.loads(line))
     except json.JSONDecodeError as error:
         return TraceError(path, number, f"(column {error.colno})", f"not JSON: {error.msg}", FIX)
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond what can be read
+    except (ValueError, RecursionError) as error:  # a number that is too large, or nested too deeply
         return TraceError(path, number, "(line)", f"not read: {error}", FIX)

@@ -42,7 +42,7 @@ class Settings:
     temperature: float = 0.0
     timeout_s: float = TIMEOUT_SECONDS
     retries: int = RETRIES
-    concurrency: int = 1  # of the closed loop, and of the warm-up
+    concurrency: int = 1  # closed loop and warm-up
     arrivals: Arrivals | None = None  # None: closed loop
     seed: int = 0  # of Poisson arrivals
     live: bool = False

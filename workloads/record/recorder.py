@@ -149,7 +149,7 @@ class Exchange:
         self._headers = {name: headers[name] for name in ("content-type", "content-encoding") if name in headers}
 
     def feed(self, chunk: bytes) -> None:
-        """Add bytes of the reply. Call it before the client sees them, which may send its next request at once."""
+        """Add bytes of the reply. Call it before passing them to the client, which may then send its next request."""
         self._chunks.append(chunk)
         self._tail = (self._tail + chunk)[-2 * len(END_OF_STREAM) - len(chunk) :]
         if END_OF_STREAM in self._tail and self._content_type.startswith(EVENT_STREAM):
