@@ -1,27 +1,25 @@
-"""`ChatWhiFlash`: LangChain's ChatOpenAI, with what an agent and a WhiFlash server have to tell each other.
+"""`ChatWhiFlash`: LangChain's ChatOpenAI with sessions, router hints, reasoning and speculation figures.
 
     model = ChatWhiFlash(model="whiflash-demo", base_url="http://127.0.0.1:30000/v1", api_key="none", temperature=0)
     reply = model.bind_tools(tools).invoke(messages)
     reply.response_metadata["whiflash"]         # rounds, drafts and switches of this reply (agents/figures.py)
     reply.additional_kwargs["reasoning_content"]
 
-Everything that ChatOpenAI can do is left as it is. Added are:
+All of ChatOpenAI's features work unchanged. Added:
 
-- a session id, sent as the headers `X-Session-Affinity` and `X-SMG-Routing-Key` (SGLang's gateway), so that a load
-  balancer keeps an agent where its prefix is cached: `ChatWhiFlash(session_id=...)`, `model.with_session(...)`, or
-  `session_id=...` in a call; else one is made up for each instance;
-- hints for the router (agents/hints.py): `ChatWhiFlash(hints={"route": "df"})`, `model.with_hints(span="answer")`,
-  `hints={...}` in a call, or `extra_body={"custom_params": {"whiflash": {...}}}`. A call's win over those in
-  `extra_body`, and these over the instance's. None is needed for what the server reads in the messages itself: the
-  span that is being written, and the tool whose output stands last;
-- each reply's speculation figures, unless `speculation_figures=False`. They cost one small request after the reply;
-- the model's reasoning, which ChatOpenAI drops both ways: in `content_blocks` too, and counted in `usage_metadata`.
-  Sent back with the history, the prompt of the next turn extends the text that the model generated, and the server
-  finds it in its cache;
-- a warning where the model called a tool that it was not offered. SGLang's parsers drop such a call, so that the reply
-  is empty and ends with `stop`: `response_metadata["whiflash"]["dropped_call"]` is true then.
+- A session id, sent as the headers `X-Session-Affinity` and `X-SMG-Routing-Key` (SGLang's gateway), which lets a load
+  balancer route an agent to the server that has its prefix cached. Set it with `ChatWhiFlash(session_id=...)`,
+  `model.with_session(...)` or `session_id=...` in a call; the default is a new id per instance.
+- Hints for the router (agents/hints.py): `ChatWhiFlash(hints={"route": "df"})`, `model.with_hints(span="answer")`,
+  `hints={...}` in a call, or `extra_body={"custom_params": {"whiflash": {...}}}`. Precedence: call, `extra_body`,
+  instance. The server detects the current span and the last tool in the messages by itself.
+- Each reply's speculation figures, unless `speculation_figures=False`. They cost one small request after the reply.
+- The model's reasoning, which ChatOpenAI drops in both directions: also in `content_blocks`, and counted in
+  `usage_metadata`. It is sent back with the history, so the next prompt extends the generated text and hits the cache.
+- A warning if the model calls a tool that it was not offered. SGLang's parsers drop such a call, and the reply is empty
+  and ends with `stop`. `response_metadata["whiflash"]["dropped_call"]` is then true.
 
-It speaks chat completions only; OpenAI's Responses API has none of this.
+Supports chat completions only, not OpenAI's Responses API.
 """
 
 from __future__ import annotations
@@ -46,47 +44,48 @@ from whiflash_agents.hints import Hints, hints_in
 log = logging.getLogger(__name__)
 
 SESSION_HEADER = "X-Session-Affinity"
-GATEWAY_HEADER = "X-SMG-Routing-Key"  # what SGLang's gateway goes by, with its policy `manual`
+GATEWAY_HEADER = "X-SMG-Routing-Key"  # used by SGLang's gateway with policy `manual`
 FIGURES = "whiflash"  # in response_metadata
 REASONING = "reasoning_content"  # in additional_kwargs, and in the messages of requests and replies
 DROPPED_CALL = "dropped_call"  # in the figures
-# In response_metadata. By that of ChatOpenAI `content_blocks` are made as of OpenAI's own replies, without reasoning.
+# In response_metadata. With ChatOpenAI's provider, `content_blocks` would omit the reasoning.
 PROVIDER = {"model_provider": "whiflash"}
 
 
 def new_session_id() -> str:
+    """A random session id."""
     return uuid.uuid4().hex
 
 
 def checked_session_id(session_id: str) -> str:
-    """`session_id`, if it can stand in a header."""
+    """`session_id`, if it is a valid header value; else raises ValueError."""
     if not re.fullmatch(r"[\x21-\x7e]{1,200}", session_id):
-        raise ValueError(f"session_id={session_id!r}: not a header's value; give 1 to 200 visible ASCII characters")
+        raise ValueError(f"session_id={session_id!r}: not a valid header; give 1 to 200 visible ASCII characters")
     return session_id
 
 
 class ChatWhiFlash(ChatOpenAI):
-    """A chat model of a WhiFlash server; see the module. Works with any other OpenAI server, without figures."""
+    """A chat model for a WhiFlash server; see the module docstring. Other OpenAI servers work, but without figures."""
 
     session_id: Annotated[str, AfterValidator(checked_session_id)] = Field(default_factory=new_session_id)
     hints: Annotated[Hints, BeforeValidator(Hints.parse)] = Hints()
     speculation_figures: bool = True
 
-    # ChatOpenAI asks for token counts of streams at OpenAI's own address only.
+    # By default, ChatOpenAI requests token counts of streams only from OpenAI's own servers.
     stream_usage: bool | None = True
     use_responses_api: Literal[False] = False
 
     _figures: FigureReader = PrivateAttr(default_factory=FigureReader)
 
     def with_session(self, session_id: str | None = None) -> Self:
-        """This model in another session, a new one unless told; both share their connections."""
+        """A copy of this model with another session id (default: a new one). Copies share connections."""
         return self.model_copy(update={"session_id": checked_session_id(session_id or new_session_id())})
 
     def with_hints(self, **hints: Any) -> Self:
-        """This model with these hints, and its own where none are given."""
+        """A copy of this model with these hints; fields that are not given keep their values. Raises HintError."""
         return self.model_copy(update={"hints": Hints.parse(hints).over(self.hints)})
 
-    # ---- LangChain's own
+    # ---- LangChain
 
     @property
     def _llm_type(self) -> str:
@@ -94,10 +93,10 @@ class ChatWhiFlash(ChatOpenAI):
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
-        """No: `langchain_core.load` knows the classes of its own list only."""
+        """False: `langchain_core.load` only supports its own list of classes."""
         return False
 
-    # ---- what is sent
+    # ---- requests
 
     def _get_request_payload(
         self,
@@ -119,7 +118,7 @@ class ChatWhiFlash(ChatOpenAI):
         payload["extra_body"] = Hints.parse(hints).over(hints_in(extra_body)).over(self.hints).into(extra_body)
         return payload
 
-    # ---- what comes back
+    # ---- replies
 
     def _create_chat_result(
         self, response: dict[str, Any] | openai.BaseModel, generation_info: dict[str, Any] | None = None
@@ -137,7 +136,7 @@ class ChatWhiFlash(ChatOpenAI):
         self, chunk: dict[str, Any], default_chunk_class: type, base_generation_info: dict[str, Any] | None
     ) -> ChatGenerationChunk | None:
         converted = super()._convert_chunk_to_generation_chunk(chunk, default_chunk_class, base_generation_info)
-        body = chunk.get("chunk") or chunk  # with a response format, OpenAI's client wraps what was sent
+        body = chunk.get("chunk") or chunk  # with a response format, OpenAI's client wraps chunks
         if converted is None:
             return None
         converted.message.response_metadata |= PROVIDER
@@ -152,7 +151,7 @@ class ChatWhiFlash(ChatOpenAI):
 
     def _get_generation_chunk_from_completion(self, completion: openai.BaseModel) -> ChatGenerationChunk:
         chunk = super()._get_generation_chunk_from_completion(completion)
-        # It repeats the whole reply, of which the reasoning has been streamed already.
+        # This chunk repeats the whole reply, but the reasoning has already been streamed.
         chunk.message.additional_kwargs.pop(REASONING, None)
         return chunk
 
@@ -227,8 +226,8 @@ def _keep_reasoning(message: BaseMessage, sent: Mapping[str, Any] | None) -> Non
 
 
 def _count_reasoning(message: BaseMessage, usage: Mapping[str, Any] | None) -> None:
-    """SGLang counts them beside OpenAI's fields."""
-    counted = getattr(message, "usage_metadata", None)  # of an AIMessage that has a count at all
+    """Copy SGLang's `reasoning_tokens`, which is not one of OpenAI's fields, to `usage_metadata`."""
+    counted = getattr(message, "usage_metadata", None)
     if counted is not None and isinstance(tokens := (usage or {}).get("reasoning_tokens"), int):
         counted["output_token_details"] = {"reasoning": tokens, **(counted.get("output_token_details") or {})}
 
@@ -245,15 +244,16 @@ def _put(figures: Figures | None, result: ChatResult, request: Mapping[str, Any]
 def _with_dropped_call(
     figures: Figures | None, called: bool, ending: str | None, request: Mapping[str, Any]
 ) -> Figures | None:
-    """The figures, and whether the model wrote a call that the reply does not have; of that a line of log too."""
+    """Add to the figures whether the server dropped a tool call, and log a warning if so."""
     if figures is None or "by_span" not in figures:
         return figures
     offered = [tool.get("function", {}).get("name") for tool in request.get("tools") or ()]
     dropped = bool(offered) and "tool_call" in figures["by_span"] and not called and ending != "length"
     if dropped:
         log.warning(
-            "the model wrote a tool call that is not in the reply: its tool is none of %s, or the call cannot be read; "
-            "offer the tool, or start the server with SGLANG_FORWARD_UNKNOWN_TOOLS=1 to be given the call as it is",
+            "the model generated a tool call that is missing from the reply: its tool is not one of %s, or the call "
+            "cannot be parsed; offer the tool, or start the server with SGLANG_FORWARD_UNKNOWN_TOOLS=1 to get the raw "
+            "call",
             ", ".join(map(str, offered)),
         )
     return figures | {DROPPED_CALL: dropped}

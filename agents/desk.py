@@ -1,15 +1,15 @@
-"""An example agent on LangGraph: it runs the order desk of `workloads/demo`, and shows what drafting did in each step.
+"""An example LangGraph agent for the order desk of `workloads/demo`. Shows the speculation figures of each step.
 
     python -m whiflash_agents.desk ["Can I get the first item of order 1652 again?"] [--base-url URL] [--seed 3]
 
-Without `--base-url` it starts a server with the bundled models for the one question, which needs the server's
-environment. `--seed` chooses the shop: customers, orders and stock. The tools are real: they read and change the shop's
-database, an SQLite of this process.
+Without `--base-url` it starts a server with the bundled models for this question; that needs the server extra. `--seed`
+generates the shop: customers, orders and stock. The tools are real: they query and modify the shop's in-process SQLite
+database.
 
     agent = desk_agent(model, Desk.create(seed))
     agent.invoke({"messages": conversation(QUESTION)})
 
-The bundled models are made for the demo's system prompt and tool schemas, word for word, and know their desk only.
+The bundled models are trained on exactly the demo's system prompt and tool schemas, and can do nothing else.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from whiflash_workloads.demo.expert import SYSTEM
 from whiflash_workloads.demo.world import TOOL_SCHEMAS, Desk
 from whiflash_workloads.server import ServerError, running_server, stop_on_signals
 
-# The bundled target answers it right; not every question is so lucky (`make agent-bench`).
+# The bundled target answers this correctly; for its success rate see `make agent-bench`.
 QUESTION = "Can I get the first item of order 1652 again?"
-DEFAULT_SEED = 3  # its shop has that order
-MAX_TOKENS = 256  # a reply of the bundled models is shorter
-MAX_STEPS = 20  # of the graph: ten replies with their tool calls
+DEFAULT_SEED = 3  # this shop has order 1652
+MAX_TOKENS = 256  # replies of the bundled models are shorter
+MAX_STEPS = 20  # graph steps: ten replies with tool calls
 
 
 def desk_agent(model: BaseChatModel, desk: Desk) -> CompiledStateGraph:
-    """The graph: the model, and the tools of `desk` as long as it calls some."""
+    """A graph that alternates between the model and `desk`'s tools until there are no more calls."""
     bound = model.bind_tools(TOOL_SCHEMAS)
 
     def think(state: MessagesState) -> dict[str, list[AIMessage]]:
@@ -66,7 +66,7 @@ def desk_agent(model: BaseChatModel, desk: Desk) -> CompiledStateGraph:
 
 
 def desk_tools(desk: Desk) -> list[StructuredTool]:
-    """The desk's tools for LangChain, schemas as they are; wrong arguments are the desk's to answer."""
+    """The desk's tools for LangChain, with unchanged schemas. The desk itself reports wrong arguments."""
 
     def tool(name: str, description: str, parameters: dict[str, Any]) -> StructuredTool:
         def call(**arguments: Any) -> str:
@@ -78,19 +78,20 @@ def desk_tools(desk: Desk) -> list[StructuredTool]:
 
 
 def conversation(question: str) -> list[AnyMessage]:
+    """The demo's system prompt and the question."""
     return [SystemMessage(SYSTEM), HumanMessage(question)]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A message that the agent added, and how long it took."""
+    """A message that the agent added, and its wall time."""
 
     message: AnyMessage
     seconds: float
 
 
 def steps(agent: CompiledStateGraph, question: str) -> Iterator[Step]:
-    """Ask, and give each step as it happens. Raises GraphRecursionError after MAX_STEPS."""
+    """Run the agent and yield its steps. Raises GraphRecursionError after MAX_STEPS."""
     began = time.perf_counter()
     config: Any = {"recursion_limit": MAX_STEPS}
     for update in agent.stream({"messages": conversation(question)}, config, stream_mode="updates"):
@@ -101,18 +102,18 @@ def steps(agent: CompiledStateGraph, question: str) -> Iterator[Step]:
 
 
 def connect(base_url: str, **options: Any) -> ChatWhiFlash:
-    """A model of whatever the server at `base_url` (without /v1) serves first; raises openai.APIError."""
+    """A chat model for the first model of the server at `base_url` (without /v1). Raises openai.APIError."""
     url = base_url.rstrip("/") + "/v1"
     with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         name = client.models.list().data[0].id
     return ChatWhiFlash(model=name, base_url=url, api_key="none", temperature=0, max_tokens=MAX_TOKENS, **options)
 
 
-# ---- what is printed
+# ---- output
 
 
 def show(console: Console, number: int, step: Step) -> None:
-    """One step, for people to read."""
+    """Print one step."""
     message = step.message
     if isinstance(message, ToolMessage):
         console.print(Text.assemble((f"   {message.name} ", "bold"), ("-> " + str(message.content), "dim")))
@@ -124,14 +125,14 @@ def show(console: Console, number: int, step: Step) -> None:
             Text(f"   calls {call['name']}({json.dumps(call['args'], ensure_ascii=False)})", style="bold cyan")
         )
     for call in message.invalid_tool_calls:
-        console.print(Text(f"   a call that cannot be read: {call['name']}({call['args']})", style="bold red"))
+        console.print(Text(f"   invalid tool call: {call['name']}({call['args']})", style="bold red"))
     if answer := message.text.strip():
         console.print(Text("   " + answer.replace("\n", "\n   "), style="bold green"))
     console.print(Text(f"   {measured(message, step.seconds)}", style="magenta"))
 
 
 def measured(message: AIMessage, seconds: float) -> str:
-    """What a step cost, and what the drafters did for it."""
+    """One line with a step's tokens, time and speculation figures."""
     tokens = (message.usage_metadata or {}).get("output_tokens")
     cost = f"{tokens} tokens in {1000 * seconds:.0f} ms"
     figures = message.response_metadata.get(FIGURES)
@@ -139,14 +140,14 @@ def measured(message: AIMessage, seconds: float) -> str:
         return f"{cost}, no speculation figures"
     length = acceptance_length(figures)
     if length is None:
-        return f"{cost}, no round"
+        return f"{cost}, no rounds"
     shares = " ".join(f"{name} {share:.0%}" for name, share in drafter_shares(figures).items())
     return f"{cost}, {figures['rounds']} rounds: {shares}, AL {length:.2f}, {figures['switches']} switches"
 
 
 @contextmanager
 def server_at(base_url: str | None, console: Console) -> Iterator[str]:
-    """`base_url`, or a server of the bundled models that lives as long as the block."""
+    """Yield `base_url`, or the URL of a temporary server with the bundled models."""
     if base_url is not None:
         yield base_url
         return
@@ -157,10 +158,11 @@ def server_at(base_url: str | None, console: Console) -> Iterator[str]:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", default=QUESTION, help="default: %(default)s")
-    parser.add_argument("--base-url", help="a running server, without /v1 (default: one is started for the question)")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="which shop (default: %(default)s)")
+    parser.add_argument("--base-url", help="a running server, without /v1 (default: start a temporary one)")
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="seed of the shop (default: %(default)s)")
     args = parser.parse_args()
     stop_on_signals()
     console = Console(highlight=False)
@@ -173,14 +175,14 @@ def main() -> None:
                 replies += isinstance(step.message, AIMessage)
                 show(console, replies, step)
             if not step.message.text.strip():
-                sys.exit(f"error: the model gave no answer within {MAX_TOKENS} tokens a reply; ask it another way")
+                sys.exit(f"error: the model gave no answer within {MAX_TOKENS} tokens; rephrase the question")
     except GraphRecursionError:
-        sys.exit(f"error: no answer after {MAX_STEPS} steps; ask it another way")
+        sys.exit(f"error: no answer after {MAX_STEPS} steps; rephrase the question")
     except ServerError as error:
         sys.exit(f"error: {error}")
     except openai.APIError as error:
-        mend = "start a server, e.g. with `make serve`, and give its address without /v1"
-        sys.exit(f"error: --base-url {args.base_url}: {error}; {mend}")
+        fix = "start a server, e.g. with `make serve`, and give its address without /v1"
+        sys.exit(f"error: --base-url {args.base_url}: {error}; {fix}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What drafting did for one reply: asked of the server after the reply, over the connection that brought it.
+"""Speculation figures of one reply, requested after the reply over the same connection.
 
     figures = FigureReader().read(client, "chatcmpl-...")    # {"rounds": 12, "rounds_by_drafter": {"df": 9, ...}, ...}
     acceptance_length(figures), drafter_shares(figures)
 
-`GET {root}/whiflash/requests/{id}`, where the root is the OpenAI base URL without its `/v1`. A server that does not
-know the reply, or is no WhiFlash server, is no failure: figures are None, and the first time one line of log says so.
-Such a server (a gateway has no such route) is asked after fewer and fewer replies, as asking may take 2 s each time.
+Uses `GET {root}/whiflash/requests/{id}`, where the root is the OpenAI base URL without `/v1`. If the server does not
+have this route (other servers, gateways) or does not know the reply, figures are None, with one warning in the log.
+After such failures requests back off, since each may take up to 2 s.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ import openai
 log = logging.getLogger(__name__)
 
 Figures = dict[str, Any]
-# The server answers from memory; a reply is not held up for longer than this by a server that is busy.
+# The server answers from memory. The timeout bounds how long a busy server delays a reply.
 OPTIONS: Any = {"timeout": 2.0, "max_retries": 0}
 FAILURES = (openai.APIError, json.JSONDecodeError)
 NO_ID = "its reply has no id"
-MOST_PASSED_OVER = 64  # replies, between two attempts
+MOST_PASSED_OVER = 64  # max replies skipped between two attempts
 
 
 class FigureReader:
-    """Reads the figures of replies. One is shared by a model and its copies, so that what one learned all know."""
+    """Reads the figures of replies. A model and its copies share one reader, and so its back-off."""
 
     def __init__(self) -> None:
         self.has_told = False
-        self.pause = 0  # replies that are passed over after the last failure
-        self.left = 0  # of these, still to come
+        self.pause = 0  # replies to skip after the last failure
+        self.left = 0  # replies still to skip
 
     def read(self, client: openai.OpenAI, response_id: str | None) -> Figures | None:
+        """The figures of a reply, or None. Never raises for a failed request."""
         if not response_id:
             return self._none(client, NO_ID)
         if self._passes_over():
@@ -47,6 +48,7 @@ class FigureReader:
             return self._none(client, error)
 
     async def aread(self, client: openai.AsyncOpenAI, response_id: str | None) -> Figures | None:
+        """Like `read`, async."""
         if not response_id:
             return self._none(client, NO_ID)
         if self._passes_over():
@@ -64,7 +66,7 @@ class FigureReader:
 
     def _checked(self, reply: object, client: openai.OpenAI | openai.AsyncOpenAI) -> Figures | None:
         if not isinstance(reply, dict):
-            return self._none(client, f"a reply that is no JSON object: {reply!r:.80}")
+            return self._none(client, f"the reply is not a JSON object: {reply!r:.80}")
         self.pause = 0
         return reply
 
@@ -75,20 +77,20 @@ class FigureReader:
         log.log(
             level,
             "no speculation figures from %s (%s): response_metadata['whiflash'] is None; "
-            "serve with whiflash_sglang.launch_server, or give speculation_figures=False",
+            "serve with whiflash_sglang.launch_server, or set speculation_figures=False",
             _root(client),
             " ".join(str(reason).split()),
         )
 
 
 def acceptance_length(figures: Mapping[str, Any]) -> float | None:
-    """Committed tokens a round, the bonus token included; None without a round (a reply of one token)."""
+    """Mean committed tokens per round, including the bonus token; None without rounds (a one-token reply)."""
     rounds = figures["rounds"]
     return (rounds + sum(figures["accepted_by_drafter"].values())) / rounds if rounds else None
 
 
 def drafter_shares(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Share of the rounds by drafter, the largest first."""
+    """Share of rounds by drafter, largest first."""
     by_drafter = sorted(figures["rounds_by_drafter"].items(), key=lambda item: -item[1])
     return {name: rounds / figures["rounds"] for name, rounds in by_drafter if rounds}
 

@@ -1,12 +1,12 @@
-"""`make agent-bench`: the example agent live on held-out tasks, with WHIFLASH and without speculation.
+"""`make agent-bench`: run the example agent on held-out tasks, with WHIFLASH and without speculation.
 
     python scripts/agent_bench.py [--tasks N] [--min-solved SHARE] [--results FILE]
 
-Two servers of the bundled models stand side by side: the router `entropy`, and `off`. The LangGraph agent of
-`agents/desk.py` does each task on both, greedily, one after the other and each first in turn, in a shop of its own with
-real tools. Each task is judged by the database and by the facts in the answer (`workloads/demo/tasks.py`), and the
-two conversations are compared message by message. Wall time is the agent's, tools and figures included. The last line
-is JSON; exit status 1 if a conversation differs or fewer than `--min-solved` of the tasks are solved.
+Starts two servers with the bundled models: router `entropy`, and `off`. The LangGraph agent of `agents/desk.py` solves
+each task on both, greedily, in alternating order, in separate shops with real tools. Tasks are judged by the database
+and the facts in the answer (`workloads/demo/tasks.py`), and the two conversations are compared message by message. Wall
+time is the agent's, including tools and figures. The last line is JSON; exit status 1 if a conversation differs or
+fewer than `--min-solved` of the tasks are solved.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MIN_SOLVED = 0.8
 
 @dataclass(frozen=True)
 class Run:
-    """One task, done against one server."""
+    """One task on one server."""
 
     task: Task
     verdict: Verdict
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def said(self) -> list[tuple[Any, ...]]:
-        """Everything that was thought, called, answered and returned. Ids of calls are drawn anew each time."""
+        """All messages, comparable across runs: without call ids, which are random."""
         return [
             (message.type, message.text, message.additional_kwargs.get(REASONING), _calls(message))
             for message in self.messages
@@ -59,7 +59,7 @@ class Run:
 
 
 def do(task: Task, model: ChatWhiFlash) -> Run:
-    """Let the agent do `task` in a session of its own. One that comes to no end has given no answer."""
+    """Run the agent on `task` in a new session. The answer is empty if the agent does not finish."""
     desk = task.desk()
     agent = desk_agent(model.with_session(), desk)
     messages: list[AnyMessage] = []
@@ -74,7 +74,7 @@ def do(task: Task, model: ChatWhiFlash) -> Run:
 
 
 def measure(models: dict[str, ChatWhiFlash], tasks: Sequence[Task]) -> dict[str, list[Run]]:
-    """Every task on every server; who begins changes with the task."""
+    """Run every task on every server, in alternating order."""
     runs: dict[str, list[Run]] = {router: [] for router in models}
     for number, task in enumerate(tasks):
         for router in sorted(models, reverse=number % 2 == 1):
@@ -86,7 +86,7 @@ def measure(models: dict[str, ChatWhiFlash], tasks: Sequence[Task]) -> dict[str,
 
 
 def warm_up(url: str, task: Task) -> ChatWhiFlash:
-    """A model of the server at `url` that has done `task`, which is not counted; what was cached is dropped again."""
+    """Connect to `url`, run `task` uncounted, and flush the cache. Returns the model."""
     model = connect(url)
     do(task, model)
     httpx.post(f"{url}/flush_cache", params={"timeout": 20}, timeout=30).raise_for_status()
@@ -94,6 +94,7 @@ def warm_up(url: str, task: Task) -> ChatWhiFlash:
 
 
 def summary(runs: dict[str, list[Run]]) -> dict[str, Any]:
+    """The figures of the JSON line."""
     on, off = runs[ON], runs[OFF]
     seconds = {router: sum(run.seconds for run in part) for router, part in runs.items()}
     return {
@@ -111,7 +112,7 @@ def summary(runs: dict[str, list[Run]]) -> dict[str, Any]:
 
 
 def table(runs: dict[str, list[Run]]) -> Table:
-    """By kind of task: how many were solved, and the time with and without speculation."""
+    """Solved tasks and seconds with and without speculation, by kind of task."""
     result = Table("kind of task", "solved", "exact", "seconds on", "seconds off", "x off")
     off = _by_kind(runs[OFF])
     for kind, part in _by_kind(runs[ON]).items():
@@ -136,7 +137,7 @@ def _by_kind(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _acceptance_length(runs: Sequence[Run]) -> float | None:
-    """Of all replies together; None if the server gives no figures."""
+    """Acceptance length over all replies; None without figures."""
     replies = [message for run in runs for message in run.messages if isinstance(message, AIMessage)]
     figures = [reply.response_metadata[FIGURES] for reply in replies]
     if None in figures:
@@ -150,7 +151,7 @@ def _acceptance_length(runs: Sequence[Run]) -> float | None:
 
 
 def start_servers(logs: Path, stack: contextlib.ExitStack) -> dict[str, str]:
-    """Base URL by router. Both are started at once: most of a start is waiting for imports."""
+    """Start both servers in parallel; returns base URLs by router."""
     servers = {}
     for router in (ON, OFF):
         flags = ("--demo", "--whiflash-router", router)
@@ -163,11 +164,11 @@ def start_servers(logs: Path, stack: contextlib.ExitStack) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=int, default=50, help="held-out tasks to do (default: %(default)s)")
+    parser.add_argument("--tasks", type=int, default=50, help="number of held-out tasks (default: %(default)s)")
     parser.add_argument(
-        "--min-solved", type=float, default=MIN_SOLVED, help="share that has to be solved (default: %(default)s)"
+        "--min-solved", type=float, default=MIN_SOLVED, help="required share of solved tasks (default: %(default)s)"
     )
-    parser.add_argument("--results", type=Path, help="write the JSON line to this file too")
+    parser.add_argument("--results", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
     if args.tasks < 1:
         parser.error(f"--tasks {args.tasks}: give 1 or more")
@@ -187,7 +188,7 @@ def main() -> None:
         Console(width=100).print(table(runs))
         print(line)
     if figures["same_as_off"] < figures["tasks"]:
-        raise SystemExit("error: a conversation differs from that of `off`; see the logs in " + str(logs))
+        raise SystemExit("error: a conversation differs from `off`; see the logs in " + str(logs))
     if figures["solved"] < args.min_solved * figures["tasks"]:
         raise SystemExit(
             f"error: {figures['solved']} of {figures['tasks']} tasks solved, --min-solved {args.min_solved}"

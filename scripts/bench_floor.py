@@ -1,17 +1,17 @@
-"""What speculation costs where it can gain nothing, and how soon a server notices that the text has changed.
+"""Cost of speculation on unpredictable text, and how fast a server adapts to a change of text.
 
     python scripts/bench_floor.py [--blocks N] [--trace FILE] [--results FILE]
 
-Servers with speculation off and with both routers run side by side and get the same requests in turns; every figure is
-a ratio within this run. The last line is JSON.
+Servers with speculation off and with both routers run side by side and get the same requests in turns. All figures are
+ratios within this run. The last line is JSON.
 
-    random     tokens/s over those of `off` for prompts of random token ids, 1, 8 and 16 in flight: text that no drafter
-               knows. Lengths are drawn as SGLang's bench_serving draws those of its `random-ids`
-    trace      the same for recorded sessions of another world (--trace), two a block and at a time
-    changes    the order desk, random ids, the order desk: by stretches of about 64 rounds of one request at a time, the
-               share of rounds without drafts
+    random     tokens/s relative to `off` for random token ids, which no drafter can predict; 1, 8 and 16 in flight.
+               Lengths are drawn as in SGLang's bench_serving `random-ids`
+    trace      the same for recorded sessions of another domain (--trace), two per block, concurrently
+    changes    share of rounds without drafts, for the order desk, random ids, and the order desk again, in stretches of
+               about 64 rounds with one request at a time
 
-The run fails if a text differs from that of `off`.
+The run fails if a text differs from `off`.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from whiflash_workloads.tokens import TokenIds, ask, heldout_histories
 POLICIES = ("off", "entropy", "neural")
 VOCABULARY = 1280  # token ids of the bundled target
 IN_FLIGHT = (1, 8, 16)
-PROMPTS, PROMPT_TOKENS, TOKENS = 24, 200, 64  # of a block; the longest
+PROMPTS, PROMPT_TOKENS, TOKENS = 24, 200, 64  # per block; maximum lengths
 STRETCH, STRETCHES = 64, 4  # rounds
-TRACE_TOKENS = 48  # of a turn
+TRACE_TOKENS = 48  # per turn
 DESK_SESSIONS = 40
 
 
 def random_prompts(seed: int) -> tuple[list[TokenIds], list[int]]:
-    """Prompts of a block, and how many tokens to say after each."""
+    """The prompts of a block, and the number of tokens to generate for each."""
     dice = random.Random(seed)
     prompts = [[dice.randrange(VOCABULARY) for _ in range(dice.randint(1, PROMPT_TOKENS))] for _ in range(PROMPTS)]
     return prompts, [dice.randint(1, TOKENS) for _ in prompts]
 
 
 def compared(what: str, speeds: dict[str, list[float]], texts: dict[str, list[Any]]) -> dict[str, Any]:
-    """Of speeds and texts by policy and block: tokens/s over those of `off`, standard errors, whether texts agree."""
+    """Compare speeds and texts (by policy and block) with `off`: mean ratio, standard error, equality of texts."""
     found: dict[str, Any] = {"off_tokens_per_s": round(mean(speeds["off"]), 1)}
     for name in POLICIES[1:]:
         by_block = [own / off for own, off in zip(speeds[name], speeds["off"], strict=True)]
@@ -61,6 +61,7 @@ def compared(what: str, speeds: dict[str, list[float]], texts: dict[str, list[An
 
 
 def on_random_ids(urls: dict[str, str], in_flight: int, blocks: int) -> dict[str, Any]:
+    """The part `random` for one load."""
     speeds: dict[str, list[float]] = {name: [] for name in urls}
     texts: dict[str, list[list[TokenIds]]] = {name: [] for name in urls}
     for block, name in in_turns(list(urls), blocks):
@@ -72,6 +73,7 @@ def on_random_ids(urls: dict[str, str], in_flight: int, blocks: int) -> dict[str
 
 
 def on_trace(urls: dict[str, str], trace: Path, blocks: int) -> dict[str, Any]:
+    """The part `trace`."""
     sessions = load_traces([trace], limit=2 * blocks).sessions
     speeds: dict[str, list[float]] = {name: [] for name in urls}
     texts: dict[str, list[Any]] = {name: [] for name in urls}
@@ -83,7 +85,7 @@ def on_trace(urls: dict[str, str], trace: Path, blocks: int) -> dict[str, Any]:
 
 
 def on_changes(url: str) -> list[dict[str, Any]]:
-    """Stretches of at least STRETCH rounds: the text, its rounds, and the share that went without drafts."""
+    """The part `changes`: per stretch the text, its rounds, and the share without drafts."""
     desk = iter(chain(*heldout_histories(DESK_SESSIONS)))
     noise = iter(random_prompts(1)[0])
     found = []
@@ -102,9 +104,9 @@ def on_changes(url: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=8, help="in which work is handed out (default: %(default)s)")
-    parser.add_argument("--trace", type=Path, help="recorded sessions of another world")
-    parser.add_argument("--results", type=Path, help="write the JSON line to this file too")
+    parser.add_argument("--blocks", type=int, default=8, help="number of interleaved blocks (default: %(default)s)")
+    parser.add_argument("--trace", type=Path, help="recorded sessions of another domain")
+    parser.add_argument("--results", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
     if args.blocks < 2:
         parser.error("argument --blocks: give 2 or more")
@@ -127,7 +129,7 @@ def main() -> None:
         **provenance(),
     }
     identical = all(found["identical"] for found in (*by_load.values(), *([trace] if trace else [])))
-    finish(line, args.results, None if identical else f"a text differs from that of `off`; see the logs in {logs}")
+    finish(line, args.results, None if identical else f"a text differs from `off`; see the logs in {logs}")
 
 
 if __name__ == "__main__":

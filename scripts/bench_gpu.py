@@ -1,22 +1,22 @@
-"""What drafting with two models costs and yields on a GPU, beside SGLang's own EAGLE3 and DFLASH.
+"""Benchmark drafting with two models on a GPU, compared with SGLang's own EAGLE3 and DFLASH.
 
     python scripts/bench_gpu.py --results benchmarks/results/gpu.json [-- SGLang's flags for every server]
-    python scripts/bench_gpu.py --tiny --only shapes      # on a CPU, with tiny models: shows that it runs
+    python scripts/bench_gpu.py --tiny --only shapes      # smoke test on a CPU, with tiny models
 
-Three parts, and criteria that they are judged by; docs/gpu.md says how long they take. The last line is JSON, and with
---results a page of tables (.md) and a picture (.png) are written beside it.
+Three parts with criteria; see docs/gpu.md for their duration. The last line is JSON. With --results, tables (.md) and
+a plot (.png) are written next to it.
 
-    shapes       models of Qwen3-8B's shape without weights, acceptance and choices as recorded: milliseconds of a round
-                 by part, for every router, batch size and context; time to the first token of a long prompt, with both
-                 drafters and without; and tokens/s beside SGLang's own algorithms at the same acceptance
-    acceptance   a target of 150M parameters and both drafters, trained here on the order desk and on this Python's own
-                 files, then held-out histories under every policy: tokens/s, by span, and texts against those of `off`
-    soak         the same models from a KV pool that is too small, drafters in turns and so windows of both widths,
-                 several clients, aborts and retractions (scripts/soak.py); and the ingestion kernel's tests under
-                 compute-sanitizer, where that is on PATH
+    shapes       models of Qwen3-8B's shape without weights, with recorded acceptance and routing: milliseconds of a
+                 round by part, for every router, batch size and context; time to first token of a long prompt, with
+                 and without drafters; tokens/s compared with SGLang's own algorithms at equal acceptance
+    acceptance   a target of 150M parameters and both drafters, trained here on the order desk and local Python files,
+                 then held-out histories under every policy: tokens/s, by span, and texts compared with `off`
+    soak         the same models with a KV pool that is too small, alternating drafters (so both verify widths), several
+                 clients, aborts and retractions (scripts/soak.py); and the ingestion kernel's tests under
+                 compute-sanitizer, if it is on PATH
 
-SGLang's own EAGLE3 and DFLASH need an accelerator: on a CPU they are left out, and the criteria about them not judged.
-Parts of a round are timed with the device waited for before and after each; speeds are those of servers without that.
+SGLang's own EAGLE3 and DFLASH need an accelerator; on a CPU they and their criteria are skipped. Parts of a round are
+timed with device synchronization; speeds are measured on servers without it.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ WARM_TOKENS = 8
 TTFT_REPEATS = 8
 SOAK_MINUTES, TINY_SOAK_MINUTES, SOAK_CLIENTS = 5.0, 0.5, 8
 SANITIZER = "compute-sanitizer"
-SANITIZED = "any_head or any_number"  # of the kernel's tests: each block size and head, few launches
+SANITIZED = "any_head or any_number"  # kernel tests with each block size and head, but few launches
 SANITIZER_SECONDS, SANITIZER_FAILED = 900, 86
-START_SECONDS = 900  # large models, and kernels that are compiled when they are first used
-NEAR_TIE = 1e-2  # gap of the two best logits in bfloat16 that is rounding
-ORDINARY = range(300, 1200)  # token ids of ordinary pieces of the bundled tokenizer
+START_SECONDS = 900  # for large models and kernel compilation
+NEAR_TIE = 1e-2  # largest gap of the two best logits that counts as rounding in bfloat16
+ORDINARY = range(300, 1200)  # ordinary token ids of the bundled tokenizer
 
-# The trained target: 150M parameters in the layers.
+# Sizes of the trained target: 150M parameters in the layers.
 SIZES = {"hidden": 1024, "num-layers": 12, "heads": 16, "kv-heads": 8, "head-dim": 64, "intermediate": 3072}
 DFLASH_DEPTH, DFLASH_BLOCK = 5, 16
 MINUTES = {"target": 0.5, "eagle3": 0.25, "dflash": 0.25}  # shares of --minutes
@@ -100,12 +100,12 @@ DOCUMENTS, SESSIONS, ROUTER_SESSIONS, CALIBRATION_SESSIONS = 20_000, 12_000, 256
 
 
 class Setting(NamedTuple):
-    """What differs between a GPU and the trial on a CPU."""
+    """Settings that differ between a GPU and the CPU smoke test."""
 
     shape: ModelShape
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
-    tokens: int  # of a request
+    tokens: int  # output tokens per request
     long_prompt: int
     flags: tuple[str, ...]
 
@@ -115,11 +115,12 @@ CPU = Setting(TINY, (1, 4), (64, 512), 48, 1024, ("--dtype=float32", "--sampling
 
 
 def has_accelerator() -> bool:
+    """Whether SGLang would use an accelerator."""
     return cpu.activate() is None
 
 
 def upstream_flags(paths: ModelPaths, block: int) -> dict[str, tuple[str, ...]]:
-    """SGLang's own algorithms with the same drafters, drafting as many tokens as ours."""
+    """Flags of SGLang's own algorithms, with the same drafters and draft lengths as ours."""
     return {
         "EAGLE3": (
             f"--model-path={paths.target}",
@@ -139,7 +140,7 @@ def upstream_flags(paths: ModelPaths, block: int) -> dict[str, tuple[str, ...]]:
 
 
 def router_flags(router: str, path: Path | None = None, calibration: Path | None = None) -> tuple[str, ...]:
-    """A router by name, with what was learned about the models where it takes that."""
+    """Flags of a router, with its router file and calibration if it uses them."""
     flags = [f"--whiflash-router={router}"]
     if router == "neural" and path is not None:
         flags.append(f"--whiflash-neural-router-path={path}")
@@ -152,7 +153,7 @@ def router_flags(router: str, path: Path | None = None, calibration: Path | None
 
 
 def shapes(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, Any]:
-    """The part without weights."""
+    """The part `shapes`."""
     folders = write_models(logs / "shapes", setting.shape)
     paths = ModelPaths(*folders, WhiFlashConfig.eagle_steps)
     router = logs / "shapes" / "router"
@@ -180,7 +181,7 @@ def shapes(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, 
 def same_acceptance(
     paths: ModelPaths, common: Sequence[str], recording: Recording, setting: Setting, logs: Path
 ) -> dict[str, float]:
-    """Tokens/s of one request where all accept as many drafts: ours by draws, SGLang's own by its own simulation."""
+    """Tokens/s of one request at equal acceptance: forced in ours, simulated in SGLang's own algorithms."""
     commands = {}
     simulated = upstream_flags(paths, setting.shape.block_size)
     for ours, drafts in (("fixed:e3", paths.eagle_steps), ("fixed:df", setting.shape.block_size - 1)):
@@ -197,7 +198,7 @@ def same_acceptance(
 
 
 def random_router(folder: Path, paths: ModelPaths) -> None:
-    """A neural router for these models that has learned nothing."""
+    """Write an untrained neural router for these models."""
     identity = paths.identity()
     hidden, width = identity.hidden_size, max(64, identity.hidden_size // 8)
     dice = torch.Generator().manual_seed(0)
@@ -207,27 +208,28 @@ def random_router(folder: Path, paths: ModelPaths) -> None:
 
 
 def recorded(file: Path, *drafts: int) -> Recording:
-    """What is forced, made of a recording for chains of so many drafts, EAGLE-3's first."""
+    """Load a recording of acceptance, for chains of `drafts` drafts (EAGLE-3's first)."""
     content = json.loads(file.read_text())
     content = (content.get("acceptance") or {}).get("recording", content)  # of this benchmark's own results
     acceptance = dict(zip(drafts, (content["e3"], content["df"]), strict=True))
     if len(acceptance) < len(drafts):
-        raise SystemExit("error: both drafters make chains of one length, and could not be told apart; use other sizes")
+        raise SystemExit("error: both drafters have the same draft length and cannot be distinguished; use other sizes")
     return Recording(acceptance, content["e3_share"], content["switch_rate"])
 
 
 def mean_length(recording: Recording, drafts: int) -> float:
-    """Acceptance length, the bonus token included, of chains of so many drafts."""
+    """Mean acceptance length, including the bonus token, of chains of `drafts` drafts."""
     weights = recording.table()[drafts]
     return 1 + sum(accepted * weight for accepted, weight in enumerate(weights)) / sum(weights)
 
 
 def noise(dice: random.Random, length: int) -> TokenIds:
+    """Random token ids."""
     return dice.choices(ORDINARY, k=length)
 
 
 def cell(base_url: str, batch: int, context: int, setting: Setting) -> dict[str, Any]:
-    """Rounds of `batch` requests with `context` tokens before them, or why there were none."""
+    """Measure rounds of `batch` requests with `context` prompt tokens; `skipped` with a reason if they do not fit."""
     counted = totals(base_url)
     assert counted is not None
     each = context + setting.tokens + setting.shape.block_size
@@ -235,11 +237,11 @@ def cell(base_url: str, batch: int, context: int, setting: Setting) -> dict[str,
     if each > setting.shape.context_length:
         return {"skipped": f"longer than the context of {setting.shape.context_length}"}
     if batch * each > pool:
-        return {"skipped": f"{batch * each} KV tokens, and the pool holds {pool}"}
+        return {"skipped": f"needs {batch * each} KV tokens, but the pool has {pool}"}
     dice = random.Random(f"{batch} {context}")
     prompts = [noise(dice, context) for _ in range(batch)]
     endless = {"ignore_eos": True}
-    ask(base_url, prompts, WARM_TOKENS, batch, endless)  # from here on prompts are cached, and requests start together
+    ask(base_url, prompts, WARM_TOKENS, batch, endless)  # cache the prompts, so all requests start decoding at once
     answers = ask(base_url, prompts, setting.tokens, batch, endless)
     assert answers.totals is not None
     return round_figures(answers.totals)
@@ -254,8 +256,8 @@ def cell_speed(base_url: str, setting: Setting) -> float:
 
 
 def time_to_first_token(paths: ModelPaths, common: Sequence[str], setting: Setting, logs: Path) -> dict[str, Any]:
-    """Medians of prompts that nothing is cached of, given to both servers in turns."""
-    pool = f"--max-total-tokens={4 * setting.long_prompt}"  # both stand on one device
+    """Median time to first token of uncached prompts, measured on both servers in turns."""
+    pool = f"--max-total-tokens={4 * setting.long_prompt}"  # both servers share one device
     commands = {
         name: Command(LAUNCHER, (*paths.server_flags(), *router_flags(name), *common, pool), {}, START_SECONDS)
         for name in ("off", "entropy")
@@ -266,7 +268,7 @@ def time_to_first_token(paths: ModelPaths, common: Sequence[str], setting: Setti
             prompt = noise(random.Random(repeat), setting.long_prompt)
             seconds[name].append(stream(urls[name], prompt, 1).arrivals_s[0])
     note("shapes, first tokens: measured")
-    ms = {name: 1000 * statistics.median(found[1:]) for name, found in seconds.items()}  # the first one warms up
+    ms = {name: 1000 * statistics.median(found[1:]) for name, found in seconds.items()}  # the first is warm-up
     return {
         "prompt_tokens": setting.long_prompt,
         "ms": {name: round(value, 2) for name, value in ms.items()},
@@ -278,32 +280,32 @@ def time_to_first_token(paths: ModelPaths, common: Sequence[str], setting: Setti
 
 
 class Trained(NamedTuple):
-    """Models with weights, and what the launcher serves them with."""
+    """Models with weights, and their launcher flags."""
 
     title: str
     paths: ModelPaths
     block: int
     launcher_flags: tuple[str, ...]
     router: Path | None = None  # None: the bundled one
-    calibration: Path | None = None  # the same
-    flags: tuple[str, ...] = ()  # for servers of SGLang's own
+    calibration: Path | None = None  # None: the bundled one
+    flags: tuple[str, ...] = ()  # for SGLang's own servers
 
 
 def demo(args: argparse.Namespace) -> Trained:
-    """The bundled models. SGLang's own servers are given what `--demo` stands for, or would run in another type."""
+    """The bundled models. SGLang's own servers get the flags that `--demo` implies, to run with the same dtype."""
     flags = tuple(args.server_flags)
     served, own = ("--demo", *flags), (*DEMO_DEFAULTS, *flags)
     return Trained("the bundled models", bundled.PATHS, WINDOW, served, flags=own)
 
 
 def with_weights(args: argparse.Namespace, setting: Setting, logs: Path) -> Trained:
-    """With --tiny the bundled models; else those of --models, trained now where there are none."""
+    """With --tiny the bundled models, else those in --models, trained first if missing."""
     if args.tiny:
         return demo(args)
     folder = args.models or logs / "models"
     paths = ModelPaths(*(folder / name for name in ("target", "dflash", "eagle3")), WhiFlashConfig.eagle_steps)
     sized = ("--context-length=8192", "--max-total-tokens=65536", "--max-running-requests=16", *QUIET)
-    flags = (*sized, "--mem-fraction-static=0.1", *setting.flags, *args.server_flags)  # they stand side by side
+    flags = (*sized, "--mem-fraction-static=0.1", *setting.flags, *args.server_flags)  # servers share one device
     calibration = folder / "calibration.json"
     if not calibration.exists():
         train_models(folder, args.minutes)
@@ -314,6 +316,7 @@ def with_weights(args: argparse.Namespace, setting: Setting, logs: Path) -> Trai
 
 
 def train_models(folder: Path, minutes: float) -> None:
+    """Train target and drafters with scripts/train_demo_models.py."""
     layers = SIZES["num-layers"]
     sizes = [f"--{name}={value}" for name, value in SIZES.items()]
     captured = {kind: default_layers(kind, layers) for kind in ("eagle3", "dflash")}
@@ -328,7 +331,7 @@ def train_models(folder: Path, minutes: float) -> None:
 
 
 def train_router(folder: Path, paths: ModelPaths, flags: Sequence[str], logs: Path) -> None:
-    """Router and calibration by the commands of docs/routers.md."""
+    """Train router and calibration with the commands of docs/routers.md."""
     traces, data, router = folder / "router.jsonl", folder / "data", folder / "router"
     models = paths.server_flags()
     number = ROUTER_SESSIONS + CALIBRATION_SESSIONS
@@ -344,20 +347,20 @@ def train_router(folder: Path, paths: ModelPaths, flags: Sequence[str], logs: Pa
 
 
 def run(*arguments: str) -> None:
-    """A command of this repository; its output is progress. CalledProcessError where it fails."""
+    """Run a Python command of this repository, with output to stderr. Raises CalledProcessError."""
     note(f"python {' '.join(arguments[:3])} ...")
     with subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=sys.stderr) as process:
         try:
             status = process.wait()
         except BaseException:
-            process.terminate()  # and not kill, as `subprocess.run` would: it has servers of its own to stop
+            process.terminate()  # not kill, as `subprocess.run` does: it must stop its own servers
             raise
     if status:
         raise subprocess.CalledProcessError(status, process.args)
 
 
 def acceptance(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, Any]:
-    """The part with weights: every policy on the same held-out histories, in one run."""
+    """The part `acceptance`: every policy on the same held-out histories, in one run."""
     models = with_weights(args, setting, logs)
     learned = {name: router_flags(name, models.router, models.calibration) for name in POLICIES}
     commands = {
@@ -368,7 +371,7 @@ def acceptance(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[s
         for name, own in upstream_flags(models.paths, models.block).items():
             commands[name] = Command(UPSTREAM_LAUNCHER, (*own, *models.flags), {}, START_SECONDS)
     else:
-        notes.append("SGLang's own EAGLE3 and DFLASH need an accelerator and are left out here.")
+        notes.append("SGLang's own EAGLE3 and DFLASH need an accelerator and are skipped here.")
     tokenizer = AutoTokenizer.from_pretrained(models.paths.target)
     replayed = (prompts_of(session, tokenizer) for session in sessions("heldout", args.prompts))
     prompts = list(islice(chain.from_iterable(replayed), args.prompts))
@@ -395,7 +398,7 @@ def acceptance(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[s
 
 
 def replay(urls: Mapping[str, str], prompts: Sequence[Prompt]) -> dict[str, list[Streamed]]:
-    """One text for each prompt from every server, one request at a time, blocks in turns."""
+    """One text per prompt from every server, one request at a time, in interleaved blocks."""
     texts: dict[str, dict[int, Streamed]] = {name: {} for name in urls}
     for block, name in in_turns(list(urls), BLOCKS):
         for number in range(block, len(prompts), BLOCKS):
@@ -404,6 +407,7 @@ def replay(urls: Mapping[str, str], prompts: Sequence[Prompt]) -> dict[str, list
 
 
 def text_figures(texts: Sequence[Streamed], prompts: Sequence[Prompt], tokenizer: Any) -> dict[str, Any]:
+    """Tokens/s, in total and by span, and acceptance length."""
     spent = []
     for text, prompt in zip(texts, prompts, strict=True):
         labels = reply_of(prompt, text.tokens, tokenizer).example.spans[len(prompt.ids) :]
@@ -418,7 +422,7 @@ def text_figures(texts: Sequence[Streamed], prompts: Sequence[Prompt], tokenizer
 def against_off(
     off_url: str, prompts: Sequence[Prompt], reference: Sequence[TokenIds], found: Sequence[TokenIds]
 ) -> dict[str, Any]:
-    """How many texts are equal, and which of the others no near tie excuses."""
+    """The number of equal texts, and the differences that are not near ties."""
     comparison = compare(off_url, [prompt.ids for prompt in prompts], reference, found)
     unexplained = [d for d in comparison.differences if not d.is_tie_within(NEAR_TIE)]
     return {
@@ -432,7 +436,7 @@ def against_off(
 
 
 def soak(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, Any]:
-    """What `scripts/soak.py` finds where drafters take turns, and with it windows of both widths."""
+    """The part `soak`: scripts/soak.py with alternating drafters, and the sanitizer."""
     models = with_weights(args, setting, logs)
     minutes = args.soak_minutes or (TINY_SOAK_MINUTES if args.tiny else SOAK_MINUTES)
     results = logs / "soak.json"
@@ -441,7 +445,7 @@ def soak(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, An
     try:
         run("scripts/soak.py", *sized, *about, "--", *models.launcher_flags)
     except subprocess.CalledProcessError as error:
-        note(f"soak: {error}")  # what has failed stands in the results, if it came to that
+        note(f"soak: {error}")  # failures are in the results, if any were written
     found = json.loads(results.read_text()) if results.exists() else {}
     return {
         "models": models.title,
@@ -455,7 +459,7 @@ def soak(args: argparse.Namespace, setting: Setting, logs: Path) -> dict[str, An
 
 
 def sanitize() -> int | None:
-    """Exit status of the ingestion kernel's tests under compute-sanitizer; None: this machine has none."""
+    """Exit status of the ingestion kernel's tests under compute-sanitizer; None if it is missing or timed out."""
     tool = shutil.which(SANITIZER)
     if tool is None:
         note(f"{SANITIZER} is not on PATH")
@@ -465,7 +469,7 @@ def sanitize() -> int | None:
     try:
         return subprocess.run(command, cwd=ROOT, stdout=sys.stderr, timeout=SANITIZER_SECONDS, check=False).returncode
     except subprocess.TimeoutExpired:
-        note(f"{SANITIZER}: not done after {SANITIZER_SECONDS} s")
+        note(f"{SANITIZER}: timed out after {SANITIZER_SECONDS} s")
         return None
 
 
@@ -473,7 +477,7 @@ def sanitize() -> int | None:
 
 
 def picture(line: Mapping[str, Any], file: Path) -> None:
-    """What was measured: a round by part for every router, tokens/s by span for every policy."""
+    """Plot rounds by part for every router, and tokens/s by span for every policy."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -492,6 +496,7 @@ def picture(line: Mapping[str, Any], file: Path) -> None:
 
 
 def draw_rounds(axes: Any, shapes: Mapping[str, Any]) -> None:
+    """Stacked bars of milliseconds by part."""
     bars = [
         (f"{router}, {name}", found["ms"])
         for router, cells in shapes["rounds"].items()
@@ -508,6 +513,7 @@ def draw_rounds(axes: Any, shapes: Mapping[str, Any]) -> None:
 
 
 def draw_speeds(axes: Any, acceptance: Mapping[str, Any]) -> None:
+    """Grouped bars of tokens/s by span."""
     policies = acceptance["policies"]
     spans = sorted({span for found in policies.values() for span in found["by_span"]})
     width = 0.8 / len(policies)
@@ -523,19 +529,19 @@ def draw_speeds(axes: Any, acceptance: Mapping[str, Any]) -> None:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="tiny and bundled models, as on a CPU")
-    parser.add_argument("--only", choices=PARTS_RUN, help="one part (default: all)")
-    parser.add_argument("--routers", nargs="+", choices=SHAPE_ROUTERS, default=SHAPE_ROUTERS, help="of `shapes`")
-    parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="requests at a time, of `shapes`")
-    parser.add_argument("--contexts", nargs="+", type=int, metavar="TOKENS", help="of `shapes`")
+    parser.add_argument("--tiny", action="store_true", help="use tiny and bundled models, for a CPU")
+    parser.add_argument("--only", choices=PARTS_RUN, help="run one part (default: all)")
+    parser.add_argument("--routers", nargs="+", choices=SHAPE_ROUTERS, default=SHAPE_ROUTERS, help="for `shapes`")
+    parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="batch sizes for `shapes`")
+    parser.add_argument("--contexts", nargs="+", type=int, metavar="TOKENS", help="for `shapes`")
     parser.add_argument(
-        "--acceptance", type=Path, default=RECORDED, metavar="FILE", help="forced in `shapes`: earlier results"
+        "--acceptance", type=Path, default=RECORDED, metavar="FILE", help="recording or results to force in `shapes`"
     )
-    parser.add_argument("--prompts", type=int, default=200, help="of `acceptance` (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=40, help="of training (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=200, help="for `acceptance` (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=40, help="training time (default: %(default)s)")
     parser.add_argument("--soak-minutes", type=float, help=f"default: {SOAK_MINUTES:g}; --tiny: {TINY_SOAK_MINUTES:g}")
-    parser.add_argument("--models", type=Path, metavar="DIR", help="keep trained models there, and use those of before")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="write the JSON line, and .md and .png beside it")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="folder to store and reuse trained models")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="also write the JSON line, .md and .png")
     own, server_flags = server.split_flags(argv)
     args = parser.parse_args(own)
     args.server_flags = server_flags
@@ -565,7 +571,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.results.with_suffix(".md").write_text(markdown(line))
         if args.only != "soak":
             picture(line, args.results.with_suffix(".png"))
-    # Tiny models say nothing of speed: there only texts and faults count.
+    # With tiny models speed is meaningless; only texts and faults count.
     binding = [name for name in LIMITS if not args.tiny or "text" in name or "faults" in name]
     failed = [name for name in binding if judged[name]["holds"] is False]
     finish(line, args.results, f"failed: {'; '.join(failed)}; see the logs in {logs}" if failed else None)

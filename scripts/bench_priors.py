@@ -1,25 +1,23 @@
-"""`make bench-priors`: what router priors do, where they decide, and what that is worth.
+"""`make bench-priors`: measure the effect of router priors, where they change decisions, and the gain.
 
     python scripts/bench_priors.py [--sessions N] [--blocks N] [--routers R...] [--traces DIR] [--results FILE]
     python scripts/bench_priors.py --paper-only --data DIR
 
-Each router is compared with itself without priors, in one run; the last line is JSON.
+Each router is compared with itself without priors, in one run. The last line is JSON.
 
-    on paper    the bundled priors at every position of the target's replies to held-out sessions; with `--data` (a
-                folder of collect_router_data) priors that are learned from its last sessions, as `calibrate` takes
-                them, and tried on the others. By context kind and span: how often entropy is below 0.001 nats, where
-                the calibration has one gain for all, and what EAGLE-3 really gains there; how often the prior decides,
-                there and altogether; what a decided round is worth, in tokens over the score's own choice
-    served      sessions of seeds of their own, replayed against servers with the bundled priors and with
-                `--whiflash-priors none`, side by side in turns. Priced: tokens over what the rounds would have cost by
-                one table for both, which no busy machine can change; measured: tokens per millisecond of rounds, and
-                tokens per second of the client's clock
-    traces      the same with recorded traces of another world, where the bundled models were never; left out where
-                there are none
+    simulated   the bundled priors at every position of the target's replies to held-out sessions. With `--data` (a
+                folder of collect_router_data), priors learned from its last sessions, like `calibrate`, and evaluated
+                on the others. By context kind and span: how often entropy is below 0.001 nats, where the calibration
+                predicts a single gain, and EAGLE-3's true gain there; how often the prior decides, there and overall;
+                the gain of a decided round in tokens over the score's own choice
+    served      sessions of a separate split, replayed in turns on servers with the bundled priors and with
+                `--whiflash-priors none`. Priced: tokens over the rounds' cost by one common table, independent of the
+                machine's load. Measured: tokens per millisecond of rounds, and tokens per second on the client
+    traces      the same with recorded traces of another domain, unknown to the bundled models; skipped without traces
 
-`over_none` are ratios with priors over without. A criterion holds if the priced ratio is at least its limit, and the
-measured one is not less beyond chance: two standard errors over blocks. What learning while serving costs (trials) is
-in both. Texts must be the same. Exit status 1 if a criterion fails.
+`over_none` are ratios with priors over without. A criterion holds if the priced ratio reaches its limit and the
+measured one is not significantly below it (two standard errors over blocks). Both include the cost of learning while
+serving (trials). Texts must be equal. Exit status 1 if a criterion fails.
 """
 
 from __future__ import annotations
@@ -55,18 +53,18 @@ from whiflash_workloads.report import TABLE_WIDTH, Report, merge
 from whiflash_workloads.schema import Session, TraceError
 from whiflash_workloads.tokens import totals
 
-SILENT = 0.001  # nats: the calibration's first edge, below which entropy says one thing of all rounds
+SILENT = 0.001  # nats; the calibration's first edge, below which it predicts a single gain
 LIMITS = {"held-out replay": 1.0, "traces of another world": 0.98}
 MAX_TOKENS = 220
-TRACE_TOKENS = 96  # of a reply to a trace: the demo models have nothing to say there
+TRACE_TOKENS = 96  # per reply to a trace, where the demo models generate nothing useful
 TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"
 WITH, WITHOUT = "bundled", "none"
 
-# ---------------------------------------------------------------------------------------------------------- on paper
+# --------------------------------------------------------------------------------------------------------- simulated
 
 
 def effect(records: Sequence[Record], gain: np.ndarray, priors: Priors, ms: Mapping[str, float]) -> dict[str, Any]:
-    """What `priors` change in the rounds of a router that expects `gain` [all positions], at these costs."""
+    """Simulate the effect of `priors` on a router that predicts `gain` [all positions]; `ms`: costs by drafter."""
     without = walk(records, by_worth(records, gain, ms), ms)
     biased = gain + biases(records, priors)
     margin = margin_of(records, biased, ms)
@@ -74,7 +72,7 @@ def effect(records: Sequence[Record], gain: np.ndarray, priors: Priors, ms: Mapp
     at = found.position
     decided = found.is_e3 != (gain[at] > margin)
     difference = gather(records, "e3").astype(np.float64) - gather(records, "df")
-    worth = np.where(found.is_e3, 1, -1) * (difference[at] - margin) * decided  # tokens, over the score's own choice
+    worth = np.where(found.is_e3, 1, -1) * (difference[at] - margin) * decided  # tokens gained over the score's choice
     silent = gather(records, "entropy")[at] < SILENT
     place_of = np.array([f"{place.context_kind} {place.span}" for place in places(records)])[at]
     everywhere = np.ones(len(at), dtype=bool)
@@ -99,20 +97,22 @@ def effect(records: Sequence[Record], gain: np.ndarray, priors: Priors, ms: Mapp
 
 
 def share(part: np.ndarray, whole: np.ndarray) -> float | None:
+    """Share of true values; None if `whole` has none."""
     return round(float(part.sum() / whole.sum()), 4) if whole.any() else None
 
 
 def mean(values: np.ndarray) -> float | None:
+    """Rounded mean; None if empty."""
     return round(float(values.mean()), 3) if len(values) else None
 
 
 def from_data(folder: Path, num_fit: int, routers: Sequence[str], ms: Mapping[str, float]) -> dict[str, Any]:
-    """Priors of the last `num_fit` sessions of a folder, tried on the others."""
+    """`effect` of priors fitted to the last `num_fit` sessions of a folder, evaluated on the others."""
     data = load_router_data(folder)
     PATHS.identity().check("--data", folder, data.manifest["models"])
     names = data.sessions
     if not 0 < num_fit < len(names):
-        raise SystemExit(f"error: --fit {num_fit}: {folder} has {len(names)} sessions; leave some to try priors on")
+        raise SystemExit(f"error: --fit {num_fit}: {folder} has {len(names)} sessions; leave some for evaluation")
     fit_names = set(names[-num_fit:])
     fit = [record for record in data.records if record.session in fit_names]
     tried = [record for record in data.records if record.session not in fit_names]
@@ -121,15 +121,17 @@ def from_data(folder: Path, num_fit: int, routers: Sequence[str], ms: Mapping[st
 
 
 def bundled_on(records: Sequence[Record], routers: Sequence[str], ms: Mapping[str, float]) -> dict[str, Any]:
+    """`effect` of the bundled priors."""
     gain, identity = gains(records), PATHS.identity()
     return {name: effect(records, gain[name], load_priors(PRIORS, name, identity), ms) for name in routers}
 
 
 def paper_table(router: str, found: Mapping[str, Any]) -> Table:
-    view = Table(title=f"{router} on paper: {found['over_none']:.4f} times the tokens per ms without priors")
+    """The simulated effect by context kind and span."""
+    view = Table(title=f"{router}, simulated: {found['over_none']:.4f} times the tokens per ms without priors")
     silent = f"entropy < {SILENT}"
-    for column in ("what is answered, span", "rounds", silent, "e3's gain there", "decided there", "decided", "worth"):
-        view.add_column(column, justify="left" if column.startswith("what") else "right")
+    for column in ("context, span", "rounds", silent, "e3's gain there", "decided there", "decided", "gain"):
+        view.add_column(column, justify="left" if column.startswith("context") else "right")
     for place, figures in (*found["by_place"].items(), ("all", found)):
         view.add_row(
             place,
@@ -144,6 +146,7 @@ def paper_table(router: str, found: Mapping[str, Any]) -> Table:
 
 
 def shown(value: float | None, form: str) -> str:
+    """Format a value, or "-" for None."""
     return "-" if value is None else form.format(value)
 
 
@@ -151,7 +154,7 @@ def shown(value: float | None, form: str) -> str:
 
 
 def flags_of(routers: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Two servers a router; `--demo` alone serves the bundled priors."""
+    """Flags of two servers per router. `--demo` alone uses the bundled priors."""
     both = {WITHOUT: ("--whiflash-priors", "none"), WITH: ()}
     return {
         f"{router}/{priors}": ("--whiflash-router", router, *own) for router in routers for priors, own in both.items()
@@ -159,7 +162,7 @@ def flags_of(routers: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def compare(without: Sequence[Report], having: Sequence[Report], table: Mapping[str, Any]) -> dict[str, Any]:
-    """One router's blocks without and with priors. `table`: the `round_ms` of a server, which both are priced by."""
+    """Compare one router's blocks without and with priors. `table`: the `round_ms` used to price both."""
     whole = {WITHOUT: merge(without), WITH: merge(having)}
     context = mean_context(whole[WITHOUT])
     ms = costs_at(table, context)
@@ -189,33 +192,37 @@ def compare(without: Sequence[Report], having: Sequence[Report], table: Mapping[
 
 
 def mean_context(report: Report) -> float:
+    """Mean context length of rounds, in tokens."""
     done = [turn for turn in report.turns if turn.error is None]
     return statistics.fmean(turn.prompt_tokens + turn.completion_tokens / 2 for turn in done)
 
 
 def counted(report: Report) -> Mapping[str, Any]:
+    """The server's counters. Raises ServerError without them."""
     if report.totals is None:
-        raise server.ServerError("the server gave no figures of WhiFlash")
+        raise server.ServerError("the server reports no WhiFlash figures")
     return report.totals
 
 
 def round_tokens(report: Report) -> int:
-    """Tokens that rounds committed."""
+    """Number of tokens committed by rounds."""
     found = counted(report)
     return int(found["rounds"] + found["accepted_drafts"])
 
 
 def tokens_per_ms(report: Report) -> float:
+    """Tokens per measured millisecond of rounds."""
     return round_tokens(report) / (1000 * counted(report)["seconds"]["round"])
 
 
 def priced_tokens_per_ms(report: Report, ms: Mapping[str, float]) -> float:
+    """Tokens per millisecond, with rounds priced by `ms`."""
     rounds = counted(report)["rounds_by_drafter"]
     return round_tokens(report) / sum(count * ms[name] for name, count in rounds.items())
 
 
 def paired(having: Sequence[float], without: Sequence[float]) -> tuple[float, float]:
-    """The mean ratio of blocks (geometric), and its standard error; of one block the error is infinite."""
+    """Geometric mean ratio over blocks, and its standard error (infinite for a single block)."""
     logs = [math.log(a / b) for a, b in zip(having, without, strict=True)]
     error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
     ratio = math.exp(statistics.fmean(logs))
@@ -223,7 +230,7 @@ def paired(having: Sequence[float], without: Sequence[float]) -> tuple[float, fl
 
 
 def decided(report: Report) -> tuple[float | None, dict[str, Any]]:
-    """Share of looked-at rounds that the prior decided: altogether, and by what is answered and span."""
+    """Share of rounds that the prior decided, in total, and counts by context kind and span."""
     by_place: dict[str, Any] = counted(report)["prior_share"]
     counts = {f"{kind} {span}": count for kind, spans in by_place.items() for span, count in spans.items()}
     rounds = sum(count["rounds"] for count in counts.values())
@@ -232,12 +239,14 @@ def decided(report: Report) -> tuple[float | None, dict[str, Any]]:
 
 
 def holds(found: Mapping[str, Any], limit: float) -> bool:
+    """Whether a router meets the criterion."""
     ratios = found["over_none"]
     most = ratios["measured"] + 2 * ratios["measured_standard_error"]
     return ratios["priced"] >= limit and most >= limit and found["texts_identical"] and not found["failed"]
 
 
 def served_table(title: str, found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The served comparison, one row per router."""
     view = Table(title=title)
     for column in ("router", "priced", "measured", "tokens/s", "AL without", "AL with", "decided", "texts"):
         view.add_column(column, justify="left" if column == "router" else "right")
@@ -257,10 +266,10 @@ def served_table(title: str, found: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def recorded(folder: Path, count: int) -> list[Session]:
-    """`count` sessions of the traces in a folder, from all of them alike; none where there is no such folder."""
+    """About `count` sessions, evenly from all traces in a folder; empty if there are none."""
     files = sorted(file for file in folder.glob("*") if file.suffix in (".json", ".jsonl", ".traj"))
     if not files:
-        note(f"traces: skipped, as {folder} holds none; give --traces DIR")
+        note(f"traces: skipped, {folder} has none; give --traces DIR")
         return []
     found = [session for session in load_traces(files).sessions if session.turns and not session.length_only]
     return found[:: max(1, len(found) // count)][:count]
@@ -270,7 +279,7 @@ def recorded(folder: Path, count: int) -> list[Session]:
 
 
 def serve(args: argparse.Namespace, logs: Path) -> dict[str, Any]:
-    """Everything that needs servers, and the paper's part at the costs that they have measured."""
+    """All parts that need servers, and the simulation with their measured costs."""
     own = [Session.model_validate(session) for session in islice(sessions("priors", 1 + args.sessions), args.sessions)]
     replays = {"held-out replay": (own, {"max_tokens": MAX_TOKENS})}
     if foreign := recorded(args.traces, args.trace_sessions):
@@ -301,11 +310,12 @@ def serve(args: argparse.Namespace, logs: Path) -> dict[str, Any]:
 
 
 def dumped(session: Session) -> dict[str, Any]:
+    """A session as plain data."""
     return session.model_dump(exclude_none=True)
 
 
 def criteria(found: Mapping[str, Any]) -> dict[str, bool | None]:
-    """None where it was not looked at."""
+    """Criterion -> whether it holds; None if not measured."""
     served = found["served"]
     names = {
         "priors at least none on the held-out replay": "held-out replay",
@@ -323,18 +333,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--routers", nargs="+", choices=("entropy", "neural"), default=["entropy", "neural"])
     parser.add_argument("--sessions", type=int, default=40, help="held-out sessions (default: %(default)s)")
-    parser.add_argument("--blocks", type=int, default=8, help="blocks they are replayed in (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=8, help="number of interleaved blocks (default: %(default)s)")
     parser.add_argument(
         "--traces", type=Path, default=TRACES, metavar="DIR", help="recorded traces (default: %(default)s)"
     )
-    parser.add_argument("--trace-sessions", type=int, default=16, help="of them (default: %(default)s)")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="what collect_router_data wrote, for the paper's part")
-    parser.add_argument("--fit", type=int, default=64, help="its last sessions to learn from (default: %(default)s)")
-    parser.add_argument("--paper-only", action="store_true", help="start no servers: --data at the calibration's costs")
-    parser.add_argument("--results", type=Path, help="write the JSON line to this file too")
+    parser.add_argument("--trace-sessions", type=int, default=16, help="sessions from traces (default: %(default)s)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="output of collect_router_data, for the simulation")
+    parser.add_argument("--fit", type=int, default=64, help="number of its last sessions to fit (default: %(default)s)")
+    parser.add_argument("--paper-only", action="store_true", help="simulate only: --data with the calibration's costs")
+    parser.add_argument("--results", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
     if args.paper_only and args.data is None:
-        parser.error("argument --paper-only: needs --data, as replies are written by a server; give both or neither")
+        parser.error("argument --paper-only: needs --data, as replies are generated by a server; give both or neither")
     if min(args.sessions, args.blocks, args.trace_sessions) < 1:
         parser.error("arguments --sessions, --blocks and --trace-sessions: give 1 or more")
     server.stop_on_signals()

@@ -1,22 +1,21 @@
-"""How good the routers are: against fixed drafters, against chance, and against the oracle.
+"""Compare the routers with fixed drafters, random choice, and the oracle.
 
     python scripts/bench_routers.py [--sessions N] [--blocks N] [--results FILE] [--picture FILE]
 
 On held-out sessions of the order desk, in one run; the last line is JSON.
 
-    on paper    at every position of the target's replies both drafters' acceptance lengths are known, so that the
-                rounds of any policy follow, the oracle's included: in hindsight the drafter with more tokens per
-                millisecond. At the costs of a round that the server measured when it started. `ceiling` is the best
-                walk of all, which also knows where a round leaves the next one to begin. `entropy_late` and
-                `neural_late` decide a round by the score of the one before, as a router would whose scores lag behind
-                an overlapped schedule; with `entropy_masked` both drafters draft in every round and the device
-                chooses, for `df` + `e3` - `none` milliseconds a round, a bound from above
-    for real    tokens/s of servers side by side, block by block in rotated order, for 1, 4 and 16 requests in flight;
-                every text compared with that of the server without speculation
-    signal      share of a policy's rounds in which its score set the drafters apart by half a token or more
+    simulated   both drafters' acceptance lengths are known at every position of the target's replies, which determines
+                the rounds of any policy, priced with the server's measured costs. `oracle` picks, in hindsight, the
+                drafter with more tokens per millisecond in each round; `ceiling` minimizes the total time.
+                `entropy_late` and `neural_late` use the score of the previous round, as with an overlap schedule.
+                `entropy_masked` drafts with both drafters in every round and chooses on the device, for
+                `df` + `e3` - `none` milliseconds (an upper bound of the cost)
+    served      tokens/s of servers side by side, in interleaved blocks, for 1, 4 and 16 requests in flight; every text
+                is compared with the server without speculation
+    signal      share of a policy's rounds in which its score separates the drafters by at least half a token
 
-`over_oracle` is tokens per ms over the oracle's; `oracle_agreement` the share of a policy's own rounds in which the
-oracle would have chosen the same drafter. What cannot be served has `tokens_per_s` null.
+`over_oracle` is tokens per ms relative to the oracle. `oracle_agreement` is the share of a policy's rounds in which the
+oracle chooses the same drafter. `tokens_per_s` is null for policies that cannot be served.
 """
 
 from __future__ import annotations
@@ -47,11 +46,11 @@ MAX_TOKENS = 220
 SIGNAL = 0.5  # tokens
 
 
-# ---------------------------------------------------------------------------------------------------------- on paper
+# --------------------------------------------------------------------------------------------------------- simulated
 
 
 def on_paper(records: Sequence[Record], ms: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """The figures of each policy's walk through the replies."""
+    """Simulated figures by policy; `ms`: round costs by drafter."""
     gain = gains(records)
     n = len(gather(records, "entropy"))
     best = oracle(records, ms)
@@ -72,6 +71,7 @@ def on_paper(records: Sequence[Record], ms: Mapping[str, float]) -> dict[str, di
 
 
 def paper_figures(found: Walk, best: np.ndarray, of_oracle: float, gain: np.ndarray | None) -> dict[str, Any]:
+    """The figures of one policy. `best`: the oracle's choices, `of_oracle`: its tokens per ms."""
     signal = None if gain is None else round(float((np.abs(gain[found.position]) >= SIGNAL).mean()), 4)
     return {
         "tokens_per_ms": round(found.tokens_per_ms, 4),
@@ -84,13 +84,13 @@ def paper_figures(found: Walk, best: np.ndarray, of_oracle: float, gain: np.ndar
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- for real
+# ------------------------------------------------------------------------------------------------------------ served
 
 
 def for_real(
     urls: Mapping[str, str], prompts: Sequence[TokenIds], blocks: int, in_flight: int
 ) -> dict[str, list[Answers]]:
-    """Answers by policy, block by block in rotated order."""
+    """Answers by policy, in interleaved blocks."""
     parts: dict[str, list[Answers]] = {policy: [] for policy in urls}
     for block, policy in in_turns(list(urls), blocks):
         parts[policy].append(ask(urls[policy], prompts[block::blocks], MAX_TOKENS, in_flight))
@@ -98,6 +98,7 @@ def for_real(
 
 
 def speed(parts: Sequence[Answers]) -> float:
+    """Tokens/s over all blocks."""
     return round(sum(part.tokens for part in parts) / sum(part.wall_s for part in parts), 2)
 
 
@@ -105,7 +106,7 @@ def speed(parts: Sequence[Answers]) -> float:
 
 
 def picture(line: Mapping[str, Any], file: Path) -> None:
-    """Tokens per ms against the oracle, by span, and tokens/s by requests in flight."""
+    """Plot tokens per ms relative to the oracle, by span, and tokens/s by requests in flight."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -117,14 +118,14 @@ def picture(line: Mapping[str, Any], file: Path) -> None:
     bars = left.barh(names, [policies[name]["tokens_per_ms"] for name in names], color="#0072B2")
     left.bar_label(bars, [f"{policies[name]['over_oracle']:.0%}" for name in names], padding=3)
     left.axvline(policies["oracle"]["tokens_per_ms"], color="0.4", linestyle=":")
-    left.set(title="On paper, share of the oracle's", xlabel="tokens per ms")
+    left.set(title="Simulated, share of the oracle's", xlabel="tokens per ms")
     spans = list(policies["oracle"]["by_span"])
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         values = [policies[name]["by_span"].get(span, {}).get("tokens_per_ms", 0) for span in spans]
         middle.bar(np.arange(len(spans)) + i * width, values, width, label=name)
     middle.set_xticks(np.arange(len(spans)) + 0.4 - width / 2, spans)
-    middle.set(title="On paper, by span", ylabel="tokens per ms")
+    middle.set(title="Simulated, by span", ylabel="tokens per ms")
     middle.legend(fontsize="small")
     for name in next(iter(line["batch"].values())):
         right.plot(list(line["batch"]), [by_policy[name] for by_policy in line["batch"].values()], "o-", label=name)
@@ -135,15 +136,16 @@ def picture(line: Mapping[str, Any], file: Path) -> None:
 
 
 def run(args: argparse.Namespace, logs: Path) -> dict[str, Any]:
+    """Run all parts; returns the JSON line's figures."""
     with demo_servers({policy: ("--whiflash-router", policy) for policy in POLICIES}, logs) as urls:
         costs = totals(urls["neural"])
         assert costs is not None
         records, prompts = replies_to(urls["off"], sessions("heldout", args.sessions), MAX_TOKENS)
         ms = round_costs(records, costs["round_ms"])
         policies = on_paper(records, ms)
-        note("on paper: done")
+        note("simulation: done")
         for url in urls.values():
-            ask(url, prompts, MAX_TOKENS, 4)  # warm: what is measured below finds its prompts in the cache
+            ask(url, prompts, MAX_TOKENS, 4)  # warm up and cache the prompts
         measured = {}
         for in_flight in IN_FLIGHT:
             measured[in_flight] = for_real(urls, prompts, args.blocks, in_flight)
@@ -186,9 +188,9 @@ def run(args: argparse.Namespace, logs: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=40, help="held-out sessions (default: %(default)s)")
-    parser.add_argument("--blocks", type=int, default=6, help="blocks they are served in (default: %(default)s)")
-    parser.add_argument("--results", type=Path, help="write the JSON line to this file too")
-    parser.add_argument("--picture", type=Path, help="write the picture to this file (default: a temporary folder)")
+    parser.add_argument("--blocks", type=int, default=6, help="number of interleaved blocks (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="also write the JSON line to this file")
+    parser.add_argument("--picture", type=Path, help="write the plot to this file (default: a temporary folder)")
     args = parser.parse_args()
     server.stop_on_signals()
     logs = Path(tempfile.mkdtemp(prefix="whiflash-routers-"))
@@ -196,8 +198,8 @@ def main() -> None:
     line = {"benchmark": "routers", "arguments": arguments, **run(args, logs), **provenance()}
     file = args.picture or logs / "routers.png"
     picture(line, file)
-    note(f"picture: {file}")
-    differs = None if line["identical_to_off"] else f"a text differs from that of `off`; see the logs in {logs}"
+    note(f"plot: {file}")
+    differs = None if line["identical_to_off"] else f"a text differs from `off`; see the logs in {logs}"
     finish(line, args.results, differs)
 
 

@@ -1,15 +1,15 @@
-"""What switching between drafters costs, and that the radix cache costs them nothing.
+"""Measure the cost of switching drafters, and check that the radix cache does not reduce acceptance.
 
     python scripts/bench_switching.py [--sessions N] [--results FILE]
 
-Three questions, each answered by ratios within this run; the last line is JSON.
+Three parts, all ratios within this run. The last line is JSON.
 
-    overhead_share     of a round's time: routing, and catching up with what idle drafters had missed (a pass's time by
-                       its tokens). Not what a drafter does for its own rounds
-    prefill            the drafters' share of the target's time for a tool output of 2000 tokens; by counted FLOPs at
-                       Qwen3-8B's shapes; and KV-only ingestion over running EAGLE-3's whole layer over the prompt
-    the cache          acceptance length with the radix cache over that without; cached prompt tokens over those of
-                       `off`, in a roomy KV pool, and in one of a quarter of the working set with sessions taking turns
+    overhead_share     share of a round's time spent on routing and on catch-up of missed tokens (a pass's time is
+                       divided by tokens), without a drafter's work for its own rounds
+    prefill            the drafters' time relative to the target's for a tool output of 2000 tokens; the same in FLOPs
+                       at Qwen3-8B's shapes; KV-only ingestion relative to running EAGLE-3's whole layer on the prompt
+    cache              acceptance length with the radix cache relative to without; cached prompt tokens relative to
+                       `off`, with a large KV pool, and with a quarter of the working set and interleaved sessions
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BLOCKS = 6
 
 
 def rounds(sessions: list[list[TokenIds]], logs: Path) -> dict[str, Any]:
-    """Overheads of a round, measured block by block in rotated order."""
+    """Measure round overheads in interleaved blocks."""
     parts: dict[str, list[Answers]] = {name: [] for name in TIMED}
     with demo_servers(TIMED, logs, at_once=True) as urls:
         for url in urls.values():
@@ -68,7 +68,7 @@ def rounds(sessions: list[list[TokenIds]], logs: Path) -> dict[str, Any]:
 
 
 def prefill_share(base_url: str, sessions: list[list[TokenIds]], repeats: int = 8) -> float:
-    """The drafters' seconds over the target's, for a tool output behind a cached history."""
+    """The drafters' time relative to the target's, for a tool output after a cached history."""
     text = list(chain(*(histories[-1] for histories in sessions)))
     drafters = target = 0.0
     for repeat in range(repeats):
@@ -86,7 +86,7 @@ def prefill_share(base_url: str, sessions: list[list[TokenIds]], repeats: int = 
 
 @torch.inference_mode()
 def kv_only_over_full_layer(repeats: int = 7) -> float:
-    """Seconds of EAGLE-3's KV-only ingestion of a tool output over those of its whole layer, at the demo's shapes."""
+    """Time of EAGLE-3's KV-only ingestion of a tool output relative to its whole layer, at the demo's shapes."""
     torch.set_num_threads(1)
     shape = DrafterShape.of(AutoConfig.from_pretrained(TOKENIZER))
     model = Eagle3(shape, (1, 3, 6), torch.arange(64))
@@ -109,6 +109,7 @@ def kv_only_over_full_layer(repeats: int = 7) -> float:
 
 
 def quickest(call: Any, repeats: int) -> float:
+    """Seconds of the fastest of several calls."""
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -118,11 +119,11 @@ def quickest(call: Any, repeats: int) -> float:
 
 
 def flops_share_at_8b() -> float:
-    """The drafters' FLOPs of a prompt token over the target's at Qwen3-8B's shapes, linear layers only.
+    """The drafters' FLOPs per prompt token relative to the target's, at Qwen3-8B's shapes, for linear layers only.
 
     Target: 36 layers, width 4096, 32 query and 8 KV heads of 128, MLP 12288. DFlash: 5 layers on 5 captured ones.
-    EAGLE-3: one layer, on 3 captured ones and the token's embedding. Attention, which only the target has, would make
-    the share smaller still.
+    EAGLE-3: one layer, on 3 captured ones and the token's embedding. Including attention, which only the target has
+    during prefill, would make the share even smaller.
     """
     hidden, queries, kv, mlp = 4096, 32 * 128, 2 * 8 * 128, 12288
     target = 36 * (hidden * (queries + kv) + queries * hidden + 3 * hidden * mlp)
@@ -135,7 +136,7 @@ def flops_share_at_8b() -> float:
 
 
 def cache(sessions: list[list[TokenIds]], logs: Path) -> dict[str, Any]:
-    """Acceptance lengths with and without the radix cache, and cached tokens beside `off`."""
+    """Acceptance lengths with and without the radix cache, and cached tokens compared with `off`."""
     in_order = list(chain(*sessions))
     warm = {name: ("--whiflash-router", router) for name, router in CACHED.items()}
     with demo_servers({"off": ("--whiflash-router", "off"), **warm}, logs, at_once=True) as urls:
@@ -144,11 +145,11 @@ def cache(sessions: list[list[TokenIds]], logs: Path) -> dict[str, Any]:
     without = {name: (*flags, "--disable-radix-cache") for name, flags in warm.items()}
     with demo_servers(without, logs / "without", at_once=True) as urls:
         cold = {name: ask(url, in_order, MAX_TOKENS) for name, url in urls.items()}
-    note("without it: measured")
+    note("without the radix cache: measured")
     off = cached["off"]
-    # What `off` had to compute is what a pool would have to hold.
+    # The tokens that `off` had to compute are the working set.
     working_set = off.prompt_tokens - off.cached_tokens + off.tokens
-    # Sessions take turns, so that each is the least recently used one when its next turn comes.
+    # Interleave sessions, so that each is the least recently used one at its next turn.
     by_turns = [prompt for turn in zip_longest(*sessions) for prompt in turn if prompt is not None]
     pool = ("--max-total-tokens", str(working_set // 4))
     pressed_flags = {name: ("--whiflash-router", name, *pool) for name in ("off", "entropy")}
@@ -172,7 +173,7 @@ def cache(sessions: list[list[TokenIds]], logs: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=30, help="held-out sessions (default: %(default)s)")
-    parser.add_argument("--results", type=Path, help="write the JSON line to this file too")
+    parser.add_argument("--results", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
     if args.sessions < 8:
         parser.error("argument --sessions: give 8 or more")
@@ -192,7 +193,7 @@ def main() -> None:
         **cache(sessions, logs),
         **provenance(),
     }
-    differs = None if line["identical_to_off"] else f"a text differs from that of `off`; see the logs in {logs}"
+    differs = None if line["identical_to_off"] else f"a text differs from `off`; see the logs in {logs}"
     finish(line, args.results, differs)
 
 

@@ -1,13 +1,13 @@
-"""Show that speculation does not change the distribution: sampled continuations through a server, route by route.
+"""Verify that speculation does not change the output distribution, by sampling continuations on every route.
 
-    python scripts/check_distribution.py                        # the bundled models, 5,000 continuations a route
+    python scripts/check_distribution.py                        # the bundled models, 5,000 continuations per route
     python scripts/check_distribution.py --count 1000           # fewer
     python scripts/check_distribution.py -- --demo --dtype=bfloat16     # other flags of the launcher
 
-One server with random routing; requests say who drafts for them (e3, df, off, or the router: auto) and sample with
-several temperatures, top-p, top-k and min-p, in batches that mix all of them. Each route's counts are compared with the
-exact probabilities of all continuations, of a forward of PyTorch's own, by a chi-square test. The last line is JSON;
-exit status 1 if a route's p-value is 0.01 or less, as happens to one of four right routes in 4 runs of 100.
+Uses one server with random routing. Requests select their route (e3, df, off, or auto for the router) and sample with
+several temperatures, top-p, top-k and min-p, in mixed batches. A chi-square test compares each route's counts with the
+exact probabilities of all continuations, computed in plain PyTorch. The last line is JSON; exit status 1 if a route's
+p-value is at most 0.01, which happens by chance in 4 of 100 runs with four routes.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from whiflash_workloads.provenance import provenance
 from whiflash_workloads.tokens import heldout_histories
 
 LAUNCHER = "whiflash_sglang.launch_server"
-LENGTH = 4  # the prefill chooses the first token, rounds the others
+LENGTH = 4  # the first token is from the prefill, the others from rounds
 ROUTES = ("e3", "df", "off", "auto")
 SAMPLINGS = (Sampling(0.7, 8, 0.95), Sampling(1.0, 4, 0.98), Sampling(1.3, 8, 0.9, 0.02))
 LEAST = 0.01
 
 
 def check(base_url: str, count: int) -> dict[str, dict[str, Any]]:
-    """By route: the p-value and how many continuations it is of."""
+    """Route -> p-value and number of continuations."""
     paths = ModelPaths(*(DEMO_MODELS / name for name in ("target", "dflash", "eagle3")), WhiFlashConfig.eagle_steps)
     target = load_models(paths, torch.device("cpu")).target
     prompt = open_place(target, heldout_histories(1)[0][0], max_new_tokens=40, ahead=2)
@@ -61,7 +61,7 @@ def check(base_url: str, count: int) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=5000, help="continuations of each route")
+    parser.add_argument("--count", type=int, default=5000, help="continuations per route (default: %(default)s)")
     parser.add_argument("launcher_flags", nargs="*", help="flags of the launcher, after `--` (default: --demo)")
     args = parser.parse_args()
     server.stop_on_signals()
@@ -71,7 +71,7 @@ def main() -> None:
     with server.running_server(LAUNCHER, *flags, log=log) as base_url:
         routes = check(base_url, args.count)
     seconds = round(time.perf_counter() - began, 1)
-    view = Table("route", "continuations", "p", title="Continuations against the target's own distribution")
+    view = Table("route", "continuations", "p", title="Continuations vs. the target's exact distribution")
     for route, found in routes.items():
         view.add_row(route, str(found["continuations"]), f"{found['p']:.3f}")
     about = {"benchmark": "check_distribution", "arguments": vars(args), "routes": routes, "seconds": seconds}

@@ -1,12 +1,12 @@
-"""Show that speculation does not change the text: every policy's token ids against the same server without it.
+"""Verify that speculation does not change greedy text: compare every policy's token ids with `off`.
 
     python scripts/check_lossless.py                                   # the bundled models, all policies
     python scripts/check_lossless.py --prompts 8 --policy entropy      # fewer
     python scripts/check_lossless.py -- --model-path T ...             # other models: the launcher's flags
 
-Prompts are held-out histories of the demo workload. Each is sent alone and then `--in-flight` at a time; both are
-compared with the text that the reference server (router off) gives to it alone, the reference server's own batched
-text included. A tie of the two best logits is reported apart. The last line is JSON; exit status 1 if texts differ.
+Prompts are held-out histories of the demo workload, sent one at a time and then `--in-flight` at a time. Both are
+compared with the reference server (router off) one at a time; so is the reference server's own batched text. Ties of
+the two best logits are reported separately. The last line is JSON; exit status 1 if texts differ.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ POLICIES = ("fixed:e3", "fixed:df", "alternate", "random:1", "entropy", "neural"
 
 
 def check(args: argparse.Namespace, launcher_flags: list[str], log: Path) -> dict[str, dict[str, Comparison]]:
+    """Policy -> mode (alone, together) -> comparison with the reference."""
     prompts = list(islice(chain(*heldout_histories(args.prompts, args.tokenizer)), args.prompts))
     results: dict[str, dict[str, Comparison]] = {}
 
@@ -55,7 +56,8 @@ def check(args: argparse.Namespace, launcher_flags: list[str], log: Path) -> dic
 
 
 def table(results: dict[str, dict[str, Comparison]]) -> Table:
-    view = Table(title="Token ids against those of the server without speculation")
+    """One row per policy and mode."""
+    view = Table(title="Token ids compared with the server without speculation")
     for column in ("policy", "requests", "prompts", "tokens", "different", "ties"):
         view.add_column(column, justify="left" if column in ("policy", "requests") else "right")
     for policy, modes in results.items():
@@ -69,10 +71,10 @@ def table(results: dict[str, dict[str, Comparison]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=50)
-    parser.add_argument("--tokens", type=int, default=200, help="output tokens of each prompt")
-    parser.add_argument("--in-flight", type=int, default=8, help="requests at a time in the second pass")
+    parser.add_argument("--tokens", type=int, default=200, help="output tokens per prompt")
+    parser.add_argument("--in-flight", type=int, default=8, help="concurrent requests in the second pass")
     parser.add_argument("--policy", action="append", help=f"default: {', '.join(POLICIES)}")
-    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="folder of the tokenizer for the prompts")
+    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="folder of the prompts' tokenizer")
     parser.add_argument("launcher_flags", nargs="*", help="flags of the launcher, after `--` (default: --demo)")
     args = parser.parse_args()
     server.stop_on_signals()

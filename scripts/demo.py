@@ -1,11 +1,11 @@
-"""`make demo`: serve the bundled models, replay the bundled traces under every policy, print the comparison.
+"""`make demo`: serve the bundled models, replay the bundled traces under every policy, and compare them.
 
     python scripts/demo.py [--sessions N] [--concurrency N] [--results FILE]
 
-Four servers of the same model stand side by side, one for each policy. The sessions are replayed in blocks, and each
-block is sent to the servers in turn, beginning with another one each time: a machine that is slow for a while is slow
-for all. The recorded history is forced, so that every policy gets the same prompts; the texts are compared with those
-of `off`, SGLang without speculation. The last line is JSON; exit status 1 if a text differs or a request fails.
+Runs four servers of the same model side by side, one per policy. Sessions are replayed in blocks that go to every
+server in rotated order, so a temporary slowdown of the machine affects all alike. The recorded history is forced, so
+every policy gets the same prompts. Texts are compared with `off`, SGLang without speculation. The last line is JSON;
+exit status 1 if a text differs or a request fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRACES = ROOT / "workloads" / "demo" / "traces" / "heldout.jsonl"
 POLICIES = ("off", "fixed:e3", "fixed:df", "entropy")
 WEIGH_COSTS = ("entropy",)
-# What the JSON line shows of a policy; the replay knows more.
+# Figures per policy in the JSON line; a subset of the replay's.
 SHOWN = (
     "tokens_per_s",
     "acceptance_length",
@@ -44,8 +44,8 @@ SHOWN = (
 
 
 def start_servers(logs: Path, stack: contextlib.ExitStack) -> dict[str, str]:
-    """Base URL by policy. They are started at once, as most of a start is waiting for imports; but one that measures
-    what rounds cost when it starts comes last, when the others have become quiet."""
+    """Start all servers; returns base URLs by policy. Servers that measure round costs at startup start last, when the
+    others are idle."""
     servers: dict[str, server.Server] = {}
     for group in (tuple(policy for policy in POLICIES if policy not in WEIGH_COSTS), WEIGH_COSTS):
         for policy in group:
@@ -59,7 +59,7 @@ def start_servers(logs: Path, stack: contextlib.ExitStack) -> dict[str, str]:
 
 
 def summary(reports: dict[str, Report]) -> dict[str, dict[str, Any]]:
-    """The figures of each policy, and whether its texts are those of `off`."""
+    """Figures by policy, and whether its texts equal `off`."""
     reference = reports["off"].texts()
     result = {}
     for policy, report in reports.items():
@@ -72,9 +72,9 @@ def summary(reports: dict[str, Report]) -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=40, help="sessions to replay (default: %(default)s)")
-    parser.add_argument("--blocks", type=int, default=8, help="blocks they are replayed in (default: %(default)s)")
-    parser.add_argument("--concurrency", type=int, default=1, help="sessions at a time (default: %(default)s)")
-    parser.add_argument("--results", type=Path, help="write the JSON line to this file too")
+    parser.add_argument("--blocks", type=int, default=8, help="number of interleaved blocks (default: %(default)s)")
+    parser.add_argument("--concurrency", type=int, default=1, help="concurrent sessions (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
     server.stop_on_signals()
     sessions = load_traces([TRACES]).sessions
@@ -93,7 +93,7 @@ def main() -> None:
     arguments = {name: value for name, value in vars(args).items() if name != "results"}
     line = {"benchmark": "demo_replay", "arguments": arguments, "policies": policies, **provenance()}
     good = all(figures["identical_to_off"] and not figures["failed"] for figures in policies.values())
-    failure = f"a text differs from that of `off`, or a request failed; see the logs in {logs}"
+    failure = f"a text differs from `off`, or a request failed; see the logs in {logs}"
     finish(line, args.results, None if good else failure)
 
 

@@ -3,7 +3,7 @@
 #
 #   bash scripts/lock.sh .venv/bin/uv
 #
-# What is locked already stays as it is where it still fits; delete the file first to move everything.
+# Keeps locked versions that still fit; delete the file first to upgrade everything.
 set -euo pipefail
 
 uv=${1:?usage: lock.sh UV}

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Create a virtual environment with the locked packages and this project, editable.
 #
-#   bash scripts/setup_venv.sh .venv                     with python3.11, python3.12 or python3, the first that fits
+#   bash scripts/setup_venv.sh .venv                     with the first suitable of python3.11, python3.12, python3
 #   PYTHON=/opt/python3.12 bash scripts/setup_venv.sh .venv
 #
-# Installs with uv, which is fast, from the same registry as pip; where uv cannot be had, with pip. An environment that is
-# already there is brought up to date, not made anew.
+# Installs with uv, from the same registry as pip, or with pip if uv is not available. An existing environment is updated,
+# not recreated.
 set -euo pipefail
 
 venv=${1:?usage: setup_venv.sh FOLDER}
@@ -46,5 +46,5 @@ else
     install=("$venv/bin/python" -m pip install)
 fi
 "${install[@]}" --requirement "$lock"
-# Without dependencies, which the lock has settled, and with its setuptools.
+# Without dependencies, which are locked, and with the locked setuptools.
 "${install[@]}" --no-deps --no-build-isolation --editable .

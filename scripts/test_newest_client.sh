@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Test the clients with the newest packages that they may be installed beside: langchain-openai, openai, langgraph.
+# Test the clients with the newest versions of their dependencies: langchain-openai, openai, langgraph.
 #
 #   bash scripts/test_newest_client.sh .venv/bin/python [pytest's arguments]
 #
-# Beside the server these are pinned by what SGLang allows; an agent has an environment of its own, without SGLang and
-# torch. Such an environment is made in .runs/newest-client, brought up to date each time; this needs the network.
+# With the server installed, SGLang pins these; an agent's environment has neither SGLang nor torch. This script creates
+# such an environment in .runs/newest-client and updates it on every run, which needs the network.
 set -euo pipefail
 
 python=${1:?usage: test_newest_client.sh PYTHON [PYTEST ARGUMENTS]}
@@ -17,7 +17,7 @@ if [[ ! -x "$venv/bin/python" ]]; then
     "$python" -m venv --clear "$venv"
 fi
 "$venv/bin/python" -m pip install --quiet --upgrade --upgrade-strategy eager . pytest pytest-timeout langchain-tests
-# The tests are to run on the working tree, which the folder they are started in puts first.
+# Run the tests on the working tree, which is first on the path.
 "$venv/bin/python" -m pip uninstall --quiet --yes whiflash-sglang
 "$venv/bin/python" - <<'VERSIONS'
 import importlib.metadata

@@ -2,13 +2,13 @@
 
     python scripts/train_demo_models.py                       # everything, into whiflash_sglang/demo_models
     python scripts/train_demo_models.py --stage target        # one stage: target, eagle3, dflash or evaluate
-    python scripts/train_demo_models.py --minutes 30          # a bound on each training stage
-    python scripts/train_demo_models.py --go-on               # train the models in --out further
+    python scripts/train_demo_models.py --minutes 30          # time limit per training stage
+    python scripts/train_demo_models.py --go-on               # continue training the models in --out
     python scripts/train_demo_models.py --out DIR --runs DIR --hidden 1024 --num-layers 12 ...   # larger ones
 
-Seeded; a stage that is interrupted goes on from its last checkpoint in .runs/demo (delete it to start anew). Takes
-about an hour on two CPU cores, minutes on a GPU. What a stage reports is kept in training.json and shown in the model
-card (README.md) beside the models.
+Seeded. An interrupted stage resumes from its last checkpoint in .runs/demo (delete it to start over). Takes about an
+hour on two CPU cores, minutes on a GPU. Figures of each stage are stored in training.json and shown in the model card
+(README.md).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ DFLASH_LAYERS = (0, 2, 4, 6)
 DFLASH_DEPTH = 2
 DFLASH_BLOCK = 8
 DRAFT_VOCAB = 1024
-# Two drafters are worth having where each is better somewhere. So small a target is drafted for by a DFlash that has
-# learned from everything better than by any chain: this one learns from calls and answers, EAGLE-3 from all of it.
+# Two drafters are useful only if each is better on some spans. For so small a target, a DFlash trained on everything
+# beats any chain. So DFlash learns mostly calls and answers, EAGLE-3 everything.
 DFLASH_REASONING = 0.1
-# Our arguments for the sizes of the target's config; the demo's stand in training/target.py.
+# Config field -> our argument. The demo's sizes are in training/target.py.
 SIZES = {
     "hidden_size": "hidden",
     "num_hidden_layers": "num_layers",
@@ -52,7 +52,7 @@ STAGES = ("target", "eagle3", "dflash", "evaluate")
 
 
 def prepare_data(args: argparse.Namespace, invented: float) -> list[text.Example]:
-    """Train the tokenizer once, and render the training sessions with it; `invented`: share with made-up names."""
+    """Train the tokenizer if it is missing, and render the training sessions. `invented`: share with made-up names."""
     from transformers import PreTrainedTokenizerFast
 
     folder = args.out / "target"
@@ -73,6 +73,7 @@ def prepare_data(args: argparse.Namespace, invented: float) -> list[text.Example
 
 
 def run_target(args: argparse.Namespace, examples: list[text.Example]) -> Result:
+    """Stage `target`."""
     folder = args.out / "target"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if args.go_on:
@@ -91,21 +92,25 @@ def sizes_of(args: argparse.Namespace) -> dict[str, int]:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
+    """Settings of the training loop."""
     return Settings(args.steps, learning_rate=args.learning_rate, max_seconds=60 * args.minutes)
 
 
 def load_target(args: argparse.Namespace) -> Qwen3ForCausalLM:
+    """The trained target, frozen, in float32."""
     target = Qwen3ForCausalLM.from_pretrained(args.out / "target", dtype=torch.float32).to(args.device).eval()
     return target.requires_grad_(False)
 
 
 def run_eagle3(args: argparse.Namespace, examples: list[text.Example]) -> Result:
+    """Stage `eagle3`."""
     target = load_target(args)
     recipe = recipe_of(args, args.eagle3_layers, args.seed + 1, "eagle3")
     return fit_eagle3(target, examples, recipe, DRAFT_VOCAB, args.out / "eagle3")
 
 
 def run_dflash(args: argparse.Namespace, examples: list[text.Example]) -> Result:
+    """Stage `dflash`."""
     target = load_target(args)
     mask_token = AutoTokenizer.from_pretrained(args.out / "target").mask_token_id
     recipe = recipe_of(args, args.dflash_layers, args.seed + 2, "dflash")._replace(reasoning=args.dflash_reasoning)
@@ -113,13 +118,14 @@ def run_dflash(args: argparse.Namespace, examples: list[text.Example]) -> Result
 
 
 def recipe_of(args: argparse.Namespace, layers: Sequence[int], seed: int, name: str) -> Recipe:
+    """Training options of a drafter."""
     start, checkpoint = args.out / name if args.go_on else None, args.runs / f"{name}.pt"
     return Recipe(tuple(layers), args.batch_tokens, args.length, seed, settings_of(args), checkpoint, start)
 
 
 def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Greedy replies to held-out histories, and what both drafters would have made of them."""
-    target = load_target(args).to("cpu")  # it is compared with the server's float32 on a CPU, and takes a minute
+    """Stage `evaluate`: tool calls and acceptance lengths on greedy replies to held-out histories."""
+    target = load_target(args).to("cpu")  # for comparison with a CPU server in float32; takes a minute
     tokenizer = AutoTokenizer.from_pretrained(args.out / "target")
     heldout = list(sessions("heldout", args.heldout))
     prompts = [prompt for session in heldout for prompt in replies.prompts_of(session, tokenizer)]
@@ -147,15 +153,15 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / ".runs" / "demo")
     for name, argument in SIZES.items():
         flag = f"--{argument.replace('_', '-')}"
-        parser.add_argument(flag, type=int, default=CONFIG[name], help="of the target (default: %(default)s)")
+        parser.add_argument(flag, type=int, default=CONFIG[name], help="size of the target (default: %(default)s)")
     parser.add_argument("--eagle3-layers", type=int, nargs="+", default=EAGLE3_LAYERS, help="captured layers")
     parser.add_argument("--dflash-layers", type=int, nargs="+", default=DFLASH_LAYERS, help="captured layers")
     parser.add_argument("--dflash-depth", type=int, default=DFLASH_DEPTH, help="layers of the DFlash drafter")
-    parser.add_argument("--dflash-block", type=int, default=DFLASH_BLOCK, help="tokens of a block")
-    parser.add_argument("--documents", type=int, default=0, help="texts of this Python's own files to learn too")
+    parser.add_argument("--dflash-block", type=int, default=DFLASH_BLOCK, help="tokens per block")
+    parser.add_argument("--documents", type=int, default=0, help="number of local Python files to train on as well")
     parser.add_argument("--sessions", type=int, default=12_000)
     parser.add_argument("--invented", type=float, default=0.5, help="share of the target's sessions with made-up names")
-    parser.add_argument("--go-on", action="store_true", help="start from the models in --out, not anew")
+    parser.add_argument("--go-on", action="store_true", help="continue from the models in --out")
     parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--learning-rate", type=float, default=Settings(0).learning_rate)
@@ -166,7 +172,7 @@ def main() -> None:
         type=float,
         default=DFLASH_REASONING,
         metavar="WEIGHT",
-        help="of rounds that begin in reasoning, for DFlash (default: %(default)s)",
+        help="relative weight of rounds that begin in reasoning, for DFlash (default: %(default)s)",
     )
     parser.add_argument("--heldout", type=int, default=24, help="held-out sessions to evaluate on")
     parser.add_argument("--seed", type=int, default=0)
@@ -177,9 +183,9 @@ def main() -> None:
     rendered: float | None = None  # share of made-up names in `examples`
     for stage, run in runs.items():
         if stage in stages:
-            # Whoever has met made-up names has learned to copy them; what is drafted is the usual world's.
+            # Made-up names teach the target to copy names. Drafters train on the usual names.
             invented = args.invented if stage == "target" else 0.0
-            if rendered != invented:  # both drafters learn from the same
+            if rendered != invented:  # both drafters use the same data
                 examples, rendered = prepare_data(args, invented), invented
             result = run(args, examples)
             figures = {"steps": result.steps, "loss": result.loss, "minutes": round(result.seconds / 60, 1)}
@@ -189,7 +195,8 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, stage: str, figures: dict[str, Any]) -> None:
-    if sizes_of(args) == {name: CONFIG[name] for name in SIZES}:  # the card tells of the demo models
+    """Print a stage's figures, and add them to the model card."""
+    if sizes_of(args) == {name: CONFIG[name] for name in SIZES}:  # the card is for the demo models only
         card.note(args.out, stage, figures)
     with to_readers():
         print(json.dumps({stage: figures}))

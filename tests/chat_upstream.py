@@ -1,11 +1,11 @@
-"""A server of chat completions for what stands between a client and it: it answers as an agent's model would.
+"""A chat completion server for testing proxies and recorders: it replies like an agent's model.
 
     with ChatUpstream() as upstream:
         ...
     assert upstream.bodies[0]["messages"] == ...
 
-It calls the tool `look_up`, with a new id, until the prompt holds `num_calls` outputs behind the last user message, and
-then answers in words. Streams or not, as it is asked; `fail` says which request fails, and how.
+It calls the tool `look_up`, with a new id, until the prompt has `num_calls` outputs after the last user message, then
+replies with text. Streams on request. `fail`: request number -> how it fails.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SECRET_HEADERS = {"Set-Cookie": "session=secret-of-the-server"}
 
 
 class ChatUpstream:
-    """`bodies` and `headers` hold each chat completion in order of arrival."""
+    """`bodies` and `headers` are those of each chat completion, in order of arrival."""
 
     def __init__(self, *, num_calls: int = 2, fail: dict[int, Failure] | None = None):
         self.num_calls = num_calls
@@ -31,7 +31,7 @@ class ChatUpstream:
         self.bodies: list[Json] = []
         self.headers: list[dict[str, str]] = []
         self.others: list[str] = []  # requests to other routes
-        self.half: list[threading.Event] = []  # of each stream: set when its second half may go
+        self.half: list[threading.Event] = []  # per stream: set to release its second half
         self.hold = False
         self.broken_pipes = 0
         self.ids = itertools.count(1)
@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.event({"choices": [], "usage": usage()})
             self.write(b"data: [DONE]\n\n")
             self.wfile.write(b"0\r\n\r\n")
-        except OSError:  # the client has gone
+        except OSError:  # the client has disconnected
             self.upstream.broken_pipes += 1
             self.close_connection = True
 
@@ -149,7 +149,7 @@ def usage() -> Json:
 
 
 def deltas(message: Json) -> list[Json]:
-    """In pieces of a few characters; a call's id and name come with its first piece."""
+    """The message as deltas of a few characters. A call's id and name are in its first delta."""
     found: list[Json] = [{"role": "assistant", "content": ""}]
     for key in ("reasoning_content", "content"):
         found += [{key: piece} for piece in pieces(message.get(key) or "")]

@@ -1,4 +1,4 @@
-"""Set-up of the whole test run: what every test gets, its limits, the order of files, and what is told at the end."""
+"""Configuration of the test run: shared fixtures, time limits, file order, and the summary."""
 
 from __future__ import annotations
 
@@ -18,38 +18,37 @@ from tests import zygote
 from whiflash_sglang.startup.config import ENVIRONMENT_VARIABLE
 from whiflash_workloads import server
 
-UNIT_SECONDS = 5  # of processor time, which a busy machine hardly changes
-LIMITS = {"slow": 1500, "e2e": 600}  # seconds that a test may take at most, set-up included; others: pyproject.toml
-SECONDS = Path(__file__).parent / "seconds.json"  # by file, in a run of all tests on two idle cores
+UNIT_SECONDS = 5  # CPU time, which hardly depends on the machine's load
+LIMITS = {"slow": 1500, "e2e": 600}  # max seconds per test, including setup; for others see pyproject.toml
+SECONDS = Path(__file__).parent / "seconds.json"  # per file, from a full run on two idle cores
 UNKNOWN_SECONDS = 10.0
 ZYGOTES = pytest.StashKey[ExitStack]()
 
-# Packed and plain weights differ in the last bit, and which are faster is measured: all servers of tests have the same.
+# Packed and plain weights differ in the last bit, and the choice is measured. Fix it for all test servers.
 os.environ["WHIFLASH_PACK_WEIGHTS"] = "1"
 server.spawn = zygote.spawn
 
-# A shell without job control starts background commands with Ctrl-C ignored, and children inherit that: the tests that
-# interrupt a process would wait for ever when the run itself stands in the background.
+# A shell without job control starts background commands with SIGINT ignored, and children inherit that. Tests that
+# interrupt a process would then never return.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def launcher_forgets() -> Iterator[None]:
-    """What a test of the launcher leaves in the environment would make a WHIFLASH server of any that is started
-    later."""
+    """Remove the launcher's config from the environment, so that servers of later tests do not inherit it."""
     yield
     os.environ.pop(ENVIRONMENT_VARIABLE, None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--nightly", action="store_true", help="run the tests that are marked `nightly` too")
-    parser.addoption("--record-seconds", action="store_true", help=f"write {SECONDS.name}, which orders the files")
+    parser.addoption("--nightly", action="store_true", help="also run tests marked `nightly`")
+    parser.addoption("--record-seconds", action="store_true", help=f"write {SECONDS.name}, which determines file order")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ZYGOTES] = ExitStack()
-    if not hasattr(config, "workerinput"):  # for all workers
+    if not hasattr(config, "workerinput"):  # once, for all workers
         config.stash[ZYGOTES].enter_context(zygote.zygotes())
 
 
@@ -59,7 +58,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Files that take longest come first, so that none of them is what the last worker ends with."""
+    """Run the slowest files first, to balance the workers, and set time limits and skips."""
     seconds = json.loads(SECONDS.read_text())
     items.sort(key=lambda item: -seconds.get(file_of(item.nodeid), UNKNOWN_SECONDS))
     for item in items:
@@ -73,33 +72,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A unit test is quick; one that cannot be says so (`slow`)."""
+    """Fail slow unit tests that are not marked `slow`."""
     before, num_modules = processor_seconds(), len(sys.modules)
     result = yield
     spent = processor_seconds() - before
-    # Whichever test comes first pays for the import of SGLang: that is no work of its own.
+    # The first test pays for importing SGLang; do not count that.
     imports = len(sys.modules) - num_modules > 100
     if spent > UNIT_SECONDS and not imports and "unit" in item.path.parts and not item.get_closest_marker("slow"):
-        pytest.fail(
-            f"a unit test that takes {spent:.1f} s of processor time: make it quicker, or mark it `slow`", False
-        )
+        pytest.fail(f"this unit test took {spent:.1f} s of CPU time: make it faster, or mark it `slow`", False)
     return result
 
 
 def processor_seconds() -> float:
-    """Of this process and of the children that have ended."""
+    """CPU time of this process and its finished children, in seconds."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """What was skipped and how to get it; and how long the files took, where that is to be recorded."""
+    """Print skip reasons, which explain how to run these tests, and record file durations if requested."""
     skipped = Counter(
         report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
     )
     if skipped:
-        terminalreporter.section(f"{skipped.total()} skipped, and how to get them")
+        terminalreporter.section(f"{skipped.total()} skipped")
         for reason, count in skipped.most_common():
             terminalreporter.line(f"{count:4}  {reason}")
     if config.getoption("--record-seconds"):

@@ -1,10 +1,10 @@
-"""An OpenAI server without a socket: an httpx transport that answers chat completions as SGLang does.
+"""An OpenAI server without a socket: an httpx transport that replies to chat completions like SGLang.
 
     server = FakeOpenAI([{"content": "hi", "reasoning_content": "greet"}], figures={"rounds": 3})
     model = ChatWhiFlash(model="fake", base_url=BASE_URL, api_key="none", **server.clients())
 
-Replies are given in order, whole or streamed as the request asks. `figures` are those of every reply; None: the server
-is no WhiFlash server. `failure` is raised, or answered if it is an answer, when figures are asked for.
+Replies are returned in order, whole or streamed as requested. `figures` are returned for every reply; None simulates a
+server without WhiFlash. `failure` is raised, or returned as a response, when figures are requested.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class FakeOpenAI:
         self.figures = figures
         self.failure = failure
         self.usage = usage
-        self.refusal: Json | None = None  # what completions are answered with instead
+        self.refusal: Json | None = None  # response to completions instead of a reply
         self.bodies: list[Json] = []
         self.headers: list[httpx.Headers] = []
-        self.asked: list[str] = []  # URLs that figures were asked of
+        self.asked: list[str] = []  # URLs of requests for figures
 
     def clients(self) -> dict[str, Any]:
-        """What makes ChatOpenAI talk to this server."""
+        """ChatOpenAI arguments that connect to this server."""
         transport = httpx.MockTransport(self.answer)
         whole, concurrent = httpx.Client(transport=transport), httpx.AsyncClient(transport=transport)
         return {"http_client": whole, "http_async_client": concurrent}
@@ -78,7 +78,7 @@ class FakeOpenAI:
 
 
 def _parts(message: Json, finish: str, usage: Json) -> Iterator[Json]:
-    """A reply as chunks: each text in two halves, each call in one chunk, then the end and the token counts."""
+    """A reply as chunks: texts in two halves, calls in one chunk each, then finish reason and usage."""
     for field in ("reasoning_content", "content"):
         text = message.get(field) or ""
         for half in (text[: len(text) // 2], text[len(text) // 2 :]):

@@ -1,8 +1,8 @@
-"""A target, drafters and a little server in pure torch: what the round promises can be checked without any model.
+"""A fake target, fake drafters and a minimal server in pure torch, to test rounds without models.
 
-The fake target is a hash: its next token depends on the whole text so far, its features at a position on the text up to
-there. A fake drafter keeps a KV pool that stores, in each slot, what was ingested; when it drafts it checks that every
-committed entry is exactly the one that belongs there, and then proposes text that is right now and then.
+The fake target is a hash of the text: its next token and its features at a position depend on the text up to there. A
+fake drafter stores what was ingested in each KV slot. When it drafts, it checks that every committed entry is exactly
+the expected one, then proposes drafts that are correct with a given probability.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VOCAB = 11
 
 
 def next_token(tokens: Sequence[int]) -> int:
-    """The fake model: a token after a text. A small vocabulary, so that guesses are right now and then."""
+    """The fake model: the token after a text. The vocabulary is small, so guesses are sometimes right."""
     state = 17
     for token in tokens[-6:]:
         state = (state * 31 + token * 7 + 3) % 10007
@@ -27,7 +27,7 @@ def next_token(tokens: Sequence[int]) -> int:
 
 
 def feature(tokens: Sequence[int]) -> float:
-    """What the fake target's hidden state at the last token of `tokens` is: a number that names the text."""
+    """The fake target's hidden state at the last token of `tokens`: a number that identifies the text."""
     state = len(tokens)
     for token in tokens:
         state = (state * 131 + token + 1) % 1000003
@@ -42,7 +42,7 @@ def plain_greedy(prompt: Sequence[int], num_tokens: int) -> list[int]:
 
 
 class World:
-    """Texts by request slot, and the KV slots that hold them: what the server around a round would keep."""
+    """The server's state around a round: texts by request slot, and their KV slots."""
 
     def __init__(self, num_slots: int, max_len: int):
         self.texts: dict[int, list[int]] = {}  # committed tokens and the anchor
@@ -59,7 +59,7 @@ class World:
         return Backlog(names, 1, torch.float64, self.table, capacity)
 
     def prefill(self, slots: Sequence[int]) -> Prefill:
-        """All committed positions of the given requests, as a prefill would hand them to the round."""
+        """All committed positions of the given requests, as a prefill."""
         features, following, positions, kv_slots, last = [], [], [], [], []
         for slot in slots:
             text = self.texts[slot]
@@ -102,9 +102,9 @@ class FakeTarget:
 
 
 class FakeDrafter:
-    """Refuses to draft from a context that is not exactly the committed text.
+    """Fails if its context is not exactly the committed text.
 
-    Without `sees_next` its entries depend on nothing behind their position, as DFlash's.
+    Without `sees_next`, entries do not depend on the next token, like DFlash's.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class FakeDrafter:
         self.skill = skill
         self.sees_next = sees_next
         self.random = random.Random(f"{name}{seed}")
-        self.fails = lambda slot: False  # for which requests its arithmetic overflows
+        self.fails = lambda slot: False  # request slots whose drafts are not finite
         self.entries: dict[int, tuple[float, int, int]] = {}  # KV slot -> feature, next token, position
 
     def entry(self, feature: float, next_token: int, position: int) -> tuple[float, int, int]:
@@ -145,7 +145,7 @@ class FakeDrafter:
         for _ in range(self.num_drafts):
             right = next_token([*text, *drafts])
             drafts.append(right if self.random.random() < self.skill else self.random.randrange(VOCAB))
-        # Like a real drafter, leave the proposal's own entries in the slots behind the committed ones.
+        # Like a real drafter, leave entries of the drafts in the slots after the committed ones.
         for column in range(1, rows.kv_slots.shape[1]):
             self.entries[int(rows.kv_slots[row, column])] = (-1.0, -1, -1)
         return drafts

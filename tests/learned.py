@@ -1,4 +1,4 @@
-"""Stand-ins for what is learned about models: identities, cost tables, networks, collected positions."""
+"""Test data for learned artefacts: identities, cost tables, networks, collected positions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def network(width: int = 4, seed: int = 0) -> Network:
 
 
 def cost_table(df: float = 10.0, e3: float = 12.0, none: float = 5.0, per_row: float = 0.0) -> RoundCosts:
-    """A table in which a round costs what is said, and `per_row` more for every row beyond the first."""
+    """A cost table with the given milliseconds per round, plus `per_row` for every row beyond the first."""
     costs = RoundCosts({"df": 8, "e3": 6}, (1, 4, 16), (256, 4096))
     for rows in costs.batch_sizes:
         for context in costs.contexts:

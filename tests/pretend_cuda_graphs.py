@@ -1,17 +1,16 @@
-"""SGLang's own runner of CUDA graphs on a CPU, with graphs that are pretended (`pretend_graph.py`).
+"""SGLang's own CUDA graph runner on a CPU, with simulated graphs (`pretend_graph.py`).
 
     with pretend_cuda_graphs(batch_sizes=(1, 2)) as backends:
-        model_runner.init_cuda_graphs()     # SGLang captures; backends[0] holds the target's graphs
-        model_runner.forward(batch)         # and replays them, where it would on a GPU
+        model_runner.init_cuda_graphs()     # SGLang captures; backends[0] has the target's graphs
+        model_runner.forward(batch)         # and replays them whenever it would on a GPU
 
     TRITON_INTERPRET=1 python -m tests.pretend_cuda_graphs --demo ...
 
-What is SGLang's stays, and what is ours (`drafters/graphs.py`): which batches are captured and how they are padded,
-static buffers and what is copied to them, attention metadata outside of a graph and inside, which forwards are replayed
-and which are not. Replaced is only what asks for CUDA. The attention backend has to be one that can be captured:
-SGLang's `triton`, in Triton's interpreter.
+SGLang's code and ours (`drafters/graphs.py`) run unchanged: captured batch sizes and padding, static buffers, attention
+metadata inside and outside of graphs, and the choice of forwards to replay. Only calls that need CUDA are replaced. The
+attention backend must support capture: SGLang's `triton`, in Triton's interpreter.
 
-A server appends a line to the file that REPLAYS_FILE names for every replay: whose graph, how many rows.
+For every replay, a server appends a line with the graph's owner and the number of rows to the file in REPLAYS_FILE.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from unittest import mock
 from tests.pretend_graph import PretendGraphs
 
 BATCH_SIZES = (1, 3)
-REPLAYS_FILE = "PRETENDED_REPLAYS"  # an environment variable
-LASTING = ExitStack()  # what `install` has replaced
+REPLAYS_FILE = "PRETENDED_REPLAYS"  # environment variable
+LASTING = ExitStack()  # replacements of `install`
 
 
 class ToldGraphs(PretendGraphs):
-    """Graphs of a server, whose replays are written down."""
+    """Graphs of a server that log their replays."""
 
     def __init__(self, owner: Any):
         super().__init__(owner)
-        # SGLang's runner of the target's graphs, or what stands for one where drafts are captured.
+        # SGLang's runner of the target's graphs, or our owner object for drafts.
         width = getattr(owner, "captured_req_width", None)
         self.name = f"drafts {type(owner.model_runner.model).__name__}" if width is None else f"width {width}"
 
@@ -48,7 +47,7 @@ class ToldGraphs(PretendGraphs):
 
 @contextmanager
 def pretend_cuda_graphs(batch_sizes: Sequence[int] = BATCH_SIZES) -> Iterator[list[PretendGraphs]]:
-    """The backends of the runners that are made inside, in their order."""
+    """Context that yields the backends of the runners created inside, in order."""
     from sglang.srt.distributed import parallel_state
     from sglang.srt.model_executor import model_runner as model_runners
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -66,12 +65,12 @@ def pretend_cuda_graphs(batch_sizes: Sequence[int] = BATCH_SIZES) -> Iterator[li
         return nullcontext(SimpleNamespace(stream=stream))
 
     def capture(*, model_runner: Any) -> Any:
-        """SGLang's own gives a CPU another kind of runner, or none."""
+        """SGLang uses another kind of runner, or none, on a CPU."""
         runner = runners.DecodeCudaGraphRunner(model_runner)
         return cuda_graph_setup.GraphCapture(runner=runner, memory_phase="decode", memory_usage_gb=0, capture_time=0)
 
     def sizes(model_runner: Any, width: int = 1) -> tuple[list[int], list[int]]:
-        """SGLang's own are more than can be waited for, and none of those of `--cuda-graph-bs` is left on a CPU."""
+        """SGLang's default sizes would take too long, and it drops those of `--cuda-graph-bs` on a CPU."""
         return [size for size in batch_sizes if size <= model_runner.req_to_token_pool.size], []
 
     replaced = [
@@ -82,7 +81,7 @@ def pretend_cuda_graphs(batch_sizes: Sequence[int] = BATCH_SIZES) -> Iterator[li
         (runners, "get_batch_sizes_to_capture", sizes),
         (cuda_graph_setup, "capture_decode_graph", capture),
         (model_runners, "capture_decode_graph", capture),
-        # On a CPU only single steps are looked up among graphs.
+        # On a CPU, SGLang replays graphs only for plain decode steps.
         (ForwardMode, "is_cpu_graph", ForwardMode.is_cuda_graph),
     ]
     with ExitStack() as stack:
@@ -92,7 +91,7 @@ def pretend_cuda_graphs(batch_sizes: Sequence[int] = BATCH_SIZES) -> Iterator[li
 
 
 def install() -> None:
-    """For a whole server: in this process and those that are forked from it."""
+    """Install for a whole server: this process and its forked children."""
     from tests import interpreted_gpu
 
     interpreted_gpu.install()

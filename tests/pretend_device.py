@@ -1,14 +1,13 @@
-"""A device without a device: tensors that compute on the CPU, and tell every time the host would have waited for them.
+"""A simulated device: tensors that compute on the CPU and record every time the host would have waited for them.
 
     with PretendDevice() as device:
-        x = device.give(torch.arange(3))    # a tensor of the device
-        y = x + 1                           # so is what comes of it
-        y.cpu()                             # device.copies: one, with who asked for it
-        if y.sum() > 0: ...                 # device.waits: one; so does `y[y > 1]`, as a mask is counted first
+        x = device.give(torch.arange(3))    # a device tensor
+        y = x + 1                           # results are device tensors, too
+        y.cpu()                             # device.copies: one, with its caller
+        if y.sum() > 0: ...                 # device.waits: one; also for `y[y > 1]`, as a mask is counted first
 
-It is called `meta`, which torch knows and no machine has to have. Its tensors are not tensors of the CPU to anybody:
-operations on both kinds raise, as they do on a GPU. So do operations on what `torch.tensor(..., device=...)` makes: on
-a GPU the host would have waited for it.
+The device is called `meta`, which torch supports on every machine. Mixing its tensors with CPU tensors raises, as on a
+GPU. So do operations on results of `torch.tensor(..., device=...)`, for which the host would wait on a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICE = torch.device("meta")
-# Their results, or the shapes of these, are known when the device has finished.
+# The host must wait for the results of these operations, or for their shapes.
 WAITING = {
     "_local_scalar_dense",
     "_unique2",
@@ -39,7 +38,7 @@ INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_inde
 
 
 class OnDevice(torch.Tensor):
-    """`held`: the numbers, as a tensor of the CPU. Views hold views."""
+    """`held`: the data as a CPU tensor. Views hold views."""
 
     held: torch.Tensor
 
@@ -66,8 +65,7 @@ class OnDevice(torch.Tensor):
 
 
 class PretendDevice(TorchDispatchMode):
-    """`copies`, `waits` and `sent` name the functions that led to each: copies to the host, other waits for the device,
-    and copies from the host."""
+    """`copies`, `waits` and `sent` list the callers of copies to the host, other waits, and copies from the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,17 +78,17 @@ class PretendDevice(TorchDispatchMode):
             told.clear()
 
     def give(self, tree: Any) -> Any:
-        """`tree` with its tensors on the device; nobody waits for this."""
+        """Move the tensors in `tree` to the device, without a wait."""
         return tree_map_only(torch.Tensor, lambda one: one if isinstance(one, OnDevice) else OnDevice(one), tree)
 
     def take(self, tree: Any) -> Any:
-        """`tree` with its tensors as their numbers: for what stands for the device's own work."""
+        """Move the tensors in `tree` to the CPU, for code that simulates the device's own work."""
         return tree_map_only(OnDevice, lambda one: one.held, tree)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
-            with self:  # made of others: `cpu` of a copy, `item` of a read
+            with self:  # composed of other operations: `cpu` of a copy, `item` of a read
                 return func.decompose(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         ours = [one for one in tree_leaves((args, kwargs)) if isinstance(one, OnDevice)]
@@ -110,7 +108,7 @@ class PretendDevice(TorchDispatchMode):
         return self.give(result) if (ours or wanted) else result
 
     def check(self, name: str, func: Any, args: Any, kwargs: Any) -> None:
-        """Note what the host would wait for, and refuse what a device refuses."""
+        """Record what the host would wait for, and raise for what a device rejects."""
         place = f"{name} in {' < '.join([*callers()][:4])}"
         counted = name == "repeat_interleave" and kwargs.get("output_size") is None
         if name in WAITING or counted:
@@ -120,9 +118,9 @@ class PretendDevice(TorchDispatchMode):
         if name in INDEXED:
             indices = [one for one in args[1] if one is not None]
             if any(one.dtype in (torch.bool, torch.uint8) for one in indices):
-                self.waits.append(place)  # how many it is true for
+                self.waits.append(place)  # counts its true elements
             if any(not isinstance(one, OnDevice) for one in indices):
-                self.waits.append(place)  # it is copied to the device first
+                self.waits.append(place)  # is copied to the device first
             others = [one for one in others if not any(one is index for index in indices)]
         if name == "copy_" and isinstance(args[0], OnDevice) and others:
             self.sent.append([*callers()])
@@ -131,7 +129,7 @@ class PretendDevice(TorchDispatchMode):
 
 
 def callers(beside: str = __file__) -> Iterator[str]:
-    """Functions that are running, the innermost first, without those of torch, of this file and of that file."""
+    """Functions on the stack, innermost first, without those of torch, this file and `beside`."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename not in (__file__, beside) and "/torch/" not in frame.f_code.co_filename:

@@ -1,26 +1,26 @@
-"""CUDA graphs without CUDA: what a function does to tensors, recorded, and done again on the same memory.
+"""Simulated CUDA graphs: record a function's tensor operations, and replay them on the same memory.
 
     x = torch.zeros(4)
     graph = PretendGraph()
     with graph.recording():
         y = model(x)
     x.copy_(new)
-    graph.replay()          # y holds the answer to `new`; nothing of the model's Python has run
+    graph.replay()          # y has the result for `new`; no Python code of the model has run
 
 As with a CUDA graph,
 
-- numbers are those of the recording, and so are shapes and branches; random numbers are drawn anew;
-- recording computes nothing to keep: memory that was there before is as it was, and float tensors that were made in it
-  are NaN until the first replay;
-- a graph keeps the memory of what it made, and not of what it was given: when that is gone, a replay raises, where
-  CUDA would read what is there instead;
-- what a capture forbids raises while recording: numbers that the host would read, shapes that depend on them, and
-  tensors made of the host's data.
+- Python numbers, shapes and branches are fixed at recording; random numbers are drawn again;
+- recording has no side effects: existing memory is restored, and float tensors created by it are NaN until the first
+  replay;
+- a graph keeps the memory that it created, but not its inputs: if an input is freed, a replay raises, where CUDA would
+  read whatever is there;
+- operations that a capture forbids raise during recording: host reads, data-dependent shapes, and tensors created from
+  host data.
 
-Unlike one, it does not see what is written at an address that a kernel was given as a number: that is done again, but
-not undone after recording. And copies between device and host are copies like any other here.
+Unlike CUDA graphs, it does not see writes to an address that a kernel got as a number: these are replayed, but not
+undone after recording. Copies between device and host are ordinary copies here.
 
-Kernels of Triton are recorded when Triton runs in its interpreter (TRITON_INTERPRET=1).
+Triton kernels are recorded if Triton runs in its interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.pretend_device import INDEXED, WAITING, callers
 
-# Made of the host's data: on a GPU, a copy that waits.
+# Created from host data: a synchronous copy on a GPU.
 FRESH = {"lift_fresh", "lift_fresh_copy"}
 WAITS = WAITING | {"allclose"}
-# Memory that nobody has written to: there is nothing to do again.
+# Uninitialized memory: nothing to replay.
 EMPTY = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
-# Read by the host without an operation that says so.
+# Host reads without a visible operation.
 READS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy", torch.Tensor.__array__: "__array__"}
 
 
 class CaptureError(RuntimeError):
-    """Something that CUDA forbids while it captures, or a graph that reads memory which is gone."""
+    """An operation that CUDA forbids during capture, or a replay that reads freed memory."""
 
 
 @dataclass
 class Step:
-    """One operation or launch: `act` is called again, and what it returns is copied to where it was in the recording.
+    """One operation or launch. A replay calls `act` and copies its results to the recording's tensors.
 
-    `results` stand beside the leaves of what `act` returns; None: it is in an argument's memory already, or no tensor.
+    `results` matches the leaves of `act`'s result; None for aliases of arguments and non-tensors.
     """
 
     name: str
@@ -73,13 +73,13 @@ class Step:
 
 
 class PretendGraph:
-    """`steps` of one recording, in order."""
+    """The `steps` of one recording, in order."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self.made: dict[int, torch.Tensor] = {}  # by storage: bytes of memory that the recording made
-        self.given: dict[int, list[Any]] = {}  # by storage of others: tensors that refer to it here, and who asked
-        self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by storage of others: bytes and what they were
+        self.made: dict[int, torch.Tensor] = {}  # by storage: memory created by the recording
+        self.given: dict[int, list[Any]] = {}  # by input storage: our references to it, and the caller
+        self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by input storage: bytes and their old value
         self.is_filling = False  # `x[...] = 1.0` is running
 
     @contextmanager
@@ -100,7 +100,7 @@ class PretendGraph:
                 step.again()
 
     def undo(self) -> None:
-        """Leave memory as if nothing had been computed, which is how a capture leaves it."""
+        """Restore memory to its state before the recording, like a capture."""
         with torch.inference_mode():
             for data, was in self.before.values():
                 data.copy_(was)
@@ -111,23 +111,23 @@ class PretendGraph:
 
     def check_given(self) -> None:
         for key, (tensors, who) in self.given.items():
-            if torch._C._storage_Use_Count(key) <= len(tensors) + 1:  # one is Python's own, of the storage
+            if torch._C._storage_Use_Count(key) <= len(tensors) + 1:  # one is Python's own reference to the storage
                 raise CaptureError(f"replay: the memory that {who} was given is not kept by anybody else any more")
 
     # ------------------------------------------------------------------------------------------ while recording
 
     def keep(self, tree: Any, name: str) -> Any:
-        """`tree` with its tensors as they are now: the same memory, whatever becomes of the tensor itself."""
+        """`tree` with new references to its tensors' memory, independent of later changes to the tensor objects."""
         return tree_map_only(torch.Tensor, lambda one: self.keep_one(one, name), tree)
 
     def keep_one(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         kept, key = same_memory(tensor), storage_key(tensor)
-        if key not in self.made and tensor.dim() > 0:  # numbers are wrapped in tensors that nobody keeps
+        if key not in self.made and tensor.dim() > 0:  # numbers are wrapped in temporary tensors
             self.given.setdefault(key, [[], name])[0].append(kept)
         return kept
 
     def remember(self, tensors: list[torch.Tensor]) -> None:
-        """What is in memory that is about to be written to, and was not made here."""
+        """Save the content of input memory that is about to be written."""
         for tensor in tensors:
             key = storage_key(tensor)
             if key not in self.made and key not in self.before and tensor.numel():
@@ -158,7 +158,7 @@ class PretendGraph:
         return kept
 
     def launch(self, executor: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A kernel of Triton, with its grid as it is now."""
+        """Record a Triton kernel launch with its current grid."""
         name = executor.fn.__name__
         with torch.inference_mode(), _disable_current_modes(), torch._C.DisableTorchFunction():
             frozen = copy.copy(executor)
@@ -181,14 +181,14 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
-            with self:  # made of others, which are recorded
+            with self:  # composed of other operations, which are recorded
                 return func.decompose(*args, **kwargs)
         check(operation_name(func), args, kwargs, self.graph.is_filling)
         return self.graph.operation(func, args, kwargs)
 
 
 class Calls(TorchFunctionMode):
-    """What operations do not show: the host reading a tensor, and whether a number is filled in."""
+    """Detects what operations do not show: host reads, and fills with a number."""
 
     def __init__(self, graph: PretendGraph):
         super().__init__()
@@ -205,10 +205,10 @@ class Calls(TorchFunctionMode):
 
 
 def check(name: str, args: Any, kwargs: Any, is_filling: bool) -> None:
-    """Raise for what CUDA does not capture.
+    """Raise for operations that CUDA cannot capture.
 
-    `x[2:] = 1.0` and `x[mask] = 1.0` are captured: the number is an argument of the kernel. For `x[indices] = 1.0` and
-    `x[indices]` with a list it would be copied to the device, as for `torch.tensor`.
+    `x[2:] = 1.0` and `x[mask] = 1.0` can be captured: the number is a kernel argument. For `x[indices] = 1.0`, and
+    `x[indices]` with a list, it would be copied to the device, as for `torch.tensor`.
     """
     is_masked = name in INDEXED and any(is_mask(one) for one in args[1])
     is_copied = name in FRESH and not (is_filling and args[0].dim() == 0)
@@ -220,7 +220,7 @@ def check(name: str, args: Any, kwargs: Any, is_filling: bool) -> None:
 
 
 def is_mask(index: torch.Tensor | None) -> bool:
-    """Its true entries are counted before anything else."""
+    """Whether an index is a boolean mask, whose true elements are counted first."""
     return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
@@ -245,13 +245,13 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 
 
 def same_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of its own that refers to the memory, and to nothing else, as a view would."""
+    """A new tensor on the same memory that, unlike a view, does not refer to the original."""
     made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return made.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """Arguments that the operation's schema says it writes to."""
+    """Arguments that the operation writes to, according to its schema."""
     arguments = func._schema.arguments
     given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
     names = [one.name for one in arguments if one.alias_info is not None and one.alias_info.is_write]
@@ -260,7 +260,7 @@ def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def launches_recorded(graph: PretendGraph) -> Iterator[None]:
-    """Launches of Triton's interpreter, which are no operations of torch."""
+    """Record launches of Triton's interpreter, which are not torch operations."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
@@ -276,10 +276,7 @@ def launches_recorded(graph: PretendGraph) -> Iterator[None]:
 
 
 class PretendGraphs:
-    """What SGLang's graph runners ask of a backend (`BaseCudaGraphBackend`), with the graphs above.
-
-    `replays` lists the keys in the order in which they were replayed.
-    """
+    """SGLang's graph backend interface (`BaseCudaGraphBackend`) with simulated graphs. `replays`: replayed keys."""
 
     def __init__(self, cuda_graph_runner: Any = None):
         self.graphs: dict[Hashable, PretendGraph] = {}

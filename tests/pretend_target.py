@@ -1,9 +1,9 @@
-"""SGLang's target worker for a tiny model in this process, with graphs that are pretended; and what is asked of both.
+"""SGLang's target worker for a tiny model in this process, with simulated CUDA graphs, and checks of both.
 
     TRITON_INTERPRET=1 python -m tests.pretend_target FOLDER
 
-Prepared as the scheduler prepares it: flags of the launcher, plugins, configuration, pools, attention, graphs. It
-changes SGLang for the whole process, so that tests run it in one of its own (`unit/test_pretend_cuda_graphs.py`).
+Initialized like in the scheduler: launcher flags, plugins, configuration, pools, attention, graphs. This modifies
+SGLang for the whole process, so tests run it in a separate one (`unit/test_pretend_cuda_graphs.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH_SIZES = (1, 3)
 
 
 def target_worker(folder: Path) -> Any:
-    """Everything but its graphs."""
+    """The target worker, without graphs."""
     from tests import interpreted_gpu
 
     interpreted_gpu.install()
@@ -60,7 +60,7 @@ def target_worker(folder: Path) -> Any:
 
 
 class Requests:
-    """A batch of rows with random entries in the KV pool, and what a forward makes of the next tokens."""
+    """A batch of rows with random KV entries, and the outcome of a forward on their next tokens."""
 
     def __init__(self, runner: Any, prefix_lens: list[int], width: int, seed: int):
         generator = torch.Generator().manual_seed(seed)
@@ -103,7 +103,7 @@ class Requests:
         )
 
     def outcome(self) -> dict[str, torch.Tensor]:
-        """Of one forward: what it returns, and its own entries in the pools, which are as before after."""
+        """Results of one forward and its KV entries; the pools are restored afterwards."""
         before = [buffer.clone() for buffer in self.buffers()]
         output = self.runner.forward(self.batch()).logits_output
         found = {"logits": output.next_token_logits.clone(), "hidden": output.hidden_states.clone()}
@@ -123,8 +123,8 @@ def eagerly(requests: Requests) -> dict[str, torch.Tensor]:
 
 
 def check(runner: Any, backend: Any, width: int) -> None:
-    """Replays are what eager forwards are, for batches that were captured and for one that is filled up; a narrower
-    window is not replayed."""
+    """Replays equal eager forwards, for captured batch sizes and for a padded batch; a narrower window is not
+    replayed."""
     for seed, (prefix_lens, replayed) in enumerate([([5], 1), ([70], 1), ([3, 40], 3), ([64, 1, 90], 3)]):
         requests = Requests(runner, prefix_lens, width, seed)
         expected = eagerly(requests)
@@ -142,7 +142,7 @@ def check(runner: Any, backend: Any, width: int) -> None:
 
 
 def check_stale_inputs(runner: Any, width: int) -> None:
-    """The comparison would find a graph whose inputs are those of the batch before."""
+    """The comparison detects a graph that reads the previous batch's inputs."""
     Requests(runner, [5], width, seed=1).outcome()
     requests = Requests(runner, [20], width, seed=2)
     expected = eagerly(requests)
@@ -153,8 +153,8 @@ def check_stale_inputs(runner: Any, width: int) -> None:
 
 
 def check_second_width(runner: Any, width: int) -> None:
-    """A second runner on the same attention backend gives it other buffers, and the graphs of the first go on reading
-    their own, which nobody fills any more, or keeps."""
+    """A second runner on the same attention backend replaces its buffers. The first runner's graphs then read stale or
+    freed buffers."""
     from sglang.srt.model_executor.runner import decode_cuda_graph_runner as runners
 
     first = runner.decode_cuda_graph_runner

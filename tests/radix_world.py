@@ -1,6 +1,6 @@
-"""SGLang around a round, as small as it can be: KV slots, request table, radix tree, queue, and the ways out.
+"""A minimal model of SGLang around a round: KV slots, request table, radix tree, queue, and request ends.
 
-Every step does what SGLang 0.5.17 does, in its order, and what `worker.py` adds to it. Where to read it there:
+Every step follows SGLang 0.5.17, in its order, plus what `worker.py` adds. The corresponding code in SGLang:
 `mem_cache/radix_cache.py` (keys, insertion, what is freed), `mem_cache/common.py` (release),
 `managers/schedule_policy.py` (prefill batches), `managers/scheduler_components/batch_result_processor.py` (ends).
 """
@@ -18,7 +18,7 @@ from tests.fakes import VOCAB, FakeDrafter, FakeTarget, World, feature, next_tok
 from whiflash_sglang.core.round import DecodeRound, Router
 from whiflash_sglang.core.types import Prefill, Proposal, Rows, Verified
 
-MAX_LEN = 72  # positions of a request, its verify window included
+MAX_LEN = 72  # positions per request, including its verify window
 NUM_DRAFTS = {"df": 7, "e3": 4}
 
 
@@ -29,9 +29,9 @@ def feature_of(text: tuple[int, ...]) -> float:
 
 @dataclass(eq=False)
 class Node:
-    """One shared position. SGLang joins runs of them into one node, and splits it where texts part."""
+    """One shared position. SGLang merges runs of them into one node, and splits it where texts diverge."""
 
-    key: tuple[int, ...]  # the position's token and, with bigram keys, the one behind it
+    key: tuple[int, ...]  # the position's token and, with bigram keys, the next one
     slot: int
     parent: Node | None
     owner: int  # number of the request that brought the slot
@@ -42,12 +42,12 @@ class Node:
 
 class RadixTree:
     def __init__(self, key_size: int):
-        self.key_size = key_size  # 2: a position is shared only together with the token behind it
+        self.key_size = key_size  # 2: a position is shared only together with the next token
         self.root = Node((), -1, None, -1)
         self.clock = 0
 
     def keys(self, tokens: Sequence[int]) -> list[tuple[int, ...]]:
-        """Of `the cat sat`: (the, cat), (cat, sat); the last position has no key."""
+        """For `the cat sat`: (the, cat), (cat, sat); the last position has no key."""
         return list(zip(*(tokens[i:] for i in range(self.key_size)), strict=False))
 
     def match(self, tokens: Sequence[int]) -> list[Node]:
@@ -63,7 +63,7 @@ class RadixTree:
         return path
 
     def insert(self, tokens: Sequence[int], slots: Sequence[int], owner: int) -> tuple[list[Node], int]:
-        """The path of `tokens`, and how much of it was shared before: there the tree keeps the slots that it has."""
+        """The path of `tokens`, and the length that was already shared, for which the tree keeps its own slots."""
         path = self.match(tokens)
         known = len(path)
         node = path[-1] if path else self.root
@@ -87,7 +87,7 @@ class RadixTree:
             stack += [(child, text + child.key[:1]) for child in node.children.values()]
 
     def evict(self, count: int) -> list[int]:
-        """Drop the leaves that were not used for longest; the slots that this frees."""
+        """Evict the least recently used leaves. Returns the freed slots."""
         slots: list[int] = []
         while len(slots) < count:
             leaves = [node for node, _ in self.nodes() if not node.children and not node.locks]
@@ -122,7 +122,7 @@ class Request:
         return self.prompt + self.output
 
     def answer_length(self) -> int | None:
-        """Where the answer ends, if it does by now; asked in SGLang's order (`Req.update_finish_state`)."""
+        """Where the answer ends, if it has; checked in SGLang's order (`Req.update_finish_state`)."""
         if self.aborted:
             return len(self.output)
         if len(self.output) >= self.max_tokens:
@@ -131,7 +131,7 @@ class Request:
 
 
 def mood(features: torch.Tensor) -> torch.Tensor:
-    """How certain the target is after a text: now and then, so that routing by entropy changes its mind."""
+    """The target's certainty after a text, which varies so that entropy routing switches drafters."""
     return torch.where(features % 2 == 0, 2.0, 0.1)
 
 
@@ -142,7 +142,7 @@ class MoodyTarget(FakeTarget):
 
 
 class RadixWorld(World):
-    """The server. `texts` and `table`, which target and drafters look at, are those of the requests in the batch."""
+    """The server. `texts` and `table`, which target and drafters read, are those of the batch's requests."""
 
     def __init__(
         self,
@@ -167,8 +167,8 @@ class RadixWorld(World):
         self.requests: list[Request] = []
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.chunked: Request | None = None  # the one whose prompt has been prefilled in part
-        self.seen: Counter[str] = Counter()  # what has happened, so that a test can tell that it did
+        self.chunked: Request | None = None  # the request with a partially prefilled prompt
+        self.seen: Counter[str] = Counter()  # events that happened, for tests to check
 
     def submit(
         self, prompt: Sequence[int], max_tokens: int, stop: int | None = None, draftable: bool = True
@@ -180,7 +180,7 @@ class RadixWorld(World):
 
     @property
     def batch(self) -> list[Request]:
-        """The requests that have a row and KV slots."""
+        """The requests with a row and KV slots."""
         return [*self.running, *([self.chunked] if self.chunked else [])]
 
     # KV slots
@@ -189,7 +189,7 @@ class RadixWorld(World):
         return len(self.free) + sum(not node.locks for node, _ in self.tree.nodes())
 
     def allocate(self, request: Request, end: int) -> None:
-        """KV slots for the request's positions up to `end`."""
+        """Allocate KV slots for the request's positions up to `end`."""
         count = end - request.allocated
         if count <= 0:
             return
@@ -201,7 +201,7 @@ class RadixWorld(World):
         request.allocated = end
 
     def release_slots(self, slots: Sequence[int]) -> None:
-        """Free slots, and forget what drafters have there: who gets one must write it, the same text or not."""
+        """Free slots and clear the drafters' entries there, so that the next owner must write them."""
         assert not set(slots) & set(self.free) and len(set(slots)) == len(slots), "a slot is freed twice"
         self.free += slots
         for drafter in self.drafters.values():
@@ -214,9 +214,9 @@ class RadixWorld(World):
     # Prefill
 
     def prefill(self, max_requests: int, budget: int) -> None:
-        """One prefill batch of at most `budget` tokens; the rest of a prompt that does not fit is for the next one."""
+        """One prefill batch of at most `budget` tokens. A prompt that does not fit continues in the next batch."""
         self.stash()
-        batch: list[tuple[Request, int]] = []  # with the position that each begins at
+        batch: list[tuple[Request, int]] = []  # with the start position of each
         for request in ([self.chunked] if self.chunked else []) + self.waiting[:max_requests]:
             start = self.admit(request, budget) if budget else None
             if start is None:
@@ -232,7 +232,7 @@ class RadixWorld(World):
             self.compute_prompts(batch)
 
     def admit(self, request: Request, budget: int) -> int | None:
-        """Make room for a prompt, or for the next chunk of one. Returns where it begins; None: there is no room."""
+        """Make room for a prompt or its next chunk. Returns its start position, or None if there is no room."""
         begins = request is not self.chunked
         if begins and not self.free_rows:
             return None
@@ -261,7 +261,7 @@ class RadixWorld(World):
             if request is self.chunked:
                 continue
             request.output.append(next_token(request.text))
-            if request.answer_length() is not None:  # the worker is not asked: no more than the prompt is shared
+            if request.answer_length() is not None:  # the worker is not called: only the prompt is shared
                 self.end(request)
             else:
                 self.share_prompt(request)
@@ -269,7 +269,7 @@ class RadixWorld(World):
                 self.running.append(request)
 
     def prefill_positions(self, batch: Sequence[tuple[Request, int]]) -> Prefill:
-        """As `worker.prefill_positions`."""
+        """Like `worker.prefill_positions`."""
         positions = [(request, place) for request, start in batch for place in range(start, request.allocated)]
         texts = {request: [*request.text, next_token(request.text)] for request, _ in batch}
         features = [[feature_of(tuple(texts[request][: place + 1]))] for request, place in positions]
@@ -287,12 +287,12 @@ class RadixWorld(World):
         )
 
     def stash(self) -> None:
-        """Share what has been prefilled of a prompt: SGLang does so when it looks for the next batch."""
+        """Share the prefilled part of a prompt, as SGLang does when it builds the next batch."""
         if self.chunked is not None:
             self.share_prompt(self.chunked)
 
     def share_prompt(self, request: Request) -> None:
-        """SGLang's `cache_unfinished_req`: the request goes on with the tree's slots where the tree has some."""
+        """SGLang's `cache_unfinished_req`: the request switches to the tree's slots where the tree has them."""
         slots = self.table[request.row, : request.committed].tolist()
         path, known = self.tree.insert(request.text[: request.committed], slots, request.number)
         protected = len(request.path)
@@ -304,14 +304,14 @@ class RadixWorld(World):
         self.write_path(request)
 
     def write_path(self, request: Request) -> None:
-        """The request reads what it shares from the tree's slots."""
+        """Point the request's table to the tree's slots of its shared prefix."""
         slots = [node.slot for node in request.path]
         self.table[request.row, : len(slots)] = torch.tensor(slots, dtype=torch.int32)
 
     # Decode
 
     def run(self, requests: Sequence[Request]) -> None:
-        """One decode round of these requests, or of those of them for which the pool has room."""
+        """One decode round of these requests, as far as the pool has room."""
         self.stash()
         requests = list(requests)
         width = self.decode.max_width
@@ -336,10 +336,10 @@ class RadixWorld(World):
                 self.running.remove(request)
                 self.end(request)
 
-    # The ways out
+    # Request ends
 
     def prepare_release(self, request: Request) -> None:
-        """As `worker.prepare_for_kv_cache_release`."""
+        """Like `worker.prepare_for_kv_cache_release`."""
         length = len(request.prompt) + (request.answer_length() or 0)
         self.seen["accepted behind the end"] += request.committed > length
         request.committed = min(request.committed, length)
@@ -353,7 +353,7 @@ class RadixWorld(World):
         self.seen["aborted in the middle"] += request.aborted
 
     def abort(self, request: Request) -> None:
-        """A request in the batch ends with its next round, one whose prompt is on its way at once."""
+        """A request in the batch ends after its next round, one in prefill immediately."""
         request.aborted = True
         if request in self.running:
             return
@@ -366,7 +366,7 @@ class RadixWorld(World):
             self.waiting.remove(request)
 
     def retract(self, request: Request) -> None:
-        """Take a request out of the batch; it is prefilled anew, with what it has said so far."""
+        """Take a request out of the batch. It is prefilled again, including its output so far."""
         self.seen["retracted"] += 1
         if request is self.chunked:
             self.chunked = None
@@ -376,7 +376,7 @@ class RadixWorld(World):
         self.waiting.append(request)
 
     def release(self, request: Request, insert: bool) -> None:
-        """SGLang's `release_kv_cache`: share the committed positions or none, and free all others."""
+        """SGLang's `release_kv_cache`: share the committed positions if `insert`, and free all others."""
         slots = self.table[request.row, : request.allocated].tolist()
         protected = len(request.path)
         mine = slots[protected:]

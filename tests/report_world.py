@@ -1,7 +1,6 @@
-"""Results as replays of a WhiFlash server give them, without a server: bundled sessions, rounds drawn by dice.
+"""Synthetic results of replays, without a server: bundled sessions with random rounds.
 
-The text of each turn is cut into pieces as a tokenizer would; each policy drafts in its own way, and dice say how many
-of the drafts the target takes.
+The text of each turn is split into pieces like tokens. Each policy drafts in its own way; acceptance is random.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ def totals(turns: list[Turn]) -> Totals | None:
 
 
 def result(label: str, num_sessions: int = 12, traced: int = 16) -> Result:
-    """What `--json-out` would hold for this policy."""
+    """The content of `--json-out` for this policy."""
     sessions = list(load_traces([TRACES]).sessions[:num_sessions])
     route = POLICIES[label]
     made = turns(sessions, route, seed=7, traced=traced)

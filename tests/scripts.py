@@ -1,4 +1,4 @@
-"""The scripts of this repository as modules, to test what is in them."""
+"""Load this repository's scripts as modules, for tests."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def load_script(name: str) -> Any:
-    """`scripts/NAME.py`, not run."""
+    """`scripts/NAME.py` as a module, without running it."""
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where its records look for their annotations
+    sys.modules[name] = module  # dataclasses resolve annotations there
     spec.loader.exec_module(module)
     return module

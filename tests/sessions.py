@@ -1,4 +1,4 @@
-"""Recorded sessions as small as they can be."""
+"""Minimal recorded sessions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CALL = {"id": "call-1", "type": "function", "function": {"name": "find_order", "
 
 
 def session(name: str = "s", words: int = 3, **changes: Any) -> Session:
-    """Two turns, at messages 2 and 4; every user text and tool output has `words` words."""
+    """Two turns, at messages 2 and 4. User texts and tool outputs have `words` words each."""
     text = " ".join(["text"] * words)
     messages = [
         {"role": "system", "content": "You help."},

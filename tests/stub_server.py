@@ -1,13 +1,13 @@
-"""A server in a thread that speaks as much of SGLang's API as a replay needs, and fails where it is told to.
+"""A server in a thread with the part of SGLang's API that a replay needs, and configurable failures.
 
     with StubServer(fail={2: "drop"}) as stub:
         replay(sessions, stub.base_url)
     assert len(stub.requests) == 5
 
-A token is a word of a message's text. Each answer is "word-1 word-2 ..." in chunks of three, and each chunk counts as a
-round with two accepted drafts in the totals of `/server_info`, if there are any. `/whiflash/requests/ID` tells of each
-answer that its first word came from the prefill and the others in rounds of up to three words, df and e3 in turn. With
-`ignore_eos` an answer has `max_tokens` words.
+Tokens are words. Each answer is "word-1 word-2 ..." in chunks of three, and each chunk counts as a round with two
+accepted drafts in the totals of `/server_info`, if there are any. In `/whiflash/requests/ID`, the first word of an
+answer is from the prefill and the others from rounds of up to three words, alternating df and e3. With `ignore_eos` an
+answer has `max_tokens` words.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STALL_SECONDS = 30.0
 
 
 class StubServer:
-    """`requests` holds the body of each chat completion in order of arrival, `most_in_flight` how many overlapped."""
+    """`requests`: bodies of chat completions in order of arrival; `most_in_flight`: how many overlapped."""
 
     def __init__(
         self,
@@ -65,26 +65,26 @@ class StubServer:
         self.context = context
         self.deltas = deltas or _deltas(answer_words)
         self.answer_words = answer_words
-        self.fail = fail or {}  # number of the chat completion, from 0 -> how it fails
+        self.fail = fail or {}  # index of the chat completion -> how it fails
         self.algorithm = algorithm or ("WHIFLASH" if speculates else None)
         self.cache_report = cache_report
         self.counts_tokens = counts_tokens
         self.delay = delay  # seconds before each chunk
-        self.says = says  # instead of the figures of a request
-        self.forgets = forgets  # the figures of every request
+        self.says = says  # returned instead of a request's figures
+        self.forgets = forgets  # drop the figures of every request
         self.tokens_per_word = tokens_per_word  # of prompts
-        self.traced: dict[str, bool] = {}  # completion id -> whether its rounds are to be traced
+        self.traced: dict[str, bool] = {}  # completion id -> whether its rounds are traced
         self.asked_figures: list[str] = []
-        self.refuse: set[int] = set()  # connections, by number, that are closed unanswered; of completions only
+        self.refuse: set[int] = set()  # indices of completion connections that are closed without a reply
         self.connections = 0
-        self.gone_after: int | None = None  # completions after which the server is gone
+        self.gone_after: int | None = None  # number of completions after which the server disappears
         self.totals: Json | None = copy.deepcopy(NO_TOTALS) if speculates else None
         self.requests: list[Json] = []
         self.tokenized: list[Json] = []
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
         self.stopping = threading.Event()
-        self.gone = threading.Event()  # set it, and connections end without a reply from then on
+        self.gone = threading.Event()  # once set, connections are closed without a reply
 
     def __enter__(self) -> StubServer:
         stub = self
@@ -110,7 +110,7 @@ class StubServer:
         return {"version": "0.5.17", "speculative_algorithm": self.algorithm, "internal_states": [state]}
 
     def begin(self, body: Json) -> int:
-        """Note a chat completion; its number."""
+        """Record a chat completion; returns its index."""
         with self.lock:
             self.requests.append(body)
             self.in_flight += 1
@@ -122,13 +122,13 @@ class StubServer:
             return number
 
     def refuses(self) -> bool:
-        """Whether this completion's connection is closed unanswered."""
+        """Whether to close this completion's connection without a reply."""
         with self.lock:
             self.connections += 1
             return self.connections - 1 in self.refuse
 
     def request_figures(self, name: str) -> Json:
-        """What WhiFlash says of a request; the trace where it was asked for."""
+        """WhiFlash's figures of a request, with the trace if requested."""
         words = [f"word-{i} " for i in range(1, self.answer_words + 1)]
         rounds = []
         for number, start in enumerate(range(1, len(words), 3)):
@@ -160,7 +160,7 @@ class StubServer:
 
 
 def figures_of(rounds: list[Json], first: str | None) -> Json:
-    """The figures of a request whose rounds are these."""
+    """The figures of a request with these rounds."""
     by: dict[str, dict[str, int]] = {"rounds": {}, "accepted": {}, "drafted": {}}
     spans: dict[str, dict[str, int]] = {}
     for each in rounds:
@@ -230,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
         number = stub.begin(body)
         try:
             self.complete(body, stub.fail.get(number), f"answer-{number}")
-        except ConnectionError:  # the client has gone
+        except ConnectionError:  # the client has disconnected
             self.close_connection = True
         finally:
             stub.end()

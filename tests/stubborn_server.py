@@ -1,4 +1,4 @@
-"""A server to be stopped: it answers /health, and its child process ignores SIGTERM.
+"""A server for tests of stopping: it responds to /health, and its child process ignores SIGTERM.
 
 python -m tests.stubborn_server --host 127.0.0.1 --port 8000 --pid-file child.pid
 python -m tests.stubborn_server --host 127.0.0.1 --port 8000 --fail "no such model"
@@ -36,9 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--pid-file", type=Path, help="start a child that ignores SIGTERM and notes its pid here")
-    parser.add_argument("--fail", help="end at once with this text and status 3")
-    parser.add_argument("--silent", action="store_true", help="never answer")
+    parser.add_argument("--pid-file", type=Path, help="start a child that ignores SIGTERM and writes its pid here")
+    parser.add_argument("--fail", help="print this text and exit with status 3")
+    parser.add_argument("--silent", action="store_true", help="never respond")
     args = parser.parse_args()
     if args.fail is not None:
         print("x" * 5000)

@@ -4,8 +4,8 @@
     models = build(tmp_path, family="llama")        # or "qwen3_moe": another kind of target, the same drafters
     python tests/tiny_models.py DIR     # the same from a shell
 
-Weights are seeded and random, so the drafters are hardly ever right: good for tests of losslessness and plumbing,
-useless for tests of acceptance. Everything is built in memory; nothing is downloaded.
+Weights are random with a fixed seed, so drafts are almost never accepted: useful to test losslessness and plumbing, but
+not acceptance. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DFLASH_LAYER_IDS = (0, 2)
 DFLASH_BLOCK_SIZE = 8
 NUM_EXPERTS = 4
 
-# What `config.json` says of each kind of target beside the sizes.
+# Fields of `config.json` for each kind of target, except sizes.
 FAMILIES: dict[str, dict] = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False},
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False, "pretraining_tp": 1},
@@ -62,13 +62,13 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
 
-# One pattern per kind of piece, as byte-level BPE tokenizers use: words with their leading space, numbers, the rest.
+# One pattern per kind of piece, as in byte-level BPE tokenizers: words with their leading space, numbers, the rest.
 SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 
 
 @dataclass(frozen=True)
 class TinyModels:
-    """The folders of one target and of the two drafters made for it."""
+    """Folders of a target and its two drafters."""
 
     target: Path
     eagle3: Path
@@ -88,7 +88,7 @@ class TinyShape:
 
 
 def build(directory: Path, seed: int = 0, shape: TinyShape | None = None, family: str = "qwen3") -> TinyModels:
-    """Write the three checkpoints below `directory` and return where they are. `family` is the target's."""
+    """Write the three checkpoints to subfolders of `directory`. `family` is the target's."""
     shape = shape or TinyShape()
     generator = torch.Generator().manual_seed(seed)
     paths = TinyModels(directory / "target", directory / "eagle3", directory / "dflash")
@@ -104,7 +104,7 @@ def build(directory: Path, seed: int = 0, shape: TinyShape | None = None, family
 
 
 def corpus() -> Iterator[str]:
-    """Sentences and JSON records enough to learn a few hundred merges from; the same ones every time."""
+    """Fixed sentences and JSON records, enough to learn a few hundred merges."""
     people, things = ("Ada", "Bruno", "Chen", "Dora"), ("order", "parcel", "refund", "invoice", "customer")
     verbs = ("check", "update", "cancel", "look up", "calculate", "confirm")
     for index in range(400):
@@ -228,7 +228,7 @@ def target_tensors(shape: TinyShape, generator: torch.Generator, family: str) ->
 def experts(
     shape: TinyShape, generator: torch.Generator, tensors: dict[str, torch.Tensor], prefix: str
 ) -> dict[str, torch.Tensor]:
-    """Experts of one layer and the gate that chooses among them, in the place of the MLP that `tensors` has there."""
+    """Replace a layer's MLP in `tensors` with experts and their gate."""
     for name in [name for name in tensors if name.startswith(f"{prefix}.")]:
         del tensors[name]
     found = {f"{prefix}.gate.weight": matrix(generator, NUM_EXPERTS, shape.hidden_size)}
@@ -239,9 +239,9 @@ def experts(
 
 
 def eagle3_tensors(shape: TinyShape, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """One layer whose attention reads the normed embedding beside the normed feature, and a head of its own."""
+    """One layer whose attention reads the normed embedding and the normed feature, and its own head."""
     hidden = shape.hidden_size
-    # Every second target id is in the draft vocabulary: draft id d stands for target id 2 * d.
+    # Every second target id is in the draft vocabulary: draft id d is target id 2 * d.
     kept = torch.arange(VOCAB_SIZE) % 2 == 0
     return {
         "fc.weight": matrix(generator, hidden, len(EAGLE3_LAYER_IDS) * hidden),
@@ -269,7 +269,7 @@ def dflash_tensors(shape: TinyShape, generator: torch.Generator) -> dict[str, to
 def layer_tensors(
     shape: TinyShape, generator: torch.Generator, prefix: str, *, qk_norm: bool, input_width: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """One decoder layer; `input_width` is that of q, k and v where it is not the hidden size."""
+    """One decoder layer. `input_width`: input size of q, k and v, if it is not the hidden size."""
     hidden, width = shape.hidden_size, input_width or shape.hidden_size
     query_size, kv_size = shape.num_heads * HEAD_DIM, shape.num_kv_heads * HEAD_DIM
     tensors = {
@@ -295,7 +295,7 @@ def mlp_tensors(shape: TinyShape, generator: torch.Generator) -> dict[str, torch
 
 
 def matrix(generator: torch.Generator, rows: int, columns: int, scale: float | None = None) -> torch.Tensor:
-    """Random [rows, columns] that keeps the size of what it multiplies, so that logits differ clearly."""
+    """A random matrix [rows, columns] that preserves the scale of its input, so that logits differ clearly."""
     return torch.randn(rows, columns, generator=generator) * (scale or columns**-0.5)
 
 

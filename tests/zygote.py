@@ -1,19 +1,18 @@
-"""Servers of tests without the import of SGLang, which takes as long as all else that a small server does at its start.
+"""Start test servers by forking a process that has already imported SGLang, which is half of a small server's startup.
 
-One process for the whole run imports SGLang when the first server is asked for, and forks a child for each: the child
-takes the server's arguments, environment and log, and runs its module as `python -m` does. This replaces
-`whiflash_workloads.server.spawn`, only in tests and for the modules that are named here. Servers in Triton's
-interpreter have a process of their own to come from.
+One process per run imports SGLang for the first server, then forks a child per server. The child takes the server's
+arguments, environment and log, and runs its module like `python -m`. This replaces `whiflash_workloads.server.spawn`,
+only in tests and for the modules listed here. Servers in Triton's interpreter have a separate zygote.
 
-A fork has one thread, its parent's memory, and what it inherits: the process here starts no thread and opens nothing
-but its socket; `OMP_NUM_THREADS=1` leaves torch without workers. SGLang reads many variables while it is imported: a
-server that is given others than those that are read later is started by `python -m`.
+To be safe to fork, the zygote starts no threads and opens nothing but its socket; `OMP_NUM_THREADS=1` keeps torch from
+creating workers. SGLang reads many variables during import. A server whose environment differs in any variable not
+known to be read later is started with `python -m`.
 
     pytest  --one message: module, arguments, environment, the log's descriptor-->  zygote
                                                      zygote --fork--> supervisor --fork--> server, in its own session
     pytest  <--its pid; in the end its exit status--  supervisor
 
-The server is told to end when the supervisor is gone, and so when the run is.
+The server is terminated when the supervisor, and so the run, ends.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from typing import Any, BinaryIO
 
 from whiflash_workloads import server
 
-FOLDER = "WHIFLASH_TEST_ZYGOTES"  # an environment variable: of the sockets that they listen at
-KINDS = {"plain": {}, "interpreted": {"TRITON_INTERPRET": "1"}}  # and what each had in its environment while importing
+FOLDER = "WHIFLASH_TEST_ZYGOTES"  # environment variable with the folder of the zygotes' sockets
+KINDS = {"plain": {}, "interpreted": {"TRITON_INTERPRET": "1"}}  # with their environment during import
 MODULES = (
     "whiflash_sglang.launch_server",
     "sglang.launch_server",
@@ -48,7 +47,7 @@ MODULES = (
     "tests.pretend_target",
 )
 IMPORTED = ("sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler", "sglang.srt.models.registry")
-# Variables by which servers and tests are told something while they run. Those of pytest nobody reads.
+# Variables that are read at run time, not during import. pytest's own are not read at all.
 READ_LATE = ("WHIFLASH_", "PRETENDED_", "PYTEST_")
 MAX_MESSAGE = 2**16
 PR_SET_PDEATHSIG = 1
@@ -58,7 +57,7 @@ python_m = server.spawn
 
 @contextmanager
 def zygotes() -> Iterator[None]:
-    """Processes that have imported nothing yet; each ends with the pipe to its standard input."""
+    """Start the zygotes, which import lazily. Each ends when its standard input is closed."""
     with tempfile.TemporaryDirectory(prefix="zygotes-") as folder, ExitStack() as stack:
         os.environ[FOLDER] = folder
         for kind, environment in KINDS.items():
@@ -74,7 +73,7 @@ def zygotes() -> Iterator[None]:
             )
             stack.callback(process.communicate)
             assert process.stdout is not None
-            process.stdout.readline()  # it listens
+            process.stdout.readline()  # printed once it listens
         yield
 
 
@@ -82,7 +81,7 @@ def zygotes() -> Iterator[None]:
 
 
 class Forked:
-    """A server that is the child of another process, as far as `subprocess.Popen` is used for servers."""
+    """A server forked by a zygote, with the part of `subprocess.Popen`'s interface that servers use."""
 
     def __init__(self, kind: str, module: str, arguments: Sequence[str], output: BinaryIO, late: Mapping[str, str]):
         self.returncode: int | None = None
@@ -116,7 +115,7 @@ class Forked:
 
 
 def spawn(command: Sequence[str], output: BinaryIO, environment: Mapping[str, str]) -> Any:
-    """In the place of `whiflash_workloads.server.spawn`."""
+    """Replaces `whiflash_workloads.server.spawn`."""
     python, _, module, *arguments = command
     early = {name: value for name, value in environment.items() if not name.startswith(READ_LATE)}
     kind = next((kind for kind, own in KINDS.items() if own == early), None)
@@ -131,7 +130,7 @@ def spawn(command: Sequence[str], output: BinaryIO, environment: Mapping[str, st
 
 def serve_forks(path: str) -> dict[str, Any]:
     """Fork a child for each request until standard input ends. Returns in the child, with the request."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors are not waited for
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reap supervisors automatically
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(path)
         listener.listen(64)
@@ -155,11 +154,11 @@ def prepare() -> None:
 
     if others := other_threads():
         raise SystemExit(f"a fork would lack the threads of this process: {others}")
-    gc.freeze()  # collections in the children do not write to what they share
+    gc.freeze()  # keep the children's garbage collector from writing to shared memory
 
 
 def supervise(connection: socket.socket, output: int) -> None:
-    """Fork the server, say its pid, and its exit status when it has ended. Returns in the server."""
+    """Fork the server, send its pid, and later its exit status. Returns in the server process."""
     end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     server_pid = os.fork()
@@ -171,7 +170,7 @@ def supervise(connection: socket.socket, output: int) -> None:
         for number in (1, 2):
             os.dup2(output, number)
         os.close(output)
-        connection.send(str(os.getpid()).encode())  # now that its group is there to be ended
+        connection.send(str(os.getpid()).encode())  # its process group now exists and can be killed
         connection.close()
         return
     _, status = os.waitpid(server_pid, 0)
@@ -184,7 +183,7 @@ def end_with_parent(number: int) -> None:
 
 
 def run(module: str, arguments: Sequence[str], environment: Mapping[str, str], cwd: str) -> None:
-    """What `python -m module arguments...` does."""
+    """Run a module like `python -m module arguments...`."""
     os.chdir(cwd)
     for name in [name for name in os.environ if name.startswith(READ_LATE)]:
         del os.environ[name]

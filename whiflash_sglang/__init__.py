@@ -1,1 +1,1 @@
-"""WhiFlash for SGLang: a decode round routed between two drafters, per request."""
+"""WhiFlash for SGLang: speculative decoding that routes each request between two drafters in every round."""

@@ -1,14 +1,13 @@
-"""Find what the routers should decide by, for these models on this machine.
+"""Calibrate the routers for given models on this machine.
 
     python -m whiflash_sglang.calibrate --demo --data DIR --out FILE [--neural-router PATH] [-- SERVER FLAGS]
     python -m whiflash_sglang.calibrate --demo --traces TRACE... --out FILE
 
-From 32 to 64 sessions (`--traces`, or `--data` that `training.collect_router_data` collected): what EAGLE-3 accepts
-more than DFlash at which entropy; and with the costs of a round, which a server measures when it starts, the entropy
-threshold and the neural router's threshold with the most tokens per millisecond. The server is started with the given
-models and the flags behind `--`, asked for its costs, and stopped. `--whiflash-calibration` takes the file. With
-`--priors FILE` it also learns what to add to both routers' scores by context kind, span and tool, for
-`--whiflash-priors`. The last line is JSON.
+Needs 32 to 64 sessions (`--traces`, or `--data` from `training.collect_router_data`). Measures how many more tokens
+EAGLE-3 accepts than DFlash, by entropy. Starts a server with the given models and the flags after `--`, reads the round
+costs that it measures at startup, and stops it. Then picks the thresholds of the entropy and neural routers with the
+most tokens per millisecond. The output file is for `--whiflash-calibration`. `--priors FILE` also learns corrections to
+both routers' scores by context kind, span and tool, for `--whiflash-priors`. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -44,16 +43,16 @@ from whiflash_workloads.tokens import totals
 
 MIN_SESSIONS = 32
 EDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6, 1.0)  # nats
-MIN_POSITIONS = 50  # between two edges, for their gain to be more than chance
+MIN_POSITIONS = 50  # per bin, for a reliable mean
 ENTROPIES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
 GAINS = tuple(round(0.25 * step - 2, 2) for step in range(21))  # tokens
 LAUNCHER = "whiflash_sglang.launch_server"
 
 
 def gains_by_entropy(records: Sequence[Record]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Edges (nats), and what e3 accepts more than df between them, in tokens: one more than edges.
+    """Bin edges in nats, and the mean gain of e3 over df in tokens per bin (one more than edges).
 
-    At the positions where rounds of either drafter begin: where drafts are long, few do.
+    Uses only positions where rounds of either drafter begin.
     """
     starts = round_starts(records)
     entropy = gather(records, "entropy")[starts]
@@ -68,12 +67,12 @@ def gains_by_entropy(records: Sequence[Record]) -> tuple[tuple[float, ...], tupl
 
 
 def round_costs(records: Sequence[Record], table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
-    """`costs_at` the mean context of `records`."""
+    """`costs_at` for the mean context of `records`."""
     return costs_at(table, float(np.mean([record.start + len(record.positions.entropy) / 2 for record in records])))
 
 
 def costs_at(table: Mapping[str, Mapping[str, Mapping[str, float]]], context: float) -> dict[str, float]:
-    """Milliseconds of a round of one row by drafter, at a context; `table`: a server's `round_ms`."""
+    """Milliseconds per one-row round by drafter, interpolated at `context` tokens. `table`: a server's `round_ms`."""
     result = {}
     for name, by_rows in table.items():
         by_context = {int(place): ms for place, ms in by_rows["1"].items()}
@@ -84,7 +83,7 @@ def costs_at(table: Mapping[str, Mapping[str, Mapping[str, float]]], context: fl
 def measured_costs(
     paths: ModelPaths, calibration: Calibration, demo: bool, flags: Sequence[str]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """What a server of these models measures when it starts."""
+    """Start a server with these models and return its measured `round_ms`. Raises ServerError."""
     folder = Path(tempfile.mkdtemp(prefix="whiflash-calibrate-"))
     provisional = folder / "calibration.json"
     save_calibration(provisional, calibration, paths.identity())
@@ -102,9 +101,9 @@ def measured_costs(
 
 
 def load_data(args: argparse.Namespace, paths: ModelPaths) -> RouterData:
-    """The given data, or what the given traces yield."""
+    """Load the given data, or collect it from the given traces. Raises WhiFlashError."""
     if args.sessions < MIN_SESSIONS:
-        problem = f"at least {MIN_SESSIONS} are needed to calibrate"
+        problem = f"calibration needs at least {MIN_SESSIONS}"
         raise ConfigError("--sessions", args.sessions, problem, "give e.g. 64")
     if (args.data is None) == (args.traces is None):
         raise ConfigError("--data", args.data, "give either --data or --traces", "drop or add one of them")
@@ -116,14 +115,17 @@ def load_data(args: argparse.Namespace, paths: ModelPaths) -> RouterData:
         collect_router_data.main([*models, *traces, "--out", str(folder), "--device", str(args.device)])
     data = load_router_data(folder)
     paths.identity().check("--data", folder, data.manifest["models"])
-    kept = set(data.sessions[-args.sessions :])  # the last ones: a router may have been trained on the first
+    kept = set(
+        data.sessions[-args.sessions :]
+    )  # the last sessions, as a router may have been trained on the first ones
     if len(kept) < MIN_SESSIONS:
-        problem = f"{len(kept)} sessions, and at least {MIN_SESSIONS} are needed to calibrate"
+        problem = f"{len(kept)} sessions, but calibration needs at least {MIN_SESSIONS}"
         raise ConfigError("--traces" if args.data is None else "--data", None, problem, "give more sessions")
     return RouterData(data.manifest, [record for record in data.records if record.session in kept])
 
 
 def calibrate(args: argparse.Namespace) -> dict[str, Any]:
+    """Calibrate and write the files; returns the figures. Raises WhiFlashError, TraceError or ServerError."""
     paths = paths_of(args)
     router = None
     if args.neural_router is not None:
@@ -142,8 +144,8 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
         gain_of["neural"] = router.e3_network(torch.from_numpy(gather(records, "hidden")).float()).numpy()
         neural_threshold, by_gain = best_threshold(records, gain_of["neural"], GAINS, ms)
     calibration = Calibration(lengths, entropy_threshold, edges, gains, neural_threshold)
-    nobody, everybody = np.zeros(len(entropy), dtype=bool), np.ones(len(entropy), dtype=bool)
-    choices = {"fixed:df": nobody, "fixed:e3": everybody}
+    never, always = np.zeros(len(entropy), dtype=bool), np.ones(len(entropy), dtype=bool)
+    choices = {"fixed:df": never, "fixed:e3": always}
     choices |= {f"{name}, tokens_per_ms": by_worth(records, gain, ms) for name, gain in gain_of.items()}
     choices["oracle"] = oracle(records, ms)
     found = {name: round(walk(records, choice, ms).tokens_per_ms, 4) for name, choice in choices.items()}
@@ -169,7 +171,8 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: Mapping[str, Any]) -> None:
-    view = Table(title=f"On paper, {result['sessions']} sessions")
+    """Print the simulated tokens per millisecond of all policies to stderr."""
+    view = Table(title=f"Simulated, {result['sessions']} sessions")
     view.add_column("policy")
     view.add_column("tokens/ms", justify="right")
     for name, value in sorted(result["tokens_per_ms"].items(), key=lambda item: item[1]):
@@ -185,12 +188,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_arguments(parser)
     parser.add_argument("--traces", nargs="+", type=Path, metavar="TRACE")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="what collect_router_data wrote")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="output of collect_router_data")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--priors", type=Path, metavar="FILE", help="learn priors too, into this file")
-    parser.add_argument("--neural-router", metavar="PATH", help="calibrate this neural router too")
-    parser.add_argument("--positive-drafter", choices=("e3", "df"), help="of a bare router file")
-    parser.add_argument("--sessions", type=int, default=64, help="to calibrate on, at most (default: %(default)s)")
+    parser.add_argument("--priors", type=Path, metavar="FILE", help="also learn priors and write them to this file")
+    parser.add_argument("--neural-router", metavar="PATH", help="also calibrate this neural router")
+    parser.add_argument("--positive-drafter", choices=("e3", "df"), help="for a bare router file")
+    parser.add_argument("--sessions", type=int, default=64, help="use at most this many (default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     own, server_flags = server.split_flags(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(own)

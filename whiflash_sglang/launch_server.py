@@ -1,13 +1,12 @@
-"""Serve a model with WHIFLASH: our flags first, then every flag of SGLang's own server, unchanged.
+"""Serve a model with WHIFLASH. Takes our flags and all flags of SGLang's server.
 
     python -m whiflash_sglang.launch_server --model-path Qwen/Qwen3-8B \\
         --speculative-draft-model-path DFLASH --whiflash-eagle-draft EAGLE3 [SGLang's flags]
     python -m whiflash_sglang.launch_server --demo --port 30000
 
-Flags, ports and checkpoints are judged before SGLang is imported, which takes many seconds, and whatever is refused
-ends the process with one line and exit status 2. `--whiflash-router off` starts SGLang without speculation: the
-baseline that everything is compared with. The scheduler is a spawned process; our configuration reaches it through the
-environment, and importing this module must stay free of side effects.
+Flags, ports and checkpoints are checked before SGLang is imported, which takes many seconds. Errors are one line, with
+exit status 2. `--whiflash-router off` starts SGLang without speculation, as a baseline. The scheduler is a spawned
+process and gets our config from the environment, so importing this module must have no side effects.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ from whiflash_sglang.startup.refusals import CPU_REFUSALS, CUDA_REFUSALS, FLAG_W
 ALGORITHM = "WHIFLASH"
 PROGRAM = "python -m whiflash_sglang.launch_server"
 DEMO_MODELS = Path(__file__).parent / "demo_models"
-DEMO_REQUEST = DEMO_MODELS / "request.json"  # what the bundled models know how to answer
-# Come before the operator's own flags, and so give way to them: argparse takes the last value of a flag.
+DEMO_REQUEST = DEMO_MODELS / "request.json"  # a request that the bundled models can answer
+# Placed before the operator's flags, which override them: argparse takes a flag's last value.
 DEMO_DEFAULTS = (
     "--served-model-name=whiflash-demo",
     "--host=127.0.0.1",
@@ -71,24 +70,25 @@ DEMO_DEFAULTS = (
     "--sleep-on-idle",
 )
 
-# Comes before the operator's own, as the demo's defaults do. SGLang's arguments alone are 14 KB of its log.
+# Overridable like DEMO_DEFAULTS. At level `info` SGLang logs its arguments alone with 14 KB.
 QUIET = "--log-level=warning"
 
-SPINS = "10000"  # some 50 microseconds
+SPINS = "10000"  # about 50 microseconds
 
-# What SGLang's imports say on a CPU, each in every process: there are no such kernels.
+# Printed by SGLang's imports on a CPU, in every process.
 WARNINGS_OF_IMPORTS = ("Triton is not supported on current platform", "Only CUDA")
 
 FLAG_ALGORITHM = "--speculative-algorithm"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Check the command line, then serve until the server ends. Raises SystemExit(2) for invalid flags or models."""
     argv = list(sys.argv[1:] if argv is None else argv)
     wait_without_spinning(os.environ)
     try:
         if importlib.util.find_spec("sglang") is None:
-            mend = "run `pip install 'whiflash-sglang[server]'` or `make`"
-            raise ConfigError("SGLang", None, "is not installed", mend)
+            fix = "run `pip install 'whiflash-sglang[server]'` or `make`"
+            raise ConfigError("SGLang", None, "is not installed", fix)
         if "-h" in argv or "--help" in argv:
             print_help()
             return
@@ -105,21 +105,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise refused(error) from error
     os.environ.pop(ENVIRONMENT_VARIABLE, None)
     if config.router == "off":
-        # Nothing of ours is registered in a process that finds no configuration.
-        print(f"{FLAG_ROUTER} off: SGLang without speculation; its speculative flags are left out", flush=True)
+        # Without a config in the environment, the plugin registers nothing.
+        print(f"{FLAG_ROUTER} off: SGLang without speculation, speculative flags are dropped", flush=True)
     else:
         config.to_environ(os.environ)
     serve(sglang_argv)
 
 
 def refused(error: Exception) -> SystemExit:
-    """Say on one line what was refused; the end of the process, to be raised."""
+    """Print the error as one line and return the SystemExit to raise."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return SystemExit(2)
 
 
 def look_over(argv: Sequence[str]) -> None:
-    """Refuse what the command line alone shows: flags, numbers and ports. Imports neither SGLang nor torch."""
+    """Check flags, numbers and ports from the raw command line, without importing SGLang or torch. Raises
+    ConfigError."""
     flags, rest = build_parser().parse_known_args(list(argv))
     given = command_line.read(rest)
     if flags.whiflash_router != "off":
@@ -131,25 +132,25 @@ def look_over(argv: Sequence[str]) -> None:
 
 
 def wait_without_spinning(environment: MutableMapping[str, str]) -> None:
-    """Let OpenMP's threads sleep soon after they have begun to wait for each other; read when torch is imported.
+    """Limit OpenMP's spinning at barriers. Must run before torch is imported; respects the operator's OMP_WAIT_POLICY.
 
-    By default they spin for a millisecond and more at every barrier. With another busy process on the machine the
-    thread that they wait for is not running then, and the server gets a fifteenth of its speed. To sleep at once would
-    cost a server alone a third, as barriers are microseconds apart. An operator's own setting wins.
+    By default threads spin for over a millisecond at every barrier. If another process is busy, they spin while the
+    thread they wait for is not scheduled, and the server slows down 15x. Not spinning at all costs an undisturbed
+    server a third, as barriers are microseconds apart.
     """
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def silence_imports() -> None:
-    """No warnings, from this process and those that it spawns, of kernels that only accelerators have."""
+    """Suppress warnings about missing accelerator kernels, in this process and its children."""
     for message in WARNINGS_OF_IMPORTS:
         warnings.filterwarnings("ignore", message, UserWarning)
     os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore:{text}:UserWarning" for text in WARNINGS_OF_IMPORTS))
 
 
 def with_config_file(argv: Sequence[str]) -> list[str]:
-    """`--config FILE` put out as the flags that the file stands for, ours among them; flags on the command line win."""
+    """Expand `--config FILE` into flags, including ours; flags on the command line win. Raises ConfigError."""
     if "--config" not in argv:
         return list(argv)
     from sglang.srt.server_args import ServerArgs
@@ -166,9 +167,9 @@ def with_config_file(argv: Sequence[str]) -> list[str]:
 
 
 def refuse_unsupported(argv: Sequence[str]) -> None:
-    """Refuse flags of SGLang's that WHIFLASH, or the CPU platform, does not support; see `refusals`, `bounds`.
+    """Raise ConfigError for SGLang flags that WHIFLASH or the CPU platform does not support; see `refusals`, `bounds`.
 
-    The exact pass after `look_over`: SGLang's parser reads abbreviations, and whether there is a GPU is known.
+    The exact check after `look_over`: uses SGLang's parser, which resolves abbreviations, and knows if there is a GPU.
     """
     from whiflash_sglang.cpu import activate
 
@@ -185,9 +186,9 @@ def refuse_unsupported(argv: Sequence[str]) -> None:
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, Given]:
-    """Every flag of SGLang's with its value on the command line, as SGLang's own parser reads it."""
+    """Every SGLang flag with its value and default, as parsed by SGLang's own parser."""
     parser = sglang_parser()
-    # The target's path, which SGLang's parser insists on, is among our own flags.
+    # SGLang's parser requires the target's path, which our parser has already consumed.
     values, _ = parser.parse_known_args([*argv, *_pass_on(FLAG_TARGET, "")])
     return {
         flag: Given(getattr(values, action.dest), action.default)
@@ -199,7 +200,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, Given]:
 
 @functools.cache
 def sglang_parser() -> argparse.ArgumentParser:
-    """SGLang's own flags; the parser takes a third of a second to make."""
+    """SGLang's argument parser; cached, as building it takes a third of a second."""
     from sglang.srt.server_args import ServerArgs
 
     parser = argparse.ArgumentParser(prog=PROGRAM, usage=argparse.SUPPRESS)
@@ -208,7 +209,7 @@ def sglang_parser() -> argparse.ArgumentParser:
 
 
 def build_argv(argv: Sequence[str]) -> tuple[WhiFlashConfig, list[str]]:
-    """Our configuration and SGLang's command line. Reads checkpoints, and fetches them if they are hub ids."""
+    """Build our config and SGLang's command line. Checks checkpoints and downloads hub ids. Raises WhiFlashError."""
     flags, rest = build_parser().parse_known_args(list(argv))
     _refuse_what_sglang_would_misread(flags, rest)
     if flags.demo:
@@ -229,7 +230,7 @@ def build_argv(argv: Sequence[str]) -> tuple[WhiFlashConfig, list[str]]:
             *_without_speculation(rest),
         ]
 
-    # Code is fetched only where the operator lets it run.
+    # Download code only if the operator allows running it.
     patterns = (*hub.WHOLE_TARGET, "*.py") if "--trust-remote-code" in rest else hub.WHOLE_TARGET
     target_path = hub.resolve(
         FLAG_TARGET, flags.model_path, revision=flags.revision, cache_dir=flags.download_dir, patterns=patterns
@@ -243,14 +244,14 @@ def build_argv(argv: Sequence[str]) -> tuple[WhiFlashConfig, list[str]]:
         *_pass_on(FLAG_ALGORITHM, ALGORITHM),
         *_pass_on(FLAG_DFLASH, next(iter(config.draft_paths.values()))),
         *_pass_on(FLAG_WIDTH, str(width)),
-        # SGLang would quantize the drafters as --quantization says for the target.
+        # Otherwise SGLang applies the target's --quantization to the drafters.
         *_pass_on("--speculative-draft-model-quantization", "unquant"),
     ]
     return config, [*defaults, *_pass_on(FLAG_TARGET, target_path), *_shared(flags), *rest, *speculation]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Our flags, and those of SGLang's that decide about ours."""
+    """A parser for our flags and the SGLang flags that they depend on."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         usage="%(prog)s --model-path TARGET [WhiFlash's flags] [SGLang's flags]",
@@ -260,7 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_arguments(parser).add_argument(
         "--demo",
         action="store_true",
-        help="serve the bundled models with defaults for a CPU; every flag given beside it wins",
+        help="serve the bundled models with defaults for a CPU; other flags override these",
     )
     hidden = argparse.SUPPRESS
     parser.add_argument(FLAG_TARGET, "--model", default=None, help=hidden)
@@ -273,14 +274,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def print_help() -> None:
-    """Our flags, then the whole of SGLang's own help."""
+    """Print our flags, then SGLang's help."""
     print(build_parser().format_help())
     print("---- SGLang's flags " + "-" * 60)
     sglang_parser().print_help()
 
 
 def serve(sglang_argv: Sequence[str]) -> None:
-    """Run SGLang's server in this process until it ends, then end what it started."""
+    """Run SGLang's server in this process until it ends, then kill its child processes."""
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -291,20 +292,20 @@ def serve(sglang_argv: Sequence[str]) -> None:
     load_plugins()
     try:
         server_args = prepare_server_args([QUIET, *sglang_argv])
-        copy.deepcopy(server_args).check_server_args()  # run_server does so too, and settles things in it
+        copy.deepcopy(server_args).check_server_args()  # on a copy: it has side effects, and run_server calls it too
         if is_ours:
             from whiflash_sglang.bridge.http_hooks import install_http
             from whiflash_sglang.bridge.memory_checks import check_accelerator
 
             check_accelerator(server_args)
-    # Flags that do not go together, by SGLang or by us (host.py, cpu/platform.py).
+    # Conflicting flags, found by SGLang or by us (bridge/, cpu/platform.py).
     except (ValueError, TypeError, AssertionError, NotImplementedError, OSError, WhiFlashError) as error:
         raise refused(error) from error
     if is_ours:
         install_http(server_args)
-    progress.say(f"loading the target {server_args.model_path}, in a process of its own")
-    # Ready: said from SGLang's own thread for its warm-up. One of ours would be there before the processes are started,
-    # and on a CPU they could not be forked.
+    progress.say(f"loading the target {server_args.model_path} in a separate process")
+    # The ready message comes from SGLang's warm-up thread. A thread of ours would exist before the processes are
+    # started and prevent forking them on a CPU.
     HookRegistry.register(
         "sglang.srt.entrypoints.http_server._wait_and_warmup",
         functools.partial(_say_when_ready, curl(server_args)),
@@ -322,7 +323,7 @@ def _say_when_ready(request: str, result: None, server_args: Any, *args: Any, **
 
 
 def curl(server_args: Any) -> str:
-    """A command that asks this server something, to be pasted into a shell."""
+    """A shell command that sends an example request to this server."""
     if server_args.model_path == str(DEMO_MODELS / "target"):
         body = f"@{DEMO_REQUEST}"
     else:
@@ -336,12 +337,12 @@ def curl(server_args: Any) -> str:
 def _refuse_what_sglang_would_misread(flags: argparse.Namespace, rest: Sequence[str]) -> None:
     algorithm = flags.speculative_algorithm
     if algorithm is not None and algorithm.upper() != ALGORITHM:
-        mend = "drop the flag, or use `python -m sglang.launch_server`"
-        raise ConfigError(FLAG_ALGORITHM, algorithm, f"this launcher serves {ALGORITHM} only", mend)
+        fix = "drop the flag, or use `python -m sglang.launch_server`"
+        raise ConfigError(FLAG_ALGORITHM, algorithm, f"this launcher serves {ALGORITHM} only", fix)
     own = [flag for action in build_parser()._actions for flag in action.option_strings]
     for token in rest:
         name = token.partition("=")[0]
-        # SGLang's parser accepts abbreviations, which would slip past the checks here.
+        # SGLang's parser accepts abbreviations, which would bypass the checks here.
         if name.startswith(("--spec", "--whiflash")) and (full := [flag for flag in own if flag.startswith(name)]):
             raise ConfigError(name, None, "abbreviated flag", f"write out {' or '.join(full)}")
         if name.startswith("--whiflash"):
@@ -349,10 +350,10 @@ def _refuse_what_sglang_would_misread(flags: argparse.Namespace, rest: Sequence[
 
 
 def _fill_demo_defaults(flags: argparse.Namespace) -> None:
-    """Put the bundled models, and what suits them, where the operator named none."""
+    """Fill in the bundled models, and their router files, for flags that were not given."""
     if not (DEMO_MODELS / "target" / "config.json").is_file():
-        mend = "rebuild them with `python scripts/train_demo_models.py`, or give your own models without --demo"
-        raise ConfigError("--demo", None, f"the bundled models are not in {DEMO_MODELS}", mend)
+        fix = "rebuild them with `python scripts/train_demo_models.py`, or give your own models without --demo"
+        raise ConfigError("--demo", None, f"the bundled models are not in {DEMO_MODELS}", fix)
     flags.model_path = flags.model_path or str(DEMO_MODELS / "target")
     if flags.speculative_draft_model_path is None and flags.whiflash_drafters != "e3":
         flags.speculative_draft_model_path = str(DEMO_MODELS / "dflash")
@@ -362,19 +363,19 @@ def _fill_demo_defaults(flags: argparse.Namespace) -> None:
 
 
 def _fill_demo_router(flags: argparse.Namespace) -> None:
-    """What was learned about the bundled models, where they are the ones that are served."""
+    """Fill in router, calibration and priors of the bundled models, if exactly these are served."""
     served = (flags.model_path, flags.speculative_draft_model_path, flags.whiflash_eagle_draft)
     if served != tuple(str(DEMO_MODELS / name) for name in ("target", "dflash", "eagle3")):
         return
     if flags.whiflash_eagle_steps is not None:
-        return  # learned with the default
+        return  # the bundled files were made with the default
     router = flags.whiflash_router or WhiFlashConfig.router
     if router == "neural" and flags.whiflash_neural_router_path is None:
         flags.whiflash_neural_router_path = str(DEMO_MODELS / "router")
     own_router = flags.whiflash_neural_router_path in (None, str(DEMO_MODELS / "router"))
     threshold = flags.whiflash_entropy_threshold or flags.whiflash_neural_router_threshold
     if router not in SCORED or threshold is not None or not own_router:
-        return  # what was found out about another score says nothing of this one
+        return  # calibration and priors are for the bundled scores only
     if flags.whiflash_calibration is None:
         flags.whiflash_calibration = str(DEMO_MODELS / "calibration.json")
     if flags.whiflash_priors is None and flags.whiflash_objective != "acceptance":
@@ -382,7 +383,7 @@ def _fill_demo_router(flags: argparse.Namespace) -> None:
 
 
 def _with_local_drafters(config: WhiFlashConfig, flags: argparse.Namespace) -> WhiFlashConfig:
-    """The config with hub ids replaced by the folders they were fetched to."""
+    """The config with hub ids replaced by local folders. Downloads them; raises CheckpointError."""
 
     def resolve(flag: str, path: str | None, revision: str | None) -> str | None:
         if path is None:
@@ -394,9 +395,9 @@ def _with_local_drafters(config: WhiFlashConfig, flags: argparse.Namespace) -> W
 
 
 def _check_learned(config: WhiFlashConfig, target_path: str) -> None:
-    """Refuse a router, a calibration or priors that do not fit, before SGLang is started."""
+    """Check that router, calibration and priors fit the models, before SGLang is started."""
     if config.neural_router_path is None and config.calibration is None and config.priors is None:
-        return  # spares the import of torch
+        return  # avoids importing torch
     from whiflash_sglang.routing import Learned
 
     Learned.load(config, target_path)
@@ -405,7 +406,8 @@ def _check_learned(config: WhiFlashConfig, target_path: str) -> None:
 def check_checkpoints(
     config: WhiFlashConfig, target_path: str, asked_width: str | None, given: Mapping[str, Sequence[str]]
 ) -> int:
-    """Refuse models that are not whole, do not fit each other, or find no room; the tokens of a verify window."""
+    """Return the verify width in tokens. Raises WhiFlashError for incomplete or mismatched models, and for pools that
+    are too small."""
     target = load_target_spec(target_path)
     if command_line.last(given, "--load-format") in (None, "auto", "safetensors"):
         check_weights(FLAG_TARGET, target_path, needed=True)
@@ -419,8 +421,8 @@ def check_checkpoints(
 
 
 def check_room(width: int, given: Mapping[str, Sequence[str]]) -> None:
-    """Refuse a pool or a context that cannot hold a token and two windows of `width`: the one that is verified, and
-    the one that SGLang's admission keeps room for."""
+    """Raise ConfigError if pool or context cannot hold one token and two windows of `width` tokens: the verified one,
+    and the one that SGLang's admission reserves."""
     page = int(bounds.number("--page-size", command_line.last(given, "--page-size") or 1))
     needed = -(-(2 * width + 1) // page) * page
     for flag in (FLAG_POOL, "--context-length"):
@@ -433,7 +435,7 @@ def check_room(width: int, given: Mapping[str, Sequence[str]]) -> None:
 
 
 def _verify_width(config: WhiFlashConfig, specs: Sequence[DrafterSpec], asked: str | None) -> int:
-    """Tokens of a verify window: the anchor and the longest draft that any of the drafters makes."""
+    """The verify width in tokens: the anchor and the longest draft of any drafter."""
     width = max(spec.block_size or 1 + config.eagle_steps for spec in specs)
     if config.max_backlog < width:
         problem = f"below the verify width, which is {width} for these drafters"
@@ -453,13 +455,13 @@ def _pass_on(flag: str, value: str) -> list[str]:
 
 
 def _shared(flags: argparse.Namespace) -> list[str]:
-    """SGLang's flags that were looked at here and are passed on as they were."""
+    """SGLang flags that are used here and passed on unchanged."""
     shared = {"--revision": flags.revision, "--download-dir": flags.download_dir}
     return [argument for flag, value in shared.items() if value is not None for argument in _pass_on(flag, value)]
 
 
 def _without_speculation(rest: Sequence[str]) -> list[str]:
-    """`rest` less every `--speculative-...` flag and its values."""
+    """`rest` without `--speculative-...` flags and their values."""
     kept: list[str] = []
     dropping = False
     for token in rest:

@@ -1,4 +1,4 @@
-"""Entry point `sglang.srt.plugins`: SGLang calls `register` in every process that it starts."""
+"""Entry point `sglang.srt.plugins`: SGLang calls `register` in each of its processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from whiflash_sglang.startup.config import ENVIRONMENT_VARIABLE
 
 
 def register() -> None:
-    """Register the algorithm, the hooks and, where our CPU platform is the active one, what it needs."""
+    """Register the algorithm and the hooks, and the CPU fallbacks if our CPU platform is active."""
     if cpu.activate() is not None:
         from whiflash_sglang.cpu import fallbacks, memory
 
@@ -25,7 +25,7 @@ def register() -> None:
 
 
 def worker_class(server_args: Any) -> type:
-    """The worker, imported when the scheduler makes one: other processes never need it."""
+    """The worker class, imported lazily because only the scheduler needs it."""
     from whiflash_sglang.serving.worker import WhiFlashWorker
 
     return WhiFlashWorker

@@ -1,1 +1,1 @@
-"""Client side: agent traces, their replay, and the demo world."""
+"""Client side: agent traces, recording, replay, reports, and the demo world."""

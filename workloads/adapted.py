@@ -1,9 +1,9 @@
-"""Messages as older or other clients write them, made into what a chat completion of today carries.
+"""Convert messages of older or other clients to today's chat completion format.
 
-A server takes some of these forms and drops others without a word (`function_call`), so that a replay would ask
-something else than what was recorded. Each change is named under `changed` of the message, and the replay counts them.
+Servers accept some of the old forms but silently drop others (`function_call`), so a replay would differ from the
+recording. Every change is listed in the message's `changed` field, and counted by the replay.
 
-    {"function_call": {...}}                    `tool_calls` with one call; its id is made of the function's name
+    {"function_call": {...}}                    `tool_calls` with one call; its id is derived from the function's name
     {"role": "function", "name": "f", ...}      {"role": "tool", "tool_call_id": "call_f", ...}
     {"arguments": {"a": 1}} of a call           arguments as JSON text
     {"functions": [...]} of a record            `tools`
@@ -25,7 +25,7 @@ BYTE_ORDER_MARK = "byte order mark"
 
 
 def adapted(message: Any) -> Any:
-    """`message` itself where nothing is to be changed, else a copy that says what was."""
+    """Convert a message. Returns `message` itself if nothing changes, else a copy with `changed`."""
     if not isinstance(message, dict):
         return message
     made, changed = dict(message), list(message.get("changed") or ())
@@ -45,13 +45,13 @@ def adapted(message: Any) -> Any:
 
 
 def wire(message: Any) -> Any:
-    """The same without the note, for a message that is sent as it is."""
+    """Like `adapted`, without the `changed` field."""
     made = adapted(message)
     return made if made is message else {key: value for key, value in made.items() if key != "changed"}
 
 
 def tools_of(record: Mapping[str, Any], messages: list[Raw]) -> tuple[list[Raw] | None, list[Raw]]:
-    """A record's tool schemas, also where they are `functions`, and its messages, of which the first notes that."""
+    """A record's tool schemas and messages. Converts `functions`, which is noted in the first message."""
     functions = record.get("functions")
     if record.get("tools") or not isinstance(functions, list) or not functions:
         return record.get("tools") or None, messages
@@ -68,5 +68,5 @@ def _with_text(call: Any) -> Any:
 
 
 def _call_id(name: object) -> str:
-    """The output of a function names the function and no call: both are found by the name."""
+    """A call id derived from the name, because function outputs refer to a function, not a call."""
     return f"call_{name}"

@@ -1,7 +1,7 @@
-"""What the benchmarks of this repository do alike: servers side by side, blocks in turns, one JSON line at the end.
+"""Shared by the benchmarks: servers running side by side, interleaved blocks, one JSON line at the end.
 
-A ratio is measured within one run: each block of the work goes to every server, each time beginning with another one,
-so that a machine that is slow for a while is slow for all.
+Ratios are measured within one run. Each block of work goes to every server, in rotated order, so a temporary slowdown
+of the machine affects all servers alike.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ LAUNCHER = "whiflash_sglang.launch_server"
 
 
 def note(text: str) -> None:
-    """Progress, beside the output that others read."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 class Command(NamedTuple):
-    """A server to be started: `python -m module arguments...`, with more in its environment."""
+    """A server to start: `python -m module arguments...`, with additional environment variables."""
 
     module: str
     arguments: Sequence[str]
@@ -40,17 +40,17 @@ class Command(NamedTuple):
 
 @contextlib.contextmanager
 def demo_servers(flags: Mapping[str, Sequence[str]], logs: Path, at_once: bool = False) -> Iterator[dict[str, str]]:
-    """As `servers`, of the bundled models, each with its own `flags`."""
+    """Like `servers`, with the bundled models and `flags` by name."""
     with servers({name: Command(LAUNCHER, ("--demo", *own)) for name, own in flags.items()}, logs, at_once) as urls:
         yield urls
 
 
 @contextlib.contextmanager
 def servers(commands: Mapping[str, Command], logs: Path, at_once: bool = False) -> Iterator[dict[str, str]]:
-    """Base URLs by name, of servers side by side.
+    """Start servers and yield their base URLs by name; stop them at the end.
 
-    They are started one after the other, as those that weigh costs measure them when they start and should be alone
-    then; or `at_once`, as most of a start is waiting for imports.
+    By default they start one after the other, because cost measurements at startup need an idle machine. `at_once`
+    starts them in parallel.
     """
     with contextlib.ExitStack() as stack:
         running: dict[str, server.Server] = {}
@@ -66,7 +66,7 @@ def servers(commands: Mapping[str, Command], logs: Path, at_once: bool = False) 
 
 
 def in_turns(names: Sequence[str], num_blocks: int) -> Iterator[tuple[int, str]]:
-    """(block, name) for every block and name, each block beginning with the next name."""
+    """(block, name) for every block and name; each block starts with the next name."""
     for block in range(num_blocks):
         turn = block % len(names)
         for name in (*names[turn:], *names[:turn]):
@@ -74,7 +74,7 @@ def in_turns(names: Sequence[str], num_blocks: int) -> Iterator[tuple[int, str]]
 
 
 def warm_up(urls: Mapping[str, str], session: Session) -> None:
-    """One session that is not counted, to every server; its cached prefixes are dropped again."""
+    """Replay one uncounted session on every server, then flush its cache."""
     for url in urls.values():
         replay([session], url)
         httpx.post(f"{url}/flush_cache", params={"timeout": 20}, timeout=30).raise_for_status()
@@ -83,7 +83,8 @@ def warm_up(urls: Mapping[str, str], session: Session) -> None:
 def replay_in_turns(
     urls: Mapping[str, str], sessions: Sequence[Session], num_blocks: int, **options: Any
 ) -> dict[str, list[Report]]:
-    """For each server by name the reports of all blocks of the sessions; `options` are those of `replay`."""
+    """Replay the sessions on every server, in interleaved blocks. Returns the reports by server. `options`: see
+    `replay`."""
     parts: dict[str, list[Report]] = {name: [] for name in urls}
     for block, name in in_turns(list(urls), num_blocks):
         parts[name].append(replay(sessions[block::num_blocks], urls[name], label=name, **options))
@@ -93,8 +94,8 @@ def replay_in_turns(
 
 
 def switching_share(counted: Sequence[Totals]) -> float:
-    """What choosing among drafters costs, as a share of the rounds' time: routing, and catching up with what idle
-    drafters had missed (a pass's time by its tokens)."""
+    """Cost of switching drafters, as a share of the rounds' time: routing, and catch-up of missed tokens (a pass's time
+    is divided by tokens)."""
     overhead = sum(c["seconds"]["route"] + c["catch_up"]["ms"] / 1000 for c in counted)
     return round(overhead / sum(c["seconds"]["round"] for c in counted), 4)
 
@@ -105,7 +106,7 @@ def route_share(counted: Sequence[Totals]) -> float:
 
 
 def finish(line: Mapping[str, Any], results: Path | None, failure: str | None) -> None:
-    """Write the JSON line to the file of --results, print it too, and end with `failure` where there is one."""
+    """Print the JSON line and write it to `results`, if given. Raises SystemExit if there is a `failure`."""
     text = json.dumps(line)
     if results:
         results.write_text(text + "\n")

@@ -1,4 +1,4 @@
-"""Geometry of the report's charts: values to percentages of a common scale. Pure functions; the template draws them."""
+"""Geometry of the report's charts: values to percentages of a common scale. Pure functions; the template renders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Bar(NamedTuple):
-    """One value as a bar. `share` is None where there is no value."""
+    """One value as a bar. `share` is None if there is no value."""
 
     label: str
     shown: str
@@ -17,12 +17,14 @@ class Bar(NamedTuple):
 
 
 class Tick(NamedTuple):
+    """A labeled position on the scale."""
+
     shown: str
     at: float  # percent of the scale
 
 
 class Strip(NamedTuple):
-    """One distribution as a strip: thin from p1 to p99, wider from p5 to p95, widest from p25 to p75, a line at p50."""
+    """One distribution as a strip: thin p1 to p99, wider p5 to p95, widest p25 to p75, line at p50. In percent."""
 
     label: str
     shown: str
@@ -36,13 +38,15 @@ class Strip(NamedTuple):
 
 
 class Panel(NamedTuple):
+    """Strips on a common scale."""
+
     title: str
     strips: list[Strip]
     ticks: list[Tick]
 
 
 def bars(values: Mapping[str, float | None], form: Callable[[float], str], best: str | None = None) -> list[Bar]:
-    """One bar a label, on the scale from 0 to the largest value; `best` is `max`, `min` or nothing."""
+    """One bar per label, scaled from 0 to the largest value. `best` marks the `max` or `min`, if given."""
     known = [value for value in values.values() if value is not None]
     top = max(known, default=0.0)
     winner = None if best is None or len(known) < 2 else (max if best == "max" else min)(known)
@@ -53,7 +57,7 @@ def bars(values: Mapping[str, float | None], form: Callable[[float], str], best:
 
 
 def panel(title: str, quantiles: Mapping[str, Sequence[float]]) -> Panel:
-    """Distributions of one quantity, each as its percentiles 0 to 100; labels without values are left out."""
+    """Distributions of one quantity. `quantiles`: label -> percentiles 0 to 100; empty ones are dropped."""
     known = {label: cuts for label, cuts in quantiles.items() if cuts}
     ticks = scale(max((cuts[99] for cuts in known.values()), default=0.0))
     top = ticks[-1]
@@ -69,7 +73,7 @@ def panel(title: str, quantiles: Mapping[str, Sequence[float]]) -> Panel:
 
 
 def scale(top: float, steps: int = 4) -> list[float]:
-    """Round numbers from 0 to at least `top`, about `steps` of them: scale(87) is 0, 25, 50, 75, 100."""
+    """About `steps` round numbers from 0 to at least `top`: scale(87) is 0, 25, 50, 75, 100."""
     if top <= 0:
         return [0.0, 1.0]
     rough = top / steps
@@ -79,11 +83,12 @@ def scale(top: float, steps: int = 4) -> list[float]:
 
 
 def percent(value: float, top: float) -> float:
+    """`value` in percent of `top`, at most 100."""
     return round(min(100.0, 100 * value / top), 2) if top else 0.0
 
 
 def number(value: float) -> str:
-    """Three digits: 0.420, 4.20, 42.0, 4200."""
+    """Format with three significant digits: 0.420, 4.20, 42.0, 4200."""
     if value == 0 or value >= 99.95:
         return f"{value:.0f}"
     return f"{value:#.3g}"

@@ -1,10 +1,10 @@
-"""The server under test: its OpenAI API, two of SGLang's own routes, and what WhiFlash tells of a request.
+"""Client for the server under test: its OpenAI API, two of SGLang's own routes, and WhiFlash's request figures.
 
-Behind a gateway (SGLang's: `GET /workers` names them) stand several servers. Requests go to the gateway; what only
-servers know, their context, tokens and figures, is asked of them, so that they must be reachable from here.
+With SGLang's gateway (`GET /workers`), requests go to the gateway. Context length, token counts and figures are read
+from the servers themselves, which must be reachable.
 
-A connection that fails before anything of an answer has come is tried again, `retries` times, with growing pauses;
-whatever fails later, or for another reason, is the turn's error at once.
+A connection that fails before any output is retried up to `retries` times, with exponential backoff. All other failures
+are errors of the turn.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from whiflash_workloads.report import Totals, sum_of
 from whiflash_workloads.speculation import RequestFigures
 from whiflash_workloads.streaming import Incoming
 
-RETRY_SECONDS = 0.25  # before the first retry; twice as long before each further one
-PROBE_SECONDS = 10.0  # for a question that a living server answers at once
+RETRY_SECONDS = 0.25  # before the first retry, then doubled
+PROBE_SECONDS = 10.0  # timeout of requests that a live server answers immediately
 TRACE = {"custom_params": {"whiflash": {"trace": True}}}
-IGNORE_EOS = {"ignore_eos": True}  # SGLang's: the reply ends at max_tokens, and nowhere else
+IGNORE_EOS = {"ignore_eos": True}  # SGLang's: the reply ends only at max_tokens
 
 Tools = list[dict[str, Any]]
 
@@ -36,18 +36,18 @@ class ServerUnreachable(ConnectionError):
 
 
 class ServerGone(ConnectionError):
-    """The server stopped answering while it was measured."""
+    """The server stopped responding during the replay."""
 
 
 class Sampling(NamedTuple):
-    """What every request carries."""
+    """Sampling options of every request."""
 
     max_tokens: int
     temperature: float
 
 
 class Answer(NamedTuple):
-    """A whole answer, or the error that stands in its place."""
+    """A complete answer or an error."""
 
     incoming: Incoming
     retries: int
@@ -55,9 +55,9 @@ class Answer(NamedTuple):
 
 
 class Server:
-    """`speculates` and `is_whiflash` are known once `totals` has been asked for.
+    """The server under test. `speculates` and `is_whiflash` are set by `totals`.
 
-    `behind`: base URLs of the servers behind a gateway; "", the base URL itself, where there is none.
+    `behind`: base URLs of the gateway's servers, or "" for the base URL itself.
     """
 
     def __init__(
@@ -82,29 +82,30 @@ class Server:
 
     @classmethod
     async def connect(cls, http: httpx.AsyncClient, base_url: str, retries: int, sampling: Sampling) -> Server:
-        """Ask the server what it serves; raises ServerUnreachable, or ValueError for options that it cannot meet."""
+        """Connect and read model and context length. Raises ServerUnreachable, or ValueError if `sampling` exceeds the
+        context."""
         try:
             model, behind = await served(http), [""]
-            if "max_model_len" not in model:  # a gateway does not say it
+            if "max_model_len" not in model:  # a gateway
                 behind = await workers(http)
                 model = await served(http, behind[0])
             name, context = model["id"], int(model["max_model_len"])
         except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ServerUnreachable(
-                f"--base-url {base_url}: no server answers /v1/models there ({type(error).__name__}: {error}); "
-                "start one, e.g. with `make serve`, and give its address without /v1"
+                f"--base-url {base_url}: no response to /v1/models ({type(error).__name__}: {error}); "
+                "start a server, e.g. with `make serve`, and give its address without /v1"
             ) from error
         if sampling.max_tokens >= context:
-            raise ValueError(f"--max-tokens {sampling.max_tokens}: the server's context is {context}; give less")
+            raise ValueError(f"--max-tokens {sampling.max_tokens}: the server's context is {context}; use less")
         return cls(http, base_url.rstrip("/"), name, context, retries, sampling, behind)
 
     async def totals(self) -> Totals | None:
-        """The counters of WHIFLASH, of all servers together; None where they have none, or one is gone."""
+        """WHIFLASH's counters, summed over all servers. None if they have none or one is unreachable."""
         found = []
         for server in self.behind:
             try:
                 reply = await self.http.get(f"{server}/server_info", timeout=PROBE_SECONDS)
-            except httpx.HTTPError:  # gone in the meantime: its turns have failed, and are the report
+            except httpx.HTTPError:  # gone; its failed turns are reported
                 return None
             if reply.status_code != 200:
                 return None
@@ -116,6 +117,7 @@ class Server:
         return sum_of(found) if found else None
 
     async def is_there(self) -> bool:
+        """Whether the server responds."""
         try:
             await self.http.get("/v1/models", timeout=PROBE_SECONDS)
         except httpx.HTTPError:
@@ -123,15 +125,16 @@ class Server:
         return True
 
     def surely_fits(self, history: list[Message], tools: Tools) -> bool:
-        """Whether a prompt fits without asking the server for its tokens."""
+        """Whether a prompt fits by an upper bound, without counting tokens on the server."""
         return upper_bound(history, tools) <= self.room
 
     @property
     def room(self) -> int:
+        """Maximum prompt length in tokens."""
         return self.context - self.sampling.max_tokens - 1
 
     async def fit(self, history: list[Message], tools: Tools) -> Prompt | Exception:
-        """The prompt, cut to the context where it has to be, or why there is none."""
+        """The prompt, cut to the context if necessary. Returns the error if that fails."""
         if self.surely_fits(history, tools):
             return Prompt(history, 0, False)
 
@@ -147,7 +150,7 @@ class Server:
             return error
 
     async def num_tokens(self, text: str) -> int:
-        """How many tokens the server makes of a text; raises ValueError where it does not say."""
+        """The number of tokens in `text`, counted by the server. Raises ValueError if the server cannot."""
         try:
             body = {"model": self.model, "prompt": text, "add_special_tokens": False}
             reply = await self.http.post(f"{self.behind[0]}/v1/tokenize", json=body)
@@ -155,16 +158,16 @@ class Server:
             return int(reply.json()["count"])
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"--base-url {self.base_url}: prompts for traces of lengths need the server's tokens, and /v1/tokenize "
-                f"does not count them ({type(error).__name__}: {error}); replay an SGLang server, or traces with texts"
+                f"--base-url {self.base_url}: length-only traces need token counts from the server, but /v1/tokenize "
+                f"failed ({type(error).__name__}: {error}); use an SGLang server, or traces with texts"
             ) from error
 
     async def ask(
         self, messages: list[Message], tools: Tools, trace: bool = False, length: int | None = None
     ) -> Answer:
-        """One request, with retries; only WhiFlash is asked to trace its rounds.
+        """Send one request, with retries. `trace` only affects WhiFlash servers.
 
-        The reply ends by itself, or with a `length` where it has so many tokens, but at most those of the sampling.
+        The reply ends by itself or, if `length` is given, after that many tokens; never beyond the sampling's maximum.
         """
         extra = (TRACE if trace and self.is_whiflash else {}) | ({} if length is None else IGNORE_EOS)
         max_tokens = self.sampling.max_tokens if length is None else min(length, self.sampling.max_tokens)
@@ -181,7 +184,7 @@ class Server:
         self, incoming: Incoming, messages: list[Message], tools: Tools, max_tokens: int, extra: dict[str, Any]
     ) -> Exception | None:
         try:
-            async with asyncio.timeout(self.http.timeout.read):  # of the whole answer
+            async with asyncio.timeout(self.http.timeout.read):  # for the whole answer
                 stream = await self.client.chat.completions.create(  # type: ignore[call-overload]
                     model=self.model,
                     messages=messages,
@@ -196,15 +199,15 @@ class Server:
                     incoming.take(chunk)
                 incoming.end()
         except TimeoutError:
-            return TimeoutError(f"no whole answer in {self.http.timeout.read:g} s")
-        except (OpenAIError, httpx.HTTPError, ValueError) as error:  # ValueError: an event that is no JSON
+            return TimeoutError(f"no complete answer within {self.http.timeout.read:g} s")
+        except (OpenAIError, httpx.HTTPError, ValueError) as error:  # ValueError: an event is not JSON
             return error
         if not incoming.finished or incoming.usage is None:
-            return ConnectionError("the stream ended before the text did")
+            return ConnectionError("the stream ended before the reply was complete")
         return None
 
     async def speculation(self, request_id: str) -> RequestFigures | str:
-        """What WhiFlash says of a request that has ended, or in a few words why it says nothing."""
+        """WhiFlash's figures of a finished request, or a short reason why there are none."""
         try:
             for server in self.behind:
                 reply = await self.http.get(f"{server}/whiflash/requests/{request_id}", timeout=PROBE_SECONDS)
@@ -219,7 +222,7 @@ class Server:
 
 
 async def served(http: httpx.AsyncClient, server: str = "") -> dict[str, Any]:
-    """What a server says of its model."""
+    """The server's first model, from /v1/models. Raises httpx.HTTPError."""
     reply = await http.get(f"{server}/v1/models")
     reply.raise_for_status()
     model: dict[str, Any] = reply.json()["data"][0]
@@ -227,13 +230,13 @@ async def served(http: httpx.AsyncClient, server: str = "") -> dict[str, Any]:
 
 
 async def workers(http: httpx.AsyncClient) -> list[str]:
-    """Base URLs of the servers behind a gateway."""
+    """Base URLs of a gateway's servers. Raises httpx.HTTPError."""
     reply = await http.get("/workers")
     reply.raise_for_status()
     return [worker["url"] for worker in reply.json()["workers"]]
 
 
 def is_connection_failure(error: Exception | None) -> bool:
-    """Refused, reset or closed; a server that is merely slow or says no has been reached."""
+    """Whether a connection was refused, reset or closed. Timeouts and error responses are not connection failures."""
     slow = isinstance(error, (APITimeoutError, httpx.TimeoutException))
     return isinstance(error, (APIConnectionError, httpx.TransportError)) and not slow

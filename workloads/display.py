@@ -1,4 +1,4 @@
-"""What a replay shows on a terminal: a progress bar while it runs (on stderr), notes, and tables of its figures."""
+"""Terminal output of a replay: a progress bar on stderr, notes, and tables of figures."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from whiflash_workloads.figures import LATENCIES, PERCENTILES
 from whiflash_workloads.report import Turn
 
 NO_SPECULATION = (
-    "the server gives no speculation figures (it is not WhiFlash): rounds, drafters, spans and switches are missing"
+    "the server reports no speculation figures (it is not WhiFlash): no rounds, drafters, spans and switches"
 )
 
 
 class Display:
-    """A context in which turns are counted: as a bar if stderr is a terminal, else only failures are named."""
+    """Context manager for progress: a bar if stderr is a terminal. Failures are always printed."""
 
     def __init__(self, num_turns: int, console: Console | None = None):
         self.console = console or Console(stderr=True, soft_wrap=True, highlight=False)
@@ -48,6 +48,7 @@ class Display:
         self.bar.stop()
 
     def show(self, turn: Turn) -> None:
+        """Count a finished turn and print its error, if any."""
         self.tokens += turn.completion_tokens
         if turn.error is not None:
             self.failed += 1
@@ -58,42 +59,43 @@ class Display:
 
 
 def notes(figures: Mapping[str, Any], turns: Sequence[Turn]) -> list[str]:
-    """What a reader of the figures has to know, one line each."""
+    """Caveats about the figures, one line each."""
     said = []
     if figures["ending"] != "complete":
-        how = {"interrupted": "interrupted", "server gone": "ended, as the server does not answer any more"}
+        how = {"interrupted": "interrupted", "server gone": "stopped, because the server no longer responds"}
         said.append(
-            f"{how[figures['ending']]}: {figures['turns']} turns were asked, {figures['not_asked']} were not; "
-            f"{figures['whole_sessions']} sessions are whole; the figures are of what was done"
+            f"{how[figures['ending']]}: {figures['turns']} turns done, {figures['not_asked']} not started; "
+            f"{figures['whole_sessions']} sessions complete; the figures cover what was done"
         )
     if figures["rounds"] is None:
         said.append(NO_SPECULATION)
     missing = [turn.missing for turn in turns if turn.missing is not None]
     if missing:
-        said.append(f"no speculation figures of {len(missing)} turns (the first: {missing[0]})")
+        said.append(f"no speculation figures for {len(missing)} turns (first reason: {missing[0]})")
     if figures["length_only"]:
         said.append(length_only(figures))
     if figures["divergences"]:
-        said.append(f"live history: {figures['divergences']} replies make another number of calls than recorded")
+        said.append(f"live history: {figures['divergences']} replies differ from the recording in the number of calls")
     return said
 
 
 def length_only(figures: Mapping[str, Any]) -> str:
-    """What the acceptance length is of, where prompts were made up."""
+    """Note on the acceptance length if some prompts are synthetic."""
     made_up, others = figures["length_only"], figures["turns"] - figures["length_only"]
-    said = f"the prompts of {made_up} turns were made up from lengths and say nothing of acceptance: AL is "
+    said = f"{made_up} turns have synthetic prompts of recorded lengths, which say nothing about acceptance: AL is "
     if figures["acceptance_length"] is None:
-        return said + "n/a" + (f", as the other {others} turns have no speculation figures" if others else "")
-    return said + f"that of the other {others} turns, and other totals are those of all"
+        return said + "n/a" + (f", because the other {others} turns have no speculation figures" if others else "")
+    return said + f"over the other {others} turns, other totals are over all"
 
 
 def details(figures: Mapping[str, Any]) -> list[Table]:
-    """Latencies, the cache by depth, AL by drafter, span and context, and goodput: each where there is any."""
+    """Tables that have data: latencies, cache by depth, AL by drafter, span, context and tool, goodput."""
     tables = [latency_table(figures), depth_table(figures["by_depth"]), speculation_table(figures["speculation"])]
     return [view for view in (*tables, goodput_table(figures["goodput"])) if view is not None and view.row_count]
 
 
 def latency_table(figures: Mapping[str, Any]) -> Table:
+    """Percentiles of latencies, in milliseconds."""
     view = _table("Latency, ms", "", *(f"p{percent}" for percent in PERCENTILES))
     for name, label in zip(LATENCIES, ("TTFT", "TPOT", "ITL", "E2E"), strict=True):
         values = [figures[f"{name}_p{percent}"] for percent in PERCENTILES]
@@ -103,6 +105,7 @@ def latency_table(figures: Mapping[str, Any]) -> Table:
 
 
 def depth_table(by_depth: Mapping[str, Any]) -> Table:
+    """Prompt tokens, cached share and TTFT by turn number."""
     view = _table("Prompts by depth", "turn", "turns", "prompt tokens", "cached", "share", "TTFT ms p50")
     for label, found in by_depth.items():
         share = "-" if found["cached_share"] is None else f"{found['cached_share']:.0%}"
@@ -113,6 +116,7 @@ def depth_table(by_depth: Mapping[str, Any]) -> Table:
 
 
 def speculation_table(speculation: Mapping[str, Any]) -> Table:
+    """Acceptance length by drafter, span, context kind and tool."""
     view = _table("Acceptance length", "of", "", "AL", "rounds", "tokens")
     for kind in ("drafter", "span", "context_kind", "tool"):
         for name, count in speculation[f"by_{kind}"].items():
@@ -122,10 +126,11 @@ def speculation_table(speculation: Mapping[str, Any]) -> Table:
 
 
 def goodput_table(goodput: Mapping[str, Any] | None) -> Table | None:
+    """Turns within the SLO; None without one."""
     if goodput is None or goodput["share"] is None:
         return None
     limits = ", ".join(f"{name}={limit:g}" for name, limit in goodput["limits"].items())
-    view = _table(f"Goodput ({limits})", "turns within", "share", "a second")
+    view = _table(f"Goodput ({limits})", "turns within", "share", "per second")
     view.add_row(f"{goodput['turns']}", f"{goodput['share']:.1%}", f"{goodput['turns_per_s']}")
     return view
 

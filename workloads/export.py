@@ -1,13 +1,13 @@
-"""Write traces in AIPerf's `mooncake_trace` format, so that other people's clients can replay them.
+"""Export traces in AIPerf's `mooncake_trace` format, for other replay clients.
 
     python -m whiflash_workloads.export TRACE... --out trace.jsonl
     aiperf profile --input-file trace.jsonl --custom-dataset-type mooncake_trace --endpoint-type chat ...
 
-One line a turn. `messages` is the whole history before it, as our own replay asks with; where a reply in it was not
-recorded, the session is written as deltas, between which AIPerf (after 0.13.0) puts the server's own replies.
-`output_length` is the length of the recorded reply, where it is known, and `extra` the recorded sampling options. A
-session starts at `timestamp`, if all sessions have times, and its later turns come after `delay`: the time of the tools
-or the user. Sessions of lengths only stay so. This package reads the lines again (workloads/formats/mooncake.py).
+One line per turn. `messages` is the whole history before it, as in our own replay. If a reply in the history was not
+recorded, the session is written as deltas, and AIPerf (after 0.13.0) inserts the server's replies. `output_length` is
+the recorded reply's length, if known, and `extra` the recorded sampling options. A session starts at `timestamp`, if
+all sessions have times. Later turns follow after `delay`, the time of tools or user. Length-only sessions stay
+length-only. workloads/formats/mooncake.py reads this format.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ NOT_EXTRA = {"model", "stream", "stream_options", "max_tokens", "max_completion_
 
 
 def rows(sessions: Sequence[Session]) -> Iterator[Row]:
-    """The lines of all sessions, each session's in order."""
+    """The lines of all sessions, in order."""
     starts = [session.messages[0].timestamp_s for session in sessions]
     known = [start for start in starts if start is not None]
-    first = min(known) if known and len(known) == len(starts) else None  # a fixed schedule needs them all
+    first = min(known) if known and len(known) == len(starts) else None  # a fixed schedule needs all times
     for session, start in zip(sessions, starts, strict=True):
         yield from _rows(session, None if first is None or start is None else (start - first) * MS)
 
@@ -79,7 +79,7 @@ def _reply(message: Message) -> Row:
 
 
 def _delay_s(session: Session, index: int) -> float | None:
-    """Time between the reply before and the request at `index`: of the slowest tool, or by the clock."""
+    """Seconds between the previous reply and the request at `index`: the slowest tool's, or by timestamps."""
     previous = max(turn for turn in session.turns if turn < index)
     new = session.messages[previous + 1 : index]
     durations = [message.tool_duration_s for message in new if isinstance(message, ToolMessage)]
@@ -90,18 +90,20 @@ def _delay_s(session: Session, index: int) -> float | None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m whiflash_workloads.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="traces in any format that is read")
-    parser.add_argument("--out", type=Path, required=True, help="file to write")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be read, and count them")
+    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="traces in any supported format")
+    parser.add_argument("--out", type=Path, required=True, help="output file")
+    parser.add_argument("--skip-bad", action="store_true", help="skip and count records that cannot be read")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
     try:
         loaded = load_traces(args.traces, skip_bad=args.skip_bad)
@@ -119,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: --out {args.out}: cannot be written ({error.strerror}); give another file", file=sys.stderr)
         return 2
     if any("message_mode" in row for row in lines):
-        print("note: replies are missing in the history: written as deltas, for AIPerf after 0.13.0", file=sys.stderr)
+        print("note: some replies were not recorded: written as deltas, for AIPerf after 0.13.0", file=sys.stderr)
     timed = "" if "timestamp" in lines[0] else ", without times"
     with to_readers():
         print(f"{len(lines)} turns of {len(loaded.sessions)} sessions in {args.out}{timed}")

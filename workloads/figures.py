@@ -1,4 +1,4 @@
-"""Figures of measured turns, as pure functions: percentiles, the cache by prompt depth, what speculation did."""
+"""Figures of measured turns, as pure functions: percentiles, cache by prompt depth, speculation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 PERCENTILES = (50, 95, 99)
 DEPTHS = (1, 2, 4, 8, 16)
-"""Upper ends of the buckets of turn numbers; one more bucket takes what is deeper."""
+"""Upper bounds of the turn number buckets; a last bucket takes all deeper turns."""
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 
 
 def latencies(turns: Sequence[Turn]) -> dict[str, list[float]]:
-    """Sorted milliseconds by name."""
+    """Name -> sorted values in milliseconds."""
     seconds: dict[str, Iterable[float | None]] = {
         "ttft_ms": (turn.ttft_s for turn in turns),
         "tpot_ms": (turn.tpot_s for turn in turns),
@@ -29,7 +29,7 @@ def latencies(turns: Sequence[Turn]) -> dict[str, list[float]]:
 
 
 def quantiles(values: Sequence[float]) -> list[float]:
-    """Percentiles 0 to 100 of sorted values; none of none."""
+    """Percentiles 0 to 100 of sorted values; empty without values."""
     if not values:
         return []
     inner = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else list(values) * 99
@@ -37,12 +37,13 @@ def quantiles(values: Sequence[float]) -> list[float]:
 
 
 def percentiles(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """`{name}_p50` etc. of sorted values; None without values."""
     cuts = quantiles(values)
     return {f"{name}_p{percent}": cuts[percent] if cuts else None for percent in PERCENTILES}
 
 
 def by_depth(turns: Iterable[Turn]) -> dict[str, dict[str, Any]]:
-    """Prompt tokens, cached ones and time to first token by the turn's number in its session."""
+    """Prompt tokens, cached tokens and TTFT by the turn's number in its session."""
     buckets: dict[str, list[Turn]] = {label: [] for label in depth_labels()}
     for turn in turns:
         buckets[depth_label(turn.depth)].append(turn)
@@ -68,11 +69,12 @@ def depth_labels() -> list[str]:
 
 
 def depth_label(depth: int) -> str:
+    """The bucket of turn number `depth`, from 1."""
     return depth_labels()[sum(depth > last for last in DEPTHS)]
 
 
 def acceptance_length(turns: Sequence[Turn]) -> float | None:
-    """Of the turns that have figures; None where none has."""
+    """Acceptance length over the turns that have figures; None without any."""
     known = [turn.speculation for turn in turns if turn.speculation is not None]
     rounds = sum(each.rounds for each in known)
     accepted = sum(sum(each.accepted_by_drafter.values()) for each in known)
@@ -80,7 +82,7 @@ def acceptance_length(turns: Sequence[Turn]) -> float | None:
 
 
 def speculation(turns: Sequence[Turn], totals: Totals | None) -> dict[str, Any]:
-    """AL by drafter, span, context kind and tool, of the turns that have figures; by drafter else of the totals."""
+    """AL by drafter, span, context kind and tool, over turns with figures. Without any, by drafter from the totals."""
     known = [turn.speculation for turn in turns if turn.speculation is not None]
     found = breakdown(known)
     if not known and totals is not None:

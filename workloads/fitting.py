@@ -1,4 +1,4 @@
-"""Make a recorded history fit a context: the oldest turns go first, whole, and only then is a message shortened."""
+"""Fit a recorded history into a context: drop whole turns, oldest first, and only then shorten a message."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ CountTokens = Callable[[list[Message]], Awaitable[int]]
 
 MARK = "\n[... {} characters left out ...]\n"
 MAX_SHORTENINGS = 24
-# A byte-level tokenizer makes at most one token of a byte. A template adds a preamble on tools, and role markers.
+# A byte-level tokenizer yields at most one token per byte. A template adds a preamble for tools, and role markers.
 TEMPLATE_PREAMBLE_TOKENS = 1024
 TEMPLATE_TOKENS_PER_MESSAGE = 16
 
 
 class Prompt(NamedTuple):
+    """A prompt that fits, and how it was cut."""
+
     messages: list[Message]
     cut_turns: int
     shortened: bool
 
 
 class PromptTooLong(ValueError):
-    """A prompt that does not fit even when it is cut and shortened."""
+    """A prompt that does not fit even after cutting and shortening."""
 
 
 async def fit(history: list[Message], room: int, count_tokens: CountTokens) -> Prompt:
-    """`history` within `room` tokens.
+    """Cut `history` to `room` tokens. Raises PromptTooLong.
 
-    What stands before the first assistant message (system and task) stays; behind it the oldest turns are left out. A
-    turn begins at a user or assistant message, so that a tool call and its output go together.
+    Messages before the first assistant message (system and task) are kept; after them the oldest turns are dropped. A
+    turn starts at a user or assistant message, which keeps tool calls and outputs together.
     """
     head, turns = split_turns(history)
 
@@ -41,7 +43,7 @@ async def fit(history: list[Message], room: int, count_tokens: CountTokens) -> P
     low, high = 0, most
     if not await fits(0):
         low = 1
-        while low < high:  # the smallest number of turns to leave out
+        while low < high:  # binary search for the smallest number of turns to drop
             middle = (low + high) // 2
             low, high = (low, middle) if await fits(middle) else (middle + 1, high)
     low = min(low, most)
@@ -56,7 +58,7 @@ async def fit(history: list[Message], room: int, count_tokens: CountTokens) -> P
 
 
 def split_turns(history: list[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """Messages before the first assistant message, and the turns from there on."""
+    """The messages before the first assistant message, and the turns from there on."""
     first = next((i for i, message in enumerate(history) if message["role"] == "assistant"), len(history))
     turns: list[list[Message]] = []
     for message in history[first:]:
@@ -68,11 +70,12 @@ def split_turns(history: list[Message]) -> tuple[list[Message], list[list[Messag
 
 
 def joined(head: list[Message], turns: list[list[Message]]) -> list[Message]:
+    """Inverse of `split_turns`."""
     return [*head, *(message for turn in turns for message in turn)]
 
 
 def shorten(messages: list[Message], share: float) -> list[Message]:
-    """The longest text loses its middle, so that about `share` of all text is left."""
+    """Cut the middle out of the longest text, so that about `share` of all text is left."""
     texts = [_text(message) for message in messages]
     lengths = [len(text) for text in texts]
     longest = max(range(len(messages)), key=lengths.__getitem__)
@@ -85,13 +88,13 @@ def shorten(messages: list[Message], share: float) -> list[Message]:
 
 
 def _text(message: Message) -> str:
-    """Content as one text; of content parts those that are text."""
+    """Content as one text, from its text parts."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 def upper_bound(messages: list[Message], tools: list[dict[str, Any]]) -> int:
-    """Tokens that the prompt has at most; saves asking the server about short ones."""
-    # As ASCII JSON no text is shorter than its bytes, nor than a template's own JSON of it.
+    """Upper bound of the prompt's tokens, to avoid counting short prompts on the server."""
+    # ASCII JSON is at least as long as the text's bytes, and as a template's own JSON.
     own = TEMPLATE_PREAMBLE_TOKENS + TEMPLATE_TOKENS_PER_MESSAGE * (len(messages) + 1)
     return len(json.dumps(messages)) + len(json.dumps(tools)) + own

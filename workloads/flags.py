@@ -1,4 +1,4 @@
-"""The command line of the replay: its flags, and what they mean together. Errors name flag, value and mend."""
+"""The replay's command line: flags and their combinations. Errors name flag, value and fix."""
 
 from __future__ import annotations
 
@@ -18,46 +18,47 @@ TOKEN_VIEWS = 16
 
 
 def build_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The parser, with `doc` as its description."""
     parser = argparse.ArgumentParser(
         prog="python -m whiflash_workloads.replay",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("traces", nargs="+", type=Path, metavar="TRACE", help="demo JSON lines, tau-bench or SWE-agent")
+    add("traces", nargs="+", type=Path, metavar="TRACE", help="trace files in any supported format (docs/traces.md)")
     add("--base-url", type=_url, required=True, help="e.g. http://127.0.0.1:30000")
-    add("--label", default="server", help="name of the row in the table, and of the policy in a report")
+    add("--label", default="server", help="name of the table row, and of the policy in a report")
     add("--limit", type=_positive, help="replay the first N sessions only")
-    add("--skip-bad", action="store_true", help="leave out records that cannot be read, and count them")
-    add("--max-tokens", type=_positive, default=MAX_TOKENS, help="of a turn (default: %(default)s)")
+    add("--skip-bad", action="store_true", help="skip and count records that cannot be read")
+    add("--max-tokens", type=_positive, default=MAX_TOKENS, help="per turn (default: %(default)s)")
     add("--temperature", type=_temperature, default=0.0)
-    add("--timeout", type=_positive, default=TIMEOUT_SECONDS, help="seconds a request may take")
-    add("--retries", type=_count, default=RETRIES, help="of a connection that failed (default: %(default)s)")
+    add("--timeout", type=_positive, default=TIMEOUT_SECONDS, help="seconds per request (default: %(default)s)")
+    add("--retries", type=_count, default=RETRIES, help="of failed connections (default: %(default)s)")
     load = parser.add_argument_group("load")
     add = load.add_argument
-    add("--history", choices=("forced", "live"), default="forced", help="what stands before a turn (default: forced)")
-    add("--concurrency", type=_positive, help="closed loop: sessions at a time (default: 1)")
+    add("--history", choices=("forced", "live"), default="forced", help="messages before a turn (default: forced)")
+    add("--concurrency", type=_positive, help="closed loop: concurrent sessions (default: 1)")
     add("--arrivals", type=_said_by(pacing.parse_arrivals), metavar="{recorded,poisson:RATE}", help="open loop")
     add("--seed", type=_count, default=0, help="of Poisson arrivals (default: %(default)s)")
     add("--tool-time", default="zero", metavar="{recorded,zero,scale:X}", help="how long tools take (default: zero)")
-    add("--warm-up", type=_count, default=0, metavar="N", help="first N sessions, which are not counted")
-    add("--cache-bust", action="store_true", help="begin every prompt with a marker of this run")
+    add("--warm-up", type=_count, default=0, metavar="N", help="do not count the first N sessions")
+    add("--cache-bust", action="store_true", help="prefix every prompt with a marker unique to this run")
     shown = parser.add_argument_group("figures")
     add = shown.add_argument
     add("--slo", type=_said_by(slo.parse), metavar="LIMITS", help="e.g. ttft_ms=500,tpot_ms=30,e2e_ms=4000")
-    add("--no-turn-figures", action="store_true", help="do not ask WhiFlash for the figures of each turn")
+    add("--no-turn-figures", action="store_true", help="do not request WhiFlash's figures of each turn")
     add("--token-views", type=_count, metavar="N", help=f"turns to trace (default: {TOKEN_VIEWS} with an output file)")
-    add("--json-out", type=Path, metavar="FILE", help="write the JSON line, and what a report needs, to this file")
-    add("--report", type=Path, metavar="FILE", help="write a report to this file (HTML)")
+    add("--json-out", type=Path, metavar="FILE", help="write the JSON line and the report's data to this file")
+    add("--report", type=Path, metavar="FILE", help="write an HTML report to this file")
     return parser
 
 
 def settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Settings:
-    """Ends the program where flags contradict each other."""
+    """Convert parsed flags to Settings. Exits with an error for contradictory flags."""
     for name in ("json_out", "report"):
         _check_output(parser, f"--{name.replace('_', '-')}", getattr(args, name))
     if args.arrivals is not None and args.concurrency is not None:
-        parser.error(f"argument --concurrency: {args.concurrency}: an open loop (--arrivals) has no limit; give one")
+        parser.error(f"argument --concurrency: {args.concurrency}: conflicts with --arrivals (open loop); drop one")
     try:
         tool_scale = pacing.parse_tool_time(args.tool_time)
     except ValueError as error:
@@ -66,7 +67,7 @@ def settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Setti
     if views is None:
         views = TOKEN_VIEWS if (args.json_out or args.report) and not args.no_turn_figures else 0
     elif views and args.no_turn_figures:
-        parser.error(f"argument --token-views: {views}: needs the figures of each turn; leave out --no-turn-figures")
+        parser.error(f"argument --token-views: {views}: needs the figures of each turn; drop --no-turn-figures")
     return Settings(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
@@ -86,7 +87,7 @@ def settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Setti
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments as JSON carries them."""
+    """The arguments as JSON values."""
 
     def one(value: Any) -> Any:
         if isinstance(value, list):
@@ -102,11 +103,11 @@ def _check_output(parser: argparse.ArgumentParser, flag: str, path: Path | None)
     if path is not None and path.is_dir():
         parser.error(f"argument {flag}: {path}: is a folder; give a file")
     if path is not None and not path.resolve().parent.is_dir():
-        parser.error(f"argument {flag}: {path}: its folder does not exist; create it first")
+        parser.error(f"argument {flag}: {path}: its folder does not exist; create it")
 
 
 def _said_by(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`parse`, its ValueError as argparse shows it whole."""
+    """Wrap `parse` so that argparse shows its ValueError's message."""
 
     def convert(text: str) -> Any:
         try:
@@ -150,5 +151,7 @@ def _url(text: str) -> str:
     try:
         httpx.URL(text)
     except httpx.InvalidURL as error:
-        raise argparse.ArgumentTypeError(f"`{text}` is no URL ({error}); give e.g. http://127.0.0.1:30000") from error
+        raise argparse.ArgumentTypeError(
+            f"`{text}` is not a URL ({error}); give e.g. http://127.0.0.1:30000"
+        ) from error
     return text

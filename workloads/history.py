@@ -1,9 +1,8 @@
-"""What stands before a turn: the recorded messages (forced), or the server's own replies among them (live).
+"""The messages before a turn: as recorded (forced history), or with the server's own replies (live history).
 
-In live history a reply takes the place of the recorded assistant message, and tool outputs stay as recorded: its calls
-get the ids of the recorded ones, in order, so that these outputs answer them. A reply that makes another number of
-calls than the recorded one is a divergence, which the replay counts. A turn that failed leaves the recorded message in
-place.
+In live history a reply replaces the recorded assistant message, and tool outputs stay as recorded. The reply's calls
+get the recorded ids, in order, to match these outputs. A reply with a different number of calls is counted as a
+divergence. After a failed turn the recorded message is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from whiflash_workloads.schema import Session, to_openai
 
 
 class Reply(NamedTuple):
-    """What a server answered: its parts as they are sent back to it."""
+    """A server's reply, as it is sent back in the history."""
 
     reasoning: str = ""
     content: str = ""
@@ -23,13 +22,13 @@ class Reply(NamedTuple):
 
     @property
     def text(self) -> str:
-        """All parts as one text. A streaming parser keeps or drops white space between them by where chunks end."""
+        """All parts as one text, stripped: streaming parsers may keep or drop white space between them."""
         calls = "".join(name + arguments for _, name, arguments in self.calls)
         return "".join(part.strip() for part in (self.reasoning, self.content, calls))
 
 
 class History:
-    """The messages of one session as a server is asked with them; `marker` stands at the start of every prompt."""
+    """The messages of one session. Every prompt starts with `marker`."""
 
     def __init__(self, session: Session, marker: str = "", live: bool = False):
         self.messages = [to_openai(message) for message in session.messages]
@@ -38,11 +37,11 @@ class History:
         self.divergences = 0
 
     def before(self, index: int) -> list[Message]:
-        """The messages before message `index`, the marker in front."""
+        """The marker and the messages before message `index`."""
         return [*self.head, *self.messages[1:index]]
 
     def answer(self, index: int, reply: Reply) -> None:
-        """The server's reply for message `index`; changes the history only if that is live."""
+        """Store the server's reply for message `index`, if the history is live."""
         if not self.live:
             return
         recorded = self.messages[index].get("tool_calls") or []
@@ -51,7 +50,7 @@ class History:
 
 
 def marked(first: Message, marker: str) -> list[Message]:
-    """A template puts the system message before the tools, so that the marker has to stand there."""
+    """The first message with the marker, in a system message because templates put that before the tools."""
     if not marker:
         return [first]
     if first["role"] == "system":
@@ -60,6 +59,7 @@ def marked(first: Message, marker: str) -> list[Message]:
 
 
 def assistant_message(reply: Reply, recorded_ids: list[str]) -> Message:
+    """The reply as an OpenAI message; its calls get the recorded ids."""
     message: Message = {"role": "assistant", "content": reply.content or (None if reply.calls else "")}
     if reply.reasoning:
         message["reasoning_content"] = reply.reasoning

@@ -1,9 +1,9 @@
-"""One file that shows what replays measured: policies side by side, and the text of turns token by token.
+"""An HTML report of replays: policies side by side, and the text of turns token by token.
 
     python -m whiflash_workloads.html_report RESULT.json... --out out.html
 
-A RESULT is what `python -m whiflash_workloads.replay ... --json-out FILE` writes: one policy, named by its `--label`.
-The page is whole in itself: it opens offline, and asks for nothing. `templates/` holds its HTML, style and script.
+A RESULT is a file of `python -m whiflash_workloads.replay ... --json-out FILE`: one policy, named by its `--label`. The
+page is self-contained and works offline. `templates/` has its HTML, style and script.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from whiflash_workloads.results import Arguments, Result, ResultError, View, rea
 LATENCIES = {
     "ttft_ms": "Time to first token (TTFT), ms",
     "tpot_ms": "Time per output token (TPOT), ms",
-    "itl_ms": "Between two pieces of the stream (ITL), ms",
+    "itl_ms": "Inter-chunk latency (ITL), ms",
     "e2e_ms": "Whole turn (E2E), ms",
 }
 GROUPS = {
     "by_span": "by span",
     "by_drafter": "by drafter",
-    "by_context_kind": "by what is answered",
+    "by_context_kind": "by context",
     "by_tool": "by tool",
 }
 DRAFTERS = {"df": "DFlash", "e3": "EAGLE-3", "none": "no drafts"}
 NAMES = {"tool_call": "tool call", "tool_output": "tool output", "user": "user message"} | DRAFTERS
-# Arguments in which policies that are to be compared have to agree.
+# Arguments that must be equal for policies to be comparable.
 SAME = [name for name in Arguments.model_fields if name != "label"]
 
 
 def render(results: Sequence[Result]) -> str:
-    """The page. Raises ResultError where two results have one label."""
+    """The HTML page. Raises ResultError if two results have the same label."""
     labels = [result.arguments.label for result in results]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
-        raise ResultError(f"RESULT: two have the label `{twice}`; replay with a --label of its own for each")
+        raise ResultError(f"RESULT: two have the label `{twice}`; replay with a unique --label for each")
     environment = Environment(
         loader=PackageLoader("whiflash_workloads"),
         autoescape=True,
@@ -67,13 +67,13 @@ def render(results: Sequence[Result]) -> str:
         latencies=[found for found in latency_panels(by_label) if found.strips],
         depths=depths(by_label),
         num_views=len(views(by_label)),
-        # Inside a script element only `<` could end it.
+        # Inside a script element only `<` needs escaping.
         data=Markup(json.dumps({"turns": views(by_label), "names": NAMES}).replace("<", "\\u003c")),
     )
 
 
 def facts(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """What was replayed and where, of the first result; `warnings` says where others differ."""
+    """Facts about the first result's replay; `warnings` lists differences of the others."""
     first = results[0]
     said, figures = first.arguments, first.figures
     at_a_time = said.concurrency or 1
@@ -84,32 +84,30 @@ def facts(results: Sequence[Result]) -> list[tuple[str, str]]:
         ("sessions", f"{figures['sessions']}, {figures['turns']} turns"),
         ("load", f"{load}, tool time {said.tool_time}, {said.history} history"),
         ("sampling", f"temperature {said.temperature:g}, at most {said.max_tokens} tokens"),
-        ("machine", f"{first.hardware['cpu']}, {first.hardware['cores']} cores (of the client)"),
+        ("client machine", f"{first.hardware['cpu']}, {first.hardware['cores']} cores"),
         ("versions", f"SGLang {first.versions.get('sglang') or '-'}, commit {(first.commit or '-')[:10]}"),
     ]
 
 
 def warnings(results: Mapping[str, Result]) -> list[str]:
-    """What forbids, or limits, a comparison."""
+    """Reasons that limit or prevent a comparison."""
     said = []
     for label, result in results.items():
         figures = result.figures
         if figures["ending"] != "complete":
-            said.append(f"{label}: {figures['ending']}; {figures['not_asked']} turns were not asked")
+            said.append(f"{label}: {figures['ending']}; {figures['not_asked']} turns not started")
         said += [f"{label}: {remark}" for remark in remarks(figures)]
         if figures["length_only"]:
             said.append(f"{label}: {length_only(figures)}")
         if figures["failed"]:
             said.append(f"{label}: {figures['failed']} turns failed")
-        baseline = figures["acceptance_length"] == 1 and len(results) > 1  # decoding token by token, to compare with
+        baseline = figures["acceptance_length"] == 1 and len(results) > 1  # plain decoding
         if figures["rounds"] is None and not baseline:
-            said.append(
-                f"{label}: the server gave no speculation figures (it is not WhiFlash), so that they are missing"
-            )
+            said.append(f"{label}: the server reports no speculation figures (it is not WhiFlash)")
     for name in SAME:
         values = {json.dumps(result.arguments.model_dump()[name]) for result in results.values()}
         if len(values) > 1:
-            said.append(f"not replayed alike: --{name.replace('_', '-')} is {', '.join(sorted(values))}")
+            said.append(f"replayed with different settings: --{name.replace('_', '-')} is {', '.join(sorted(values))}")
     return said
 
 
@@ -125,7 +123,7 @@ def headline(results: Mapping[str, Result]) -> str:
 
 
 def policy(label: str, result: Result, results: Mapping[str, Result]) -> dict[str, Any]:
-    """A row of the comparison."""
+    """The comparison's row for one policy."""
     figures = result.figures
     off = results["off"].figures["tokens_per_s"] if "off" in results else None
     prompt, goodput = figures["prompt_tokens"], figures["goodput"]
@@ -135,7 +133,7 @@ def policy(label: str, result: Result, results: Mapping[str, Result]) -> dict[st
         return next(each for each in found if each.label == label)
 
     def times(name: str) -> dict[str, Any]:
-        """Of two percentiles the bar shows the first."""
+        """p50 as a bar, p95 as text."""
         p95 = figures[f"{name}_p95"]
         p50 = bar(lambda other: other[f"{name}_p50"], number, "min")
         return {"p50": p50, "p95": "n/a" if p95 is None else number(p95)}
@@ -157,14 +155,14 @@ def policy(label: str, result: Result, results: Mapping[str, Result]) -> dict[st
 
 
 def shown_limits(results: Mapping[str, Result]) -> str | None:
-    """The objectives of --slo, if any policy was held to some."""
+    """The --slo limits of all policies; None without any."""
     found = [result.figures["goodput"]["limits"] for result in results.values() if result.figures["goodput"]]
     texts = sorted({", ".join(f"{name}={limit:g}" for name, limit in limits.items()) for limits in found})
     return "; ".join(texts) or None
 
 
 def acceptance(results: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """AL, a chart for each way to divide rounds, and in it a group of bars for each part."""
+    """AL charts by span, drafter, context and tool; one group of bars per value."""
     charts = []
     for key, title in GROUPS.items():
         parts = {label: result.figures["speculation"][key] for label, result in results.items()}
@@ -192,6 +190,7 @@ def acceptance(results: Mapping[str, Result]) -> list[dict[str, Any]]:
 
 
 def latency_panels(results: Mapping[str, Result]) -> list[Panel]:
+    """One panel per latency, with a strip for each policy."""
     return [
         panel(title, {label: result.detail.quantiles.get(name, []) for label, result in results.items()})
         for name, title in LATENCIES.items()
@@ -199,7 +198,7 @@ def latency_panels(results: Mapping[str, Result]) -> list[Panel]:
 
 
 def depths(results: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """For each policy, columns of mean prompt tokens by turn number, of which a part came from the cache."""
+    """Per policy, columns of mean prompt tokens by turn number, with their cached share."""
     means = {
         (label, name): (found["prompt_tokens"] / found["turns"], found)
         for label, result in results.items()
@@ -227,7 +226,7 @@ def depths(results: Mapping[str, Result]) -> list[dict[str, Any]]:
 
 
 def views(results: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """The traced turns, each with what every policy made of it."""
+    """The traced turns, each with the rounds of every policy."""
     turns: dict[tuple[str, int], dict[str, Any]] = {}
     for label, result in results.items():
         for view in result.detail.views:
@@ -240,6 +239,7 @@ def views(results: Mapping[str, Result]) -> list[dict[str, Any]]:
 
 
 def policy_view(view: View) -> dict[str, Any]:
+    """One policy's rounds and times of a traced turn."""
     figures = view.figures
     rounds = [each.model_dump() for each in figures.trace or ()]
     return {
@@ -253,18 +253,19 @@ def policy_view(view: View) -> dict[str, Any]:
 
 
 def drafter_class(name: str) -> str:
-    """The style of a drafter; one that the report does not know gets the spare one."""
+    """The drafter's CSS class; `other` if it is unknown."""
     return name if name in DRAFTERS else "other"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m whiflash_workloads.html_report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="file of --json-out, one a policy")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="files of --json-out, one per policy")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="output file (HTML)")
     args = parser.parse_args(argv)
     try:
         args.out.write_text(render([read(path) for path in args.results]), encoding="utf-8")

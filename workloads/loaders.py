@@ -1,7 +1,7 @@
-"""Read recorded sessions from files, whatever format they are in (workloads/formats).
+"""Load recorded sessions from files in any supported format (workloads/formats).
 
-The format is told by the first record of a file. A file is one JSON document (a record, or a list of them) or JSON
-lines, a record each.
+The format is detected from a file's first record. A file is one JSON document (a record or a list of records) or JSON
+lines with one record each.
 """
 
 from __future__ import annotations
@@ -19,24 +19,21 @@ from whiflash_workloads.adapted import BYTE_ORDER_MARK
 from whiflash_workloads.formats import Item, Record, format_of, reader
 from whiflash_workloads.schema import SKIP, Session, TraceError
 
-MEND = f"mend the file, {SKIP}"
+FIX = f"fix the file, {SKIP}"
 EMPTY = "give a file with at least one session"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Sessions in file order, and a line for each record that was skipped."""
+    """Sessions in file order, and an error message for each skipped record."""
 
     sessions: tuple[Session, ...]
     skipped: tuple[str, ...] = ()
-    changed: Mapping[str, int] = field(default_factory=dict)  # what is not as it was written, and how often
+    changed: Mapping[str, int] = field(default_factory=dict)  # kind of conversion (adapted.py) -> count
 
 
 def load_traces(paths: Sequence[Path | str], skip_bad: bool = False, limit: int | None = None) -> Loaded:
-    """The sessions of all files, or the first `limit` of them.
-
-    A bad record raises TraceError, or with `skip_bad` is left out and counted.
-    """
+    """Load the sessions of all files, at most `limit`. Raises TraceError for a bad record, unless `skip_bad`."""
     sessions: list[Session] = []
     skipped: list[str] = []
     changed: Counter[str] = Counter()
@@ -65,7 +62,7 @@ def _read(path: Path, changed: Counter[str]) -> Iterator[Session | TraceError]:
             path, 0, "(file)", f"is not {error.encoding.upper()} ({error.reason})", "give a trace file in UTF-8"
         )
         return
-    # At the start of a file, and of a line where files were joined.
+    # At the start of the file, or of a line if files were concatenated.
     text, marks = re.subn("^\ufeff", "", text, flags=re.MULTILINE)
     if marks:
         changed[BYTE_ORDER_MARK] += marks
@@ -75,25 +72,25 @@ def _read(path: Path, changed: Counter[str]) -> Iterator[Session | TraceError]:
     if name is not None:
         yield from reader(name)(path, items)
         return
-    # Without a record there may still be errors, which say more.
+    # If there are parse errors, they say more than "unknown format".
     yield from [item for item in items if isinstance(item, TraceError)] or [_of_no_format(path)]
 
 
 def _encoding(path: Path) -> str:
-    """UTF-8, or what a byte order mark says, which stays in the text."""
+    """UTF-8, or the encoding of the byte order mark, which stays in the text."""
     with path.open("rb") as file:
         start = file.read(2)
     return {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}.get(start, "utf-8")
 
 
 def _of_no_format(path: Path) -> TraceError:
-    return TraceError(path, 1, "(file)", "is in no trace format", "docs/traces.md lists the formats that are read")
+    return TraceError(path, 1, "(file)", "has an unknown format", "see docs/traces.md for the supported formats")
 
 
 def _items(path: Path, text: str) -> list[Item]:
     document = _whole_document(text)
     if document == [] or not text.strip():
-        return [TraceError(path, 1, "(file)", "holds no session", EMPTY)]
+        return [TraceError(path, 1, "(file)", "contains no sessions", EMPTY)]
     if isinstance(document, list) and isinstance(document[0], dict) and "role" in document[0]:
         return [Record(1, "", {"messages": document})]
     if isinstance(document, list):
@@ -106,7 +103,7 @@ def _items(path: Path, text: str) -> list[Item]:
 
 
 def _whole_document(text: str) -> Any:
-    """The text as one JSON value, or None where it is several of them."""
+    """The text as one JSON value, or None if it is not one."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -114,13 +111,13 @@ def _whole_document(text: str) -> Any:
 
 
 def _unreadable(path: Path, text: str) -> TraceError:
-    """A file without a single line that is a record: one document, broken where JSON says."""
+    """The error for a file without a valid record: a broken JSON document, or an unknown format."""
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        return TraceError(path, error.lineno, f"(column {error.colno})", f"not JSON: {error.msg}", MEND)
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond what can be read
-        return TraceError(path, 1, "(file)", f"not read: {error}", MEND)
+        return TraceError(path, error.lineno, f"(column {error.colno})", f"not JSON: {error.msg}", FIX)
+    except (ValueError, RecursionError) as error:  # a number that is too large, or nested too deeply
+        return TraceError(path, 1, "(file)", f"not read: {error}", FIX)
     return _of_no_format(path)
 
 
@@ -128,6 +125,6 @@ def _parsed(path: Path, number: int, line: str) -> Item:
     try:
         return Record(number, "", json.loads(line))
     except json.JSONDecodeError as error:
-        return TraceError(path, number, f"(column {error.colno})", f"not JSON: {error.msg}", MEND)
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond what can be read
-        return TraceError(path, number, "(line)", f"not read: {error}", MEND)
+        return TraceError(path, number, f"(column {error.colno})", f"not JSON: {error.msg}", FIX)
+    except (ValueError, RecursionError) as error:  # a number that is too large, or nested too deeply
+        return TraceError(path, number, "(line)", f"not read: {error}", FIX)

@@ -1,7 +1,7 @@
 """Compare the greedy text of two servers token by token, and explain where it differs.
 
-A difference is excused only if it is a tie: the reference server's two best logits at that place are closer than
-rounding (`TIE`), so that either token is right. Nothing else is; `Difference.gap` says by how much it was missed.
+A difference is accepted only if it is a tie: the reference's two best logits at that position differ by no more than
+rounding (`TIE`), so either token is correct. `Difference.gap` is that logit difference.
 """
 
 from __future__ import annotations
@@ -14,44 +14,44 @@ import httpx
 
 from whiflash_workloads.tokens import TIMEOUT_SECONDS, TokenIds, post
 
-TIE = 1e-5  # gap of the two best logits in float32 that is rounding and nothing else
+TIE = 1e-5  # largest gap of the two best logits that counts as rounding in float32
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first place where a text leaves the reference's."""
+    """The first position where a text differs from the reference."""
 
-    prompt: int  # number of the prompt
-    position: int  # output tokens before it, equal in both
-    reference: int | None  # token ids; None where a text had ended
+    prompt: int  # index of the prompt
+    position: int  # number of equal output tokens before it
+    reference: int | None  # token id; None if the text had ended
     found: int | None
-    best: tuple[tuple[float, int], ...]  # the reference's two best there: log probability and token id
+    best: tuple[tuple[float, int], ...]  # the reference's two best there: (logprob, token id)
 
     @property
     def is_tie(self) -> bool:
-        """Either text has one of the two best tokens, and they are as good as equal."""
+        """Whether both tokens are the reference's two best, with almost equal logits."""
         return self.is_tie_within(TIE)
 
     def is_tie_within(self, gap: float) -> bool:
-        """As `is_tie`, where rounding moves logits by as much as `gap`."""
+        """Like `is_tie`, for logits that differ by up to `gap`."""
         return self.gap <= gap and {self.reference, self.found} == {token for _, token in self.best}
 
     @property
     def gap(self) -> float:
-        """Best less second-best logit (a difference of log probabilities is one of logits)."""
+        """Best minus second-best logit (equal to the difference of logprobs)."""
         return self.best[0][0] - self.best[1][0]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Texts of one server against the reference's."""
+    """Result of comparing a server's texts with the reference."""
 
     prompts: int
     tokens: int
     differences: tuple[Difference, ...]
 
     def figures(self) -> dict[str, Any]:
-        """Plain data: `different` counts what no tie excuses."""
+        """As plain data; `different` lists the differences that are not ties."""
         ties = [asdict(d) for d in self.differences if d.is_tie]
         different = [asdict(d) for d in self.differences if not d.is_tie]
         return {"prompts": self.prompts, "tokens": self.tokens, "different": different, "ties": ties}
@@ -64,7 +64,7 @@ async def generate(
     in_flight: int,
     sampling: dict[str, Any] | None = None,
 ) -> list[TokenIds]:
-    """Token ids of `num_tokens` greedy tokens behind each prompt, at most `in_flight` requests at a time."""
+    """Generate `num_tokens` greedy tokens after each prompt, `in_flight` requests at a time. Returns token ids."""
     replies = await post(base_url, prompts, num_tokens, in_flight, {"ignore_eos": True, **(sampling or {})})
     return [reply["output_ids"] for reply in replies]
 
@@ -72,7 +72,7 @@ async def generate(
 def compare(
     reference_url: str, prompts: Sequence[TokenIds], reference: Sequence[TokenIds], found: Sequence[TokenIds]
 ) -> Comparison:
-    """Where `found` leaves `reference`. The server at `reference_url` is asked for the logits there."""
+    """Find the first differences between `found` and `reference`, with logits from the server at `reference_url`."""
     differences = []
     for number, (prompt, expected, text) in enumerate(zip(prompts, reference, found, strict=True)):
         if expected == text:
@@ -85,7 +85,7 @@ def compare(
 
 
 def two_best(base_url: str, text: TokenIds) -> tuple[tuple[float, int], ...]:
-    """Log probability and id of the two best tokens behind `text`, the best first."""
+    """(logprob, token id) of the two best tokens after `text`, best first."""
     body = {
         "input_ids": text,
         "sampling_params": {"temperature": 0, "max_new_tokens": 1},

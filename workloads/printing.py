@@ -1,4 +1,4 @@
-"""Printing for readers that may leave before the end (`| head`): that is no failure, and nothing is said of it."""
+"""Print to pipes that may be closed early (`| head`) without an error."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import rich.console
 
 
 class Console(rich.console.Console):
-    """rich's, which would end the program where a reader has left."""
+    """rich's Console, which would exit on a broken pipe."""
 
     def on_broken_pipe(self) -> None:
-        raise  # called where BrokenPipeError is handled
+        raise  # re-raise the BrokenPipeError being handled
 
 
 @contextlib.contextmanager
 def to_readers() -> Iterator[None]:
-    """The end of a command, which prints what it has done. A reader that leaves ends the block quietly.
+    """Context for a command's final output. A closed pipe ends the block quietly; put only printing in it.
 
-    Nothing but printing belongs in it. stdout goes nowhere from then on, as Python would fail once more when it ends.
+    Afterwards stdout is /dev/null, because Python would fail again on exit.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where a measurement comes from: versions and commit, for the JSON line that every benchmark ends with."""
+"""Provenance of a measurement: versions, commit and hardware, for the benchmarks' JSON lines."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ PACKAGES = ("whiflash-sglang", "sglang", "torch", "transformers", "openai")
 
 
 def provenance() -> dict[str, Any]:
-    """`versions` by package (None where it is not installed), `commit` (None outside a checkout), `hardware` with or
-    without (None) a GPU."""
+    """`versions` by package (None if not installed), `commit` (None outside a checkout), `hardware` (`gpu` may be
+    None)."""
     versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     hardware = {"cpu": _cpu_model(), "cores": len(os.sched_getaffinity(0)), "gpu": _gpu_model()}
     return {"versions": versions, "commit": _commit(), "hardware": hardware}

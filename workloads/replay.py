@@ -1,15 +1,14 @@
-"""Replay recorded agent sessions against a server, and measure it.
+"""Replay recorded agent sessions against a server and measure it.
 
     python -m whiflash_workloads.replay TRACE... --base-url http://127.0.0.1:30000 [--concurrency 4] [--report out.html]
 
-Every recorded assistant turn is asked for. With forced history the recorded messages stand before it, whatever the
-server answered earlier, so that every policy gets the same prompts; with `--history live` the server's own replies take
-the place of the recorded ones. Turns of a session go in order, as an agent's would, and find their prefix in the
-server's cache. Sessions run `--concurrency` at a time, or start at their own times (`--arrivals`). Prompts beyond the
-context are cut by whole turns and counted.
+Every recorded assistant turn is requested. With forced history its prompt is the recorded messages, independent of
+earlier replies, so every policy gets the same prompts. `--history live` uses the server's own replies instead. Turns of
+a session run in order, as in an agent, and hit the server's prefix cache. Sessions run `--concurrency` at a time, or
+start at given times (`--arrivals`). Prompts that exceed the context are cut by whole turns and counted.
 
-A failed request is reported and the replay goes on; the exit status is then 1. If the server does not answer any more,
-or at Ctrl-C (exit status 130), the figures are of what was done until then. The last line is JSON.
+Failed requests are reported and do not stop the replay; the exit status is then 1. If the server no longer responds, or
+on Ctrl-C (exit status 130), the figures cover what was done so far. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from whiflash_workloads.synthetic import reply_tokens
 
 __all__ = ["TABLE_WIDTH", "Report", "merge", "replay", "table"]
 
-INTERRUPTED = 130  # exit status, as a shell gives it for Ctrl-C
+INTERRUPTED = 130  # a shell's exit status for Ctrl-C
 
 
 def replay(
@@ -46,20 +45,21 @@ def replay(
     progress: Callable[[Turn], None] | None = None,
     **options: Any,
 ) -> Report:
-    """`replay_async` to its end; `options` are those of `Settings`."""
+    """Run `replay_async`; `options`: see `Settings`. Raises ServerUnreachable or ValueError."""
     settings = Settings(**options)
     return asyncio.run(replay_async(sessions, base_url, settings=settings, label=label, progress=progress))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
     try:
         return run(argv)
-    except KeyboardInterrupt:  # before the replay or after it, or a second time
+    except KeyboardInterrupt:  # before or after the replay, or a second time
         return INTERRUPTED
 
 
 def run(argv: Sequence[str] | None) -> int:
-    """The command; its exit status."""
+    """Run the command; returns the exit status."""
     parser = flags.build_parser(__doc__)
     args = parser.parse_args(argv)
     settings = flags.settings(parser, args)
@@ -98,7 +98,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def check(sessions: Sequence[Session], settings: Settings) -> None:
-    """Whether there is something to replay, and whether it was timed where times are asked for; raises ValueError."""
+    """Raise ValueError if there is nothing to replay, or no recorded times although `settings` need them."""
     if not any(session.turns for session in sessions):
         raise ValueError("TRACE: no recorded assistant turn to replay; give other traces")
     if not any(session.turns for session in sessions[settings.warm_up :]):
@@ -111,18 +111,18 @@ def check(sessions: Sequence[Session], settings: Settings) -> None:
     lengths = [reply_tokens(session, index) or 0 for session in sessions for index in session.turns]
     if cut := sum(length > settings.max_tokens for length in lengths):
         print(
-            f"note: --max-tokens {settings.max_tokens}: {cut} replies of traces of lengths were longer, and end there; "
+            f"note: --max-tokens {settings.max_tokens}: {cut} recorded replies are longer and were truncated; "
             f"the longest has {max(lengths)} tokens",
             file=sys.stderr,
         )
     if settings.tool_scale and untimed:
-        print(f"note: {untimed} of {outputs} tool outputs have no tool_duration_s; they take no time", file=sys.stderr)
+        print(f"note: {untimed} of {outputs} tool outputs have no tool_duration_s; counted as 0 s", file=sys.stderr)
 
 
 async def _until_ctrl_c(
     sessions: Sequence[Session], base_url: str, settings: Settings, label: str, progress: Callable[[Turn], None]
 ) -> Report:
-    """The replay, ended by the first Ctrl-C with what there is; by a second one at once."""
+    """Run the replay. The first Ctrl-C ends it with partial results, a second one immediately."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def end() -> None:

@@ -1,4 +1,4 @@
-"""What a replay measured: records of turns, figures made of them, and a table that compares policies."""
+"""Results of a replay: records of turns, their figures, and a table that compares policies."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from whiflash_workloads.speculation import RequestFigures
 
 Totals = dict[str, Any]
 """The server's counters (`whiflash_sglang/serving/observe.py`): numbers, and dicts of numbers."""
-TABLE_WIDTH = 150  # of the console that prints the table: its widest row, also where output is no terminal
+TABLE_WIDTH = 150  # console width in characters, enough for the widest row; also used without a terminal
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One asked turn. Times in seconds on the client's clock."""
+    """One requested turn. Times in seconds on the client's clock."""
 
     session_id: str
     index: int  # of the recorded assistant message
-    text: str  # reasoning, content and tool calls, one after the other, without white space at their edges
+    text: str  # reasoning, content and tool calls, stripped and concatenated
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-    ttft_s: float | None  # None if nothing came
+    ttft_s: float | None  # None without output
     tpot_s: float | None  # None with fewer than two tokens
-    cut_turns: int  # oldest recorded turns left out so that the prompt fits
-    shortened: bool  # a message was shortened, as whole turns were not enough
+    cut_turns: int  # oldest recorded turns dropped to fit the context
+    shortened: bool  # a message was shortened, because dropping turns was not enough
     error: str | None
     e2e_s: float | None = None
-    gaps_s: tuple[float, ...] = ()  # between one piece of text and the next; a piece may be several tokens
+    gaps_s: tuple[float, ...] = ()  # between text chunks; a chunk may have several tokens
     session: int = 0  # number of the session in the run, as ids may repeat
     depth: int = 1  # number of the turn in its session, from 1
-    retries: int = 0  # after connections that failed before anything had come
+    retries: int = 0  # after connections that failed before any output
     speculation: RequestFigures | None = None
-    missing: str | None = None  # why a WhiFlash server gave no speculation figures
-    length_only: bool = False  # its prompt was made up, so that it says nothing of acceptance
+    missing: str | None = None  # why a WhiFlash server returned no speculation figures
+    length_only: bool = False  # synthetic prompt, meaningless for acceptance
 
 
 Ending = Literal["complete", "interrupted", "server gone"]
@@ -47,22 +47,25 @@ Ending = Literal["complete", "interrupted", "server gone"]
 
 @dataclass(frozen=True)
 class Report:
+    """The results of one replay."""
+
     label: str
     turns: tuple[Turn, ...]
     wall_s: float
-    totals: Totals | None  # what the server counted meanwhile; None where it is not WHIFLASH
-    speculates: bool = False  # by whatever algorithm
-    whole_sessions: int = 0  # of which every turn was answered
-    planned_turns: int | None = None  # None: as many as there are
+    totals: Totals | None  # the server's counters over the replay; None without WHIFLASH
+    speculates: bool = False  # with any algorithm
+    whole_sessions: int = 0  # sessions in which every turn succeeded
+    planned_turns: int | None = None  # None: len(turns)
     ending: Ending = "complete"
-    divergences: int = 0  # of live history: replies with another number of calls than recorded
-    limits: Limits | None = None  # of --slo
+    divergences: int = 0  # live history: replies whose number of calls differs from the recording
+    limits: Limits | None = None  # --slo
 
     def texts(self) -> dict[tuple[str, int], str | None]:
-        """Text by (session, message index); None where the request failed."""
+        """Text by (session, message index); None if the request failed."""
         return {(turn.session_id, turn.index): None if turn.error else turn.text for turn in self.turns}
 
     def figures(self) -> dict[str, Any]:
+        """All figures as plain data, for the JSON line."""
         done = [turn for turn in self.turns if turn.error is None]
         tokens = sum(turn.completion_tokens for turn in done)
         asked = len(self.turns)
@@ -92,19 +95,19 @@ class Report:
         }
 
     def _acceptance(self, done: Sequence[Turn]) -> dict[str, Any]:
-        """Acceptance lengths of turns with texts: the server's counters do not tell these from length-only turns."""
+        """Acceptance lengths without length-only turns, which the server's counters do not distinguish."""
         if not any(turn.length_only for turn in self.turns):
             return {"speculation": speculation(done, self.totals)}
         found = {"speculation": speculation(done, None)}
         if self.totals is None and not self.speculates and not all(turn.length_only for turn in self.turns):
-            return found  # each token a round of its own, in whatever turn
+            return found  # plain decoding: one token per round
         return found | {"acceptance_length": acceptance_length(done)}
 
     def _speculation(self) -> dict[str, Any]:
-        """Figures of the server's counters. `host_share` is the time outside steps that run a model."""
+        """Figures from the server's counters. `host_share` is the share of time outside model steps."""
         if self.totals is None:
             nothing = dict.fromkeys(("rounds", "rounds_by_drafter", "share_by_drafter", "switches", "host_share"))
-            # Without speculation every token is a round of its own; another algorithm's rounds are not known.
+            # Without speculation every token is one round; another algorithm's rounds are unknown.
             return {"acceptance_length": None if self.speculates else 1.0} | nothing
         return _counted(self.totals, self.wall_s)
 
@@ -112,8 +115,7 @@ class Report:
 def _counted(totals: Totals, wall_s: float) -> dict[str, Any]:
     rounds = totals["rounds"]
     by_drafter = totals["rounds_by_drafter"]
-    # Seconds in model forwards: the target's prefill and verify, what the drafters do, and on a device that runs by
-    # itself the read that waits for them.
+    # Seconds in model forwards: prefill, verify, drafters, and the read that waits for an asynchronous device.
     steps = ("prefill", "prefill_drafters", "catch_up", "draft", "verify", "read")
     forwards = sum(totals["seconds"][step] for step in steps)
     return {
@@ -127,7 +129,7 @@ def _counted(totals: Totals, wall_s: float) -> dict[str, Any]:
 
 
 def merge(reports: Sequence[Report]) -> Report:
-    """One report of a policy that was measured in several parts, one after the other."""
+    """Merge the reports of one policy that was measured in several consecutive parts. Raises ValueError if empty."""
     if not reports:
         raise ValueError("merge needs at least one report")
     turns = tuple(turn for report in reports for turn in report.turns)
@@ -149,6 +151,7 @@ def merge(reports: Sequence[Report]) -> Report:
 
 
 def sum_of(parts: Iterable[Totals]) -> Totals:
+    """Add counters, by key of nested dicts."""
     result: Totals = {}
     for part in parts:
         for key, value in part.items():
@@ -159,7 +162,7 @@ def sum_of(parts: Iterable[Totals]) -> Totals:
 
 
 def difference(after: Totals, before: Totals) -> Totals:
-    """What was counted between two snapshots."""
+    """The difference of two counter snapshots."""
     result: Totals = {}
     for key, value in after.items():
         earlier = before.get(key)
@@ -168,7 +171,7 @@ def difference(after: Totals, before: Totals) -> Totals:
 
 
 def table(figures_by_label: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row for each label; tokens/s also as a multiple of `off`, where that was measured. Below: `remarks`."""
+    """A table with a row per label, `remarks` below. Speedups are relative to label `off`, if present."""
     baseline = figures_by_label.get("off", {}).get("tokens_per_s")
     said = [f"{label}: {remark}" for label, figures in figures_by_label.items() for remark in remarks(figures)]
     view = Table(title="Replay", caption="\n".join(said) or None, caption_justify="left")
@@ -195,15 +198,15 @@ def table(figures_by_label: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def remarks(figures: Mapping[str, Any]) -> list[str]:
-    """What was asked otherwise than it was recorded, a line each."""
+    """How prompts differ from the recording, one line each."""
     said, turns = [], figures["turns"]
     if cut := figures["cut_prompts"]:
-        said.append(f"{cut} of {turns} prompts were cut: their oldest turns are left out, so that they fit the context")
+        said.append(f"{cut} of {turns} prompts were cut to fit the context: their oldest turns were dropped")
     if shortened := figures["shortened_prompts"]:
-        said.append(f"{shortened} of {turns} prompts have a message that was shortened, as whole turns were not enough")
+        said.append(f"{shortened} of {turns} prompts have a shortened message, as dropping turns was not enough")
     if changed := figures.get("changed"):
         kinds = ", ".join(f"{count} x {kind}" for kind, count in changed.items())
-        said.append(f"traces were not asked as they are written ({kinds}); docs/traces.md says what they became")
+        said.append(f"some messages were converted ({kinds}); see docs/traces.md")
     return said
 
 

@@ -1,7 +1,6 @@
-"""The result of a replay as JSON: what `--json-out` writes, and what a report is made of.
+"""The JSON result of a replay, written by `--json-out` and read by reports.
 
-It is the line that the replay prints, with `detail` beside it: percentiles 0 to 100 of every latency, and the turns
-whose rounds were traced.
+It is the replay's JSON line plus `detail`: percentiles 0 to 100 of every latency, and the traced turns.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from whiflash_workloads.report import Report, Turn
 from whiflash_workloads.schema import Session
 from whiflash_workloads.speculation import RequestFigures
 
-MAX_ASKED = 600  # characters of the message that a traced turn answers
+MAX_ASKED = 600  # characters kept of the message that a traced turn answers
 
 
 class _Part(BaseModel):
@@ -45,7 +44,7 @@ class View(_Part):
 
 
 class Arguments(BaseModel):
-    """How sessions were replayed: the command's flags. These tell whether two results can be compared."""
+    """The replay's flags, which decide whether two results are comparable."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -64,11 +63,15 @@ class Arguments(BaseModel):
 
 
 class Detail(_Part):
+    """Data for reports only."""
+
     quantiles: dict[str, list[float]]
     views: list[View]
 
 
 class Result(_Part):
+    """The content of a result file."""
+
     benchmark: Literal["replay"]
     arguments: Arguments
     figures: dict[str, Any]
@@ -82,16 +85,16 @@ class Result(_Part):
     def _are_all_there(cls, figures: dict[str, Any]) -> dict[str, Any]:
         needed = {"sessions", *Report("", (), 0.0, None).figures()}
         if lacking := sorted(needed - figures.keys()):
-            raise ValueError(f"`{lacking[0]}` is missing: the result of another version")
+            raise ValueError(f"`{lacking[0]}` is missing: the result is from another version")
         return figures
 
 
 class ResultError(ValueError):
-    """A file that is no result of a replay."""
+    """A file that is not a result of a replay."""
 
 
 def detail(report: Report, sessions: Sequence[Session]) -> Detail:
-    """`sessions` are those that were counted."""
+    """The `detail` of a report; `sessions`: the counted ones."""
     times = latencies([turn for turn in report.turns if turn.error is None])
     traced = [turn for turn in report.turns if turn.speculation is not None and turn.speculation.trace]
     return Detail(
@@ -101,6 +104,7 @@ def detail(report: Report, sessions: Sequence[Session]) -> Detail:
 
 
 def view(turn: Turn, session: Session) -> View:
+    """The token view of a traced turn. Raises ValueError if it has no figures."""
     if turn.speculation is None:
         raise ValueError("a view needs the figures of its turn")
     before = session.messages[turn.index - 1]
@@ -118,16 +122,16 @@ def view(turn: Turn, session: Session) -> View:
 
 
 def read(path: Path) -> Result:
-    """Raises ResultError that names file, field and mend."""
-    mend = "make it with `python -m whiflash_workloads.replay ... --json-out FILE`"
+    """Read a result. Raises ResultError, which names file, field and fix."""
+    fix = "create it with `python -m whiflash_workloads.replay ... --json-out FILE`"
     try:
         result = Result.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise ResultError(f"RESULT {path}: cannot be read ({error.strerror}); {mend}") from error
+        raise ResultError(f"RESULT {path}: cannot be read ({error.strerror}); {fix}") from error
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "(file)"
-        raise ResultError(f"RESULT {path}: field {field}: {first['msg']}; {mend}") from error
+        raise ResultError(f"RESULT {path}: field {field}: {first['msg']}; {fix}") from error
     return result
 
 

@@ -1,7 +1,7 @@
-"""The replay itself: sessions at their times, turns of a session in order, and a ledger that outlives what ends it.
+"""The replay loop: runs sessions at their start times, with turns in order, and records results in a ledger.
 
-A replay ends when all turns have been asked, when `stop` is set (Ctrl-C), or when the server does not answer any more;
-in each case the report holds what was done until then.
+A replay ends when all turns are done, `stop` is set (Ctrl-C), or the server no longer responds. In each case the
+report covers what was done so far.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ RunSession = Callable[[int, Session], Coroutine[None, None, None]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How sessions are replayed; `workloads/replay.py` explains each."""
+    """Replay options, mostly flags of `workloads/replay.py`."""
 
     max_tokens: int = MAX_TOKENS
     temperature: float = 0.0
     timeout_s: float = TIMEOUT_SECONDS
     retries: int = RETRIES
-    concurrency: int = 1  # of the closed loop, and of the warm-up
+    concurrency: int = 1  # closed loop and warm-up
     arrivals: Arrivals | None = None  # None: closed loop
     seed: int = 0  # of Poisson arrivals
     live: bool = False
-    tool_scale: float = 0.0  # recorded tool durations are multiplied by it
-    warm_up: int = 0  # first sessions, which are not counted
-    marker: str = ""  # at the start of every prompt
-    turn_figures: bool = False  # ask WhiFlash for the speculation figures of every turn
-    token_views: int = 0  # first turns for which it is asked to trace every round
+    tool_scale: float = 0.0  # factor for recorded tool durations
+    warm_up: int = 0  # number of first sessions that are not counted
+    marker: str = ""  # prefix of every prompt
+    turn_figures: bool = False  # request speculation figures of every turn
+    token_views: int = 0  # number of first turns to trace
     limits: Limits | None = None
 
 
 @dataclass
 class Ledger:
-    """What has been done so far."""
+    """The results so far."""
 
     label: str
     settings: Settings
@@ -70,9 +70,11 @@ class Ledger:
     ending: Ending = "complete"
 
     def add(self, turn: Turn) -> None:
+        """Record a finished turn."""
         self.turns.setdefault(turn.session, []).append(turn)
 
     def report(self) -> Report:
+        """The report of what was done so far."""
         whole = [
             number
             for number, turns in self.turns.items()
@@ -102,9 +104,10 @@ async def replay_async(
     progress: Progress | None = None,
     stop: asyncio.Event | None = None,
 ) -> Report:
-    """Ask for every recorded turn of `sessions`; `progress` is called after each.
+    """Request every recorded turn of `sessions`; `progress` is called after each.
 
-    Raises ServerUnreachable if nobody answers at the start, ValueError for what server or traces cannot meet.
+    Raises ServerUnreachable if the server does not respond at the start, ValueError if server or traces do not fit the
+    settings.
     """
     check_history(sessions, settings.live)
     counted = sessions[settings.warm_up :]
@@ -135,7 +138,7 @@ async def _replay(sessions: Sequence[Session], base_url: str, ledger: Ledger, pr
             warm_up, counted = sessions[: settings.warm_up], sessions[settings.warm_up :]
             try:
                 await closed_loop(warm_up, settings.concurrency, Player(server, settings, {}, set()).play)
-                # Asks the server for the tokens of long prompts: before the clock.
+                # Counts tokens of long prompts on the server, so do it before the measurement.
                 plans = {} if settings.live else {n: await plan(server, s, settings) for n, s in enumerate(counted)}
                 player = Player(server, settings, plans, first_turns(counted, settings.token_views), ledger, progress)
                 await _measure(player, ledger, counted, starts)
@@ -158,11 +161,11 @@ async def _measure(player: Player, ledger: Ledger, sessions: Sequence[Session], 
 
 
 async def closed_loop(sessions: Sequence[Session], concurrency: int, play: RunSession) -> None:
-    """`concurrency` sessions at a time, in order; errors come as a group."""
+    """Run `concurrency` sessions at a time, in order. Raises errors as an ExceptionGroup."""
     waiting = iter(enumerate(sessions))
 
     async def worker() -> None:
-        for number, session in waiting:  # shared: each session is taken by one worker
+        for number, session in waiting:  # shared by all workers
             await play(number, session)
 
     async with asyncio.TaskGroup() as group:
@@ -171,7 +174,7 @@ async def closed_loop(sessions: Sequence[Session], concurrency: int, play: RunSe
 
 
 async def open_loop(sessions: Sequence[Session], starts: Sequence[float], play: RunSession) -> None:
-    """Each session at its own time, in seconds from now, whatever else is running; errors come as a group."""
+    """Start each session at its time in seconds from now. Raises errors as an ExceptionGroup."""
     began = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for start, number in sorted((start, number) for number, start in enumerate(starts)):
@@ -180,17 +183,16 @@ async def open_loop(sessions: Sequence[Session], starts: Sequence[float], play: 
 
 
 def check_history(sessions: Sequence[Session], live: bool) -> None:
-    """Raises ValueError where replies are not recorded that a forced history would hold."""
+    """Raise ValueError if a forced history would need replies that were not recorded."""
     needs = next((session for session in sessions if session.needs_live_history), None)
     if needs is not None and not live:
         raise ValueError(
-            f"--history forced: session `{needs.session_id}` has replies in its history that were not recorded; "
-            "give --history live"
+            f"--history forced: session `{needs.session_id}` has unrecorded replies in its history; use --history live"
         )
 
 
 async def with_texts(server: Server, sessions: Sequence[Session]) -> Sequence[Session]:
-    """The sessions, with prompts for those of which only lengths are known. Before the clock: long ones take time."""
+    """The sessions, with synthetic prompts for length-only ones. Slow, so call it before the measurement."""
     if not any(session.length_only for session in sessions):
         return sessions
     tokens_per_word = await server.num_tokens(sample()) / SAMPLE_WORDS
@@ -198,7 +200,7 @@ async def with_texts(server: Server, sessions: Sequence[Session]) -> Sequence[Se
 
 
 async def plan(server: Server, session: Session, settings: Settings) -> Plan:
-    """The prompts, by message index, that have to be cut to the server's context, or why they cannot."""
+    """Message index -> the cut prompt or an error, for prompts that exceed the server's context."""
     history, plan = History(session, settings.marker), Plan()
     for index in session.turns:
         messages = history.before(index)
@@ -208,7 +210,7 @@ async def plan(server: Server, session: Session, settings: Settings) -> Plan:
 
 
 def first_turns(sessions: Sequence[Session], count: int) -> set[tuple[int, int]]:
-    """The first `count` turns that have a text of their own, as (number of the session, message index)."""
+    """The first `count` turns with recorded texts, as (session number, message index)."""
     texts = ((number, session) for number, session in enumerate(sessions) if not session.length_only)
     found = ((number, index) for number, session in texts for index in session.turns)
     return {place for place, _ in zip(found, range(count), strict=False)}
@@ -216,7 +218,7 @@ def first_turns(sessions: Sequence[Session], count: int) -> set[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Player:
-    """Plays sessions, one after the other or many at a time. Without a ledger nothing is counted."""
+    """Plays sessions, also concurrently. Without a ledger nothing is counted."""
 
     server: Server
     settings: Settings
@@ -226,7 +228,7 @@ class Player:
     progress: Progress | None = None
 
     async def play(self, number: int, session: Session) -> None:
-        """One session, turn by turn. Raises ServerGone."""
+        """Play one session, turn by turn. Raises ServerGone."""
         history = History(session, self.settings.marker, self.settings.live)
         for depth, index in enumerate(session.turns, start=1):
             if self.ledger is not None:
@@ -247,17 +249,19 @@ class Player:
             self.ledger.divergences += history.divergences
 
     async def prompt(self, number: int, session: Session, history: History, index: int) -> Prompt | Exception:
+        """The prompt of the turn at message `index`, cut to the context."""
         messages = history.before(index)
         if number in self.plans:
             return self.plans[number].get(index, Prompt(messages, 0, False))
         return await self.server.fit(messages, session.tools)
 
     async def figures(self, answer: Answer) -> RequestFigures | str | None:
-        """None where they are not wanted, or the server is not WhiFlash."""
+        """The answer's figures, a reason why they are missing, or None if not wanted or not WhiFlash."""
         wanted = self.settings.turn_figures and self.ledger is not None and self.server.is_whiflash
         return await self.server.speculation(answer.incoming.id) if wanted and answer.error is None else None
 
     def note(self, turn: Turn) -> None:
+        """Record a turn, unless warming up."""
         if self.ledger is None:
             return
         self.ledger.add(turn)

@@ -1,9 +1,9 @@
-"""Sampled continuations of one prompt, counted: what a server's distribution is judged by.
+"""Count sampled continuations of one prompt, to test a server's output distribution.
 
     kinds = {"e3": {"temperature": 1.0, "custom_params": {"whiflash": {"route": "e3"}}}, "off": {...}}
     counts = count(url, prompt, 4, kinds, number=5000)      # {"e3": Counter({(12, 7, 7, 3): 801, ...}), ...}
 
-Requests of all kinds are sent in one mixed order, so that they stand side by side in the server's batches.
+Requests of all kinds are sent in shuffled order, so they share batches on the server.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import httpx
 from whiflash_workloads.tokens import TIMEOUT_SECONDS, TokenIds
 
 IN_FLIGHT = 16
-AT_ONCE = 25  # samples of one request: its prompt is looked up once
+AT_ONCE = 25  # samples per request (`n`), which share one prefix lookup
 
 Kind = TypeVar("Kind", bound=Hashable)
 
@@ -33,9 +33,9 @@ def count(
     *,
     seeded: bool = False,
 ) -> dict[Kind, Counter[tuple[int, ...]]]:
-    """`number` continuations of `length` tokens for each of `kinds`, which are sampling parameters.
+    """Sample `number` continuations of `length` tokens for each of `kinds` (name -> sampling parameters).
 
-    `seeded`: one sample a request, each with a seed of its own, for servers with `--enable-deterministic-inference`.
+    `seeded`: one sample per request, each with its own seed, for servers with `--enable-deterministic-inference`.
     """
     at_once = 1 if seeded else AT_ONCE
     fixed = {"max_new_tokens": length, "ignore_eos": True}

@@ -1,34 +1,34 @@
-"""The trace format: JSON lines that hold recorded agent sessions.
+"""The trace format: recorded agent sessions as JSON lines.
 
-A session may stand in one line:
+A session is one line:
 
     {"schema_version": 2, "session_id": "desk-1", "source": "demo", "tools": [...], "messages": [...]}
 
-or in parts, one line a turn, as a recorder writes it while the session goes on. The parts of a session stand in order;
-those of other sessions may stand between them:
+or several parts, one line per turn, as a recorder writes them. The parts of a session are in order, but may be
+interleaved with other sessions:
 
     {"schema_version": 2, "session_id": "desk-1", "part": 0, "source": "recorded", "tools": [...], "messages": [...]}
     {"schema_version": 2, "session_id": "desk-1", "part": 1, "resent": {...}, "messages": [...]}
 
-The messages of a part are the new ones of its request and, last, the reply. `resent` is the reply of the part before as
-this request carried it, where that is not the same to the byte: many clients drop the reasoning or write JSON anew.
+The messages of a part are the new ones of its request and, last, the reply. `resent` is the previous part's reply as
+this request contains it, if that differs in any byte: many clients drop the reasoning or re-serialize JSON.
 
-`tools` are OpenAI tool schemas. `messages` are OpenAI messages, kept as they are written, unknown fields and the order
-of keys included, so that a replay asks what was asked, byte for byte. A session asks for a reply at every assistant
-message that has something before it; `Session.turns` are their indices. Beside OpenAI's fields a message may carry:
+`tools` are OpenAI tool schemas. `messages` are OpenAI messages, kept verbatim, including unknown fields and key order,
+so a replay sends the same bytes. Every assistant message except a first one is a turn, a reply that was requested;
+`Session.turns` are their indices. In addition to OpenAI's fields a message may have:
 
-    timestamp_s          all        when it came to be, in seconds on a clock that all sessions of a file share
-    tool_duration_s      tool       how long the tool took
-    asked                assistant  false: it stood in the history already and was not asked for (default: true)
-    options              assistant  the rest of the request that asked for it: model, temperature, max_tokens, ...
-    output_tokens        assistant  how many tokens the reply had
-    resent               assistant  the message as later requests carry it, where that differs
-    reply_known          assistant  false: the trace tells what was asked, not what was answered (default: true)
-    lengths              user       the text is not known, only its length and the prefixes that it shares
-    changed              all        what was changed so that a request of today carries it (workloads/adapted.py)
+    timestamp_s          all        creation time, in seconds on a clock shared by all sessions of a file
+    tool_duration_s      tool       duration of the tool call, in seconds
+    asked                assistant  false: part of the history, not requested (default: true)
+    options              assistant  the rest of its request: model, temperature, max_tokens, ...
+    output_tokens        assistant  length of the reply in tokens
+    resent               assistant  the message as later requests contain it, if that differs
+    reply_known          assistant  false: the reply was not recorded (default: true)
+    lengths              user       the text is unknown, but its length and shared prefixes are given
+    changed              all        conversions to today's format (workloads/adapted.py)
 
-Version 1 is the first form in one line without these fields, and is read too. A record that does not fit raises
-`TraceError`, which names file, line, field and mend.
+Version 1 is the one-line form without these fields; it can be read, too. An invalid record raises `TraceError`, which
+names file, line, field and fix.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from pydantic import (
 from whiflash_workloads.adapted import adapted, wire
 
 SCHEMA_VERSION: Final = 2
-BLOCK_TOKENS = 512  # of one hash id, in Mooncake's traces
-SKIP = "or go on without the record by --skip-bad"
+BLOCK_TOKENS = 512  # tokens per hash id in Mooncake's traces
+SKIP = "or skip the record with --skip-bad"
 
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -62,11 +62,11 @@ R = TypeVar("R", bound=BaseModel)
 
 
 class TraceError(ValueError):
-    """A trace that cannot be read: where, which field, what is wrong, and what to do."""
+    """A trace that cannot be read: file, line, field, problem and fix."""
 
-    def __init__(self, path: Path | str, line: int, field: str, problem: str, mend: str):
+    def __init__(self, path: Path | str, line: int, field: str, problem: str, fix: str):
         self.path, self.line, self.field = Path(path), line, field
-        super().__init__(f"{path}, line {line}, field {field}: {problem}; {mend}")
+        super().__init__(f"{path}, line {line}, field {field}: {problem}; {fix}")
 
 
 class _Record(BaseModel):
@@ -89,9 +89,9 @@ class ToolCall(BaseModel):
 
 
 class Lengths(_Record):
-    """A prompt of which only the length is known, and the hashes of its leading blocks of tokens.
+    """A prompt of unknown text, with its length and the hashes of its leading token blocks.
 
-    A hash stands for its block and all before it: prompts that begin with the same ids share that prefix.
+    A hash covers its block and all blocks before it. Prompts that begin with the same ids share that prefix.
     """
 
     input_tokens: int = Field(gt=0)
@@ -111,7 +111,7 @@ class Lengths(_Record):
 def _text_or_parts(content: object) -> object:
     if isinstance(content, str) or (isinstance(content, list) and all(isinstance(part, dict) for part in content)):
         return content
-    raise ValueError("is neither text nor a list of content parts")
+    raise ValueError("is neither a string nor a list of content parts")
 
 
 Resent = Annotated[dict[str, Any] | None, BeforeValidator(wire)]
@@ -119,7 +119,7 @@ Content = Annotated[str | list[dict[str, Any]], BeforeValidator(_text_or_parts)]
 
 
 class _Message(BaseModel):
-    """A message as a request or a reply carried it (`wire`), and what was noted beside it."""
+    """A message as sent (`wire`), and our own fields (`noted`)."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     noted: ClassVar[frozenset[str]] = frozenset({"timestamp_s", "changed"})
@@ -138,7 +138,7 @@ class _Message(BaseModel):
 
     @model_serializer(mode="plain")
     def _as_written(self) -> dict[str, Any]:
-        """The wire, and what is noted where it is not the default."""
+        """The wire, and our own fields that differ from their defaults."""
         notes = {name: getattr(self, name) for name in type(self).model_fields if name in self.noted}
         defaults = {name: type(self).model_fields[name].default for name in notes}
         kept = {name: value for name, value in notes.items() if value != defaults[name]}
@@ -147,7 +147,7 @@ class _Message(BaseModel):
 
     @property
     def wire(self) -> dict[str, Any]:
-        """OpenAI's part of the message, as it was written. Not to be changed."""
+        """OpenAI's part of the message, as recorded. Do not modify."""
         return self._wire
 
 
@@ -195,7 +195,7 @@ NOTED = SystemMessage.noted | UserMessage.noted | AssistantMessage.noted | ToolM
 
 
 class Session(_Record):
-    """One recorded session, whole."""
+    """One complete recorded session."""
 
     schema_version: Literal[1, 2]
     session_id: str = Field(min_length=1)
@@ -205,27 +205,27 @@ class Session(_Record):
 
     @property
     def turns(self) -> tuple[int, ...]:
-        """Indices of the assistant messages that were asked for: what a replay asks for."""
+        """Indices of the assistant messages that were requested, and that a replay requests."""
         return tuple(i for i, message in enumerate(self.messages) if i and _was_asked(message))
 
     @property
     def changed(self) -> Counter[str]:
-        """What was changed in its messages, and how often."""
+        """Kind of conversion -> count, over all messages."""
         return Counter(change for message in self.messages for change in message.changed)
 
     @property
     def length_only(self) -> bool:
-        """Whether prompts have to be made up (workloads/synthetic.py): such a session says nothing of acceptance."""
+        """Whether prompts must be synthesized (workloads/synthetic.py); acceptance is then meaningless."""
         return any(isinstance(message, UserMessage) and message.lengths for message in self.messages)
 
     @property
     def needs_live_history(self) -> bool:
-        """Whether a reply is not known that stands in a later prompt, so that the server's own has to stand there."""
+        """Whether later prompts contain an unknown reply, which the server's own must replace."""
         return any(isinstance(m, AssistantMessage) and not m.reply_known for m in self.messages[:-1])
 
 
 class Part(_Record):
-    """The lines of one turn: what its request added to the session, and the reply."""
+    """One turn of a session in parts: its request's new messages, and the reply."""
 
     schema_version: Literal[2]
     session_id: str = Field(min_length=1)
@@ -237,12 +237,12 @@ class Part(_Record):
 
 
 def parse_session(record: object, path: Path | str, line: int, where: str = "") -> Session:
-    """`record` as a session, or a TraceError for its first bad field, with `where` the record is put before it."""
+    """Parse `record` as a session. Raises TraceError for the first invalid field; `where` prefixes its name."""
     return parse(Session, record, path, line, where)
 
 
 def parse(kind: type[R], record: object, path: Path | str, line: int, where: str = "") -> R:
-    """`record` as a `kind`, or a TraceError."""
+    """Parse `record` as a `kind`. Raises TraceError."""
     try:
         return kind.model_validate(record)
     except ValidationError as error:
@@ -257,11 +257,11 @@ def _mend(field: str) -> str:
         return f"this release reads versions 1 to {SCHEMA_VERSION}: use the release that wrote it"
     if last in ("id", "tool_call_id"):
         return "give every tool call an id, and its output the same as tool_call_id"
-    return "mend the record"
+    return "fix the record"
 
 
 def to_openai(message: Message) -> dict[str, Any]:
-    """The message as a chat completion request carries it, byte for byte if it was recorded."""
+    """The message as a chat completion request contains it, byte-identical if it was recorded."""
     resent = message.resent if isinstance(message, AssistantMessage) else None
     return dict(resent or message.wire)
 

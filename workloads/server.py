@@ -1,8 +1,8 @@
-"""Start a server as a user would, wait until it answers, and stop it with all that it started.
+"""Start a server as a user would, wait until it responds, and stop it with all its child processes.
 
     with running_server("whiflash_sglang.launch_server", "--demo", log=Path("server.log")) as base_url: ...
 
-Several at once, each in its own process group: `start` does not wait, `Server.wait_until_ready` does.
+To start several in parallel, use `start`, which does not wait, and `Server.wait_until_ready`.
 """
 
 from __future__ import annotations
@@ -23,34 +23,35 @@ import httpx
 
 START_SECONDS = 240
 STOP_SECONDS = 10
-LOG_TAIL = 4000  # characters of the log that an error shows
+LOG_TAIL = 4000  # characters of the log shown in errors
 
 
 class ServerError(RuntimeError):
-    """A server that ended or did not answer in time; the message ends with the last lines of its log."""
+    """A server exited or did not respond in time. The message ends with the tail of its log."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server process and where it answers."""
+    """A server process and its base URL."""
 
     process: subprocess.Popen[bytes]
     base_url: str
     log: Path
-    port: socket.socket | None = None  # keeps it for this server
+    port: socket.socket | None = None  # reserves the port
 
     def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
+        """Wait until the server is healthy. Raises ServerError."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise ServerError(f"the server ended with {self.process.returncode}:\n{self._log_tail()}")
+                raise ServerError(f"the server exited with {self.process.returncode}:\n{self._log_tail()}")
             if self._answers():
                 return
             time.sleep(0.3)
-        raise ServerError(f"no answer from {self.base_url} after {seconds:.0f} s:\n{self._log_tail()}")
+        raise ServerError(f"no response from {self.base_url} after {seconds:.0f} s:\n{self._log_tail()}")
 
     def stop(self) -> None:
-        """End the whole process group: politely, then, after a few seconds, for certain."""
+        """Stop the process group with SIGTERM, then SIGKILL after `STOP_SECONDS`."""
         for what in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self.process.pid, what)
@@ -64,7 +65,7 @@ class Server:
             self.port.close()
 
     def processes(self) -> list[int]:
-        """Ids of the processes in the server's group that still run; one that waits only to be reaped does not."""
+        """Ids of the running processes in the server's group, without zombies."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -94,9 +95,9 @@ def start(
     python: str = sys.executable,
     environment: Mapping[str, str] | None = None,
 ) -> Server:
-    """`python -m module arguments...` on a local port, a free one unless told; its output goes to `log`.
+    """Start `python -m module arguments...` on a local port (default: a free one), with output in `log`.
 
-    `environment` adds to this process's own.
+    `environment` is added to this process's environment.
     """
     kept = None
     if port is None:
@@ -110,14 +111,14 @@ def start(
 
 
 def spawn(command: Sequence[str], output: BinaryIO, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """A process in a session of its own, so that the processes it starts can be stopped with it."""
-    # Small models gain nothing from a second thread, and servers side by side lose much by it.
+    """Start a process in a new session, so that its children can be stopped with it."""
+    # Small models gain nothing from a second thread, and parallel servers would slow each other down.
     variables = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
     return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
 
 
 def stop_on_signals() -> None:
-    """End this script as Ctrl-C does when it is told to end or loses its terminal, so that its servers are stopped."""
+    """Raise SystemExit on SIGTERM and SIGHUP, so that context managers stop the servers."""
 
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -128,7 +129,7 @@ def stop_on_signals() -> None:
 
 @contextmanager
 def running_server(module: str, *arguments: str, log: Path) -> Iterator[str]:
-    """Base URL of a server that answers, stopped at the end of the block."""
+    """Start a server and yield its base URL; stop it at the end. Raises ServerError."""
     server = start(module, *arguments, log=log)
     try:
         server.wait_until_ready()
@@ -138,15 +139,15 @@ def running_server(module: str, *arguments: str, log: Path) -> Iterator[str]:
 
 
 def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command's own arguments, and those behind `--`, which are for the servers that it starts."""
+    """Split a command's arguments into its own and those after `--`, which are for its servers."""
     given = list(arguments)
     own = given.index("--") if "--" in given else len(given)
     return given[:own], given[own + 1 :]
 
 
 def keep_port() -> socket.socket:
-    """A socket that is bound to a free port and does not listen. Until it is closed nobody else is given the port; a
-    server that asks for it by number, and with SO_REUSEADDR as servers do, may listen there."""
+    """Reserve a free port: bind a socket without listening. Until it is closed, the system does not hand out the port,
+    but a server may still bind it explicitly with SO_REUSEADDR."""
     keeper = socket.socket()
     keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     keeper.bind(("127.0.0.1", 0))
@@ -154,6 +155,6 @@ def keep_port() -> socket.socket:
 
 
 def free_port() -> int:
-    """A port that is free now. What is started there later may find it taken: see `keep_port`."""
+    """A port that is free now. It may be taken later; see `keep_port`."""
     with keep_port() as keeper:
         return int(keeper.getsockname()[1])

@@ -1,9 +1,8 @@
-"""Service-level objectives: limits that a turn has to keep, and the share and rate of turns that keep all of them.
+"""Service-level objectives: limits per turn, and the share and rate of turns that meet all of them (goodput).
 
     --slo ttft_ms=500,tpot_ms=30,e2e_ms=4000
 
-A turn that failed keeps none. A limit on a time that a turn does not have (time per token of a one-token answer) is
-kept.
+A failed turn meets none. A limit on a time that a turn does not have (TPOT of a one-token answer) is met.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ if TYPE_CHECKING:
     from whiflash_workloads.report import Turn
 
 Limits = Mapping[str, float]
-"""Milliseconds by name."""
+"""Name -> milliseconds."""
 NAMES = ("ttft_ms", "tpot_ms", "e2e_ms")
 
 
 def parse(text: str) -> dict[str, float]:
-    """`ttft_ms=500,e2e_ms=4000` as limits; raises ValueError that names the part and the mend."""
+    """Parse `ttft_ms=500,e2e_ms=4000`. Raises ValueError, which names the part and the fix."""
     limits: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = part.strip().partition("=")
         if name not in NAMES:
-            raise ValueError(f"`{name}` is no objective; give some of {', '.join(f'{each}=MS' for each in NAMES)}")
+            raise ValueError(f"`{name}` is not an objective; use {', '.join(f'{each}=MS' for each in NAMES)}")
         if name in limits:
             raise ValueError(f"`{name}` is given twice; give it once")
         limits[name] = _milliseconds(name, value)
@@ -44,6 +43,7 @@ def _milliseconds(name: str, text: str) -> float:
 
 
 def keeps(turn: Turn, limits: Limits) -> bool:
+    """Whether a turn meets all limits."""
     times = {"ttft_ms": turn.ttft_s, "tpot_ms": turn.tpot_s, "e2e_ms": turn.e2e_s}
     if turn.error is not None:
         return False
@@ -51,7 +51,7 @@ def keeps(turn: Turn, limits: Limits) -> bool:
 
 
 def goodput(turns: Iterable[Turn], wall_s: float, limits: Limits) -> dict[str, Any]:
-    """`share` of the asked turns that keep all limits, and how many of those there were a second."""
+    """The number, share and rate per second of turns that meet all limits."""
     kept = [keeps(turn, limits) for turn in turns]
     good = sum(kept)
     return {

@@ -1,7 +1,7 @@
-"""What a WhiFlash server says of one request (`GET /whiflash/requests/ID`), and what many of these add up to.
+"""WhiFlash's figures of a request (`GET /whiflash/requests/ID`), and their sums.
 
-Counts are of rounds and of the tokens that they committed, the bonus token included, so that tokens / rounds is the
-acceptance length (AL). The first token of a reply comes from the prefill and belongs to no round.
+Counts are rounds and the tokens they committed, including bonus tokens, so tokens / rounds is the acceptance length
+(AL). A reply's first token comes from the prefill and belongs to no round.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from pydantic import BaseModel, ConfigDict
 
 
 class _Said(BaseModel):
-    # A newer server may say more.
+    # A newer server may return more fields.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Round(_Said):
-    """One round of the token view: who proposed what, and what the target made of it."""
+    """One round of the token view: drafter, drafts and committed tokens."""
 
-    drafter: str  # `none`: nobody drafted
+    drafter: str  # `none`: no drafts
     drafts: list[str] = []
     accepted: int
-    tokens: list[str]  # committed, the bonus token last
+    tokens: list[str]  # committed; the bonus token is last
     entropy: float | None = None  # nats
-    score: float | None = None  # the router's, in tokens of AL
-    prior: float | None = None  # what was added to it
+    score: float | None = None  # the router's score, in AL
+    prior: float | None = None  # added to the score
     span: str
 
 
@@ -36,7 +36,7 @@ class SpanCount(_Said):
 
 
 class RequestFigures(_Said):
-    """Speculation figures of one request; `trace` only where it was asked for."""
+    """Speculation figures of one request; `trace` only if requested."""
 
     rounds: int
     rounds_by_drafter: dict[str, int]
@@ -51,13 +51,17 @@ class RequestFigures(_Said):
 
 
 class Count(NamedTuple):
+    """Rounds and the tokens they committed."""
+
     rounds: int = 0
     tokens: int = 0
 
     def plus(self, rounds: int, tokens: int) -> Count:
+        """The sum."""
         return Count(self.rounds + rounds, self.tokens + tokens)
 
     def figures(self) -> dict[str, Any]:
+        """As plain data, with AL."""
         al = round(self.tokens / self.rounds, 3) if self.rounds else None
         return {"rounds": self.rounds, "tokens": self.tokens, "acceptance_length": al}
 
@@ -66,11 +70,12 @@ Counts = dict[str, Count]
 
 
 def by_drafter(rounds: Mapping[str, int], accepted: Mapping[str, int]) -> Counts:
+    """Counts by drafter, from rounds and accepted drafts."""
     return {name: Count(n, n + accepted.get(name, 0)) for name, n in rounds.items()}
 
 
 def breakdown(requests: Iterable[RequestFigures]) -> dict[str, dict[str, Any]]:
-    """Rounds, tokens and AL of all requests by drafter, by span, by context kind and by the tool that spoke last."""
+    """Rounds, tokens and AL over all requests, by drafter, span, context kind and last tool."""
     kinds: dict[str, Counts] = {"drafter": {}, "span": {}, "context_kind": {}, "tool": {}}
 
     def add(kind: str, name: str, rounds: int, tokens: int) -> None:
@@ -90,4 +95,5 @@ def breakdown(requests: Iterable[RequestFigures]) -> dict[str, dict[str, Any]]:
 
 
 def plain(counts: Counts) -> dict[str, Any]:
+    """Counts as plain data, with AL."""
     return {name: count.figures() for name, count in counts.items()}

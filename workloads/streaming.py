@@ -1,4 +1,4 @@
-"""A streamed chat completion as it arrives: its parts, its counts, and when each piece came."""
+"""Accumulate a streamed chat completion: its parts, usage, and arrival times."""
 
 from __future__ import annotations
 
@@ -10,31 +10,33 @@ from whiflash_workloads.history import Reply
 
 
 class Times(NamedTuple):
-    """Seconds on the client's clock, from the request's start."""
+    """Latencies in seconds on the client's clock."""
 
-    ttft_s: float | None = None  # to the first piece of text; None if nothing came
-    tpot_s: float | None = None  # between two tokens, on average; None with fewer than two
-    e2e_s: float | None = None  # to the end of the stream
-    gaps_s: tuple[float, ...] = ()  # between one piece of text and the next (ITL); a piece may be several tokens
+    ttft_s: float | None = None  # from the request to the first text; None without output
+    tpot_s: float | None = None  # mean time between tokens; None with fewer than two
+    e2e_s: float | None = None  # from the request to the end of the stream
+    gaps_s: tuple[float, ...] = ()  # between text chunks (ITL); a chunk may have several tokens
 
 
 class Incoming:
-    """Takes chunks in; `pieces` are the moments at which text came."""
+    """Accumulates chunks; `pieces` are the arrival times of text."""
 
     def __init__(self) -> None:
         self.id = ""
         self.reasoning: list[str] = []
         self.content: list[str] = []
-        self.calls: dict[int, list[str]] = {}  # by the call's number: id, name, pieces of the arguments
+        self.calls: dict[int, list[str]] = {}  # call index -> id, name, argument pieces
         self.usage: Any = None
         self.finished = False
         self.began = self.ended = time.perf_counter()
         self.pieces: list[float] = []
 
     def end(self) -> None:
+        """Mark the end of the stream."""
         self.ended = time.perf_counter()
 
     def take(self, chunk: Any) -> None:
+        """Add a chunk of OpenAI's client."""
         self.id = chunk.id or self.id
         self.usage = chunk.usage or self.usage
         for choice in chunk.choices:
@@ -43,8 +45,8 @@ class Incoming:
                 self.pieces.append(time.perf_counter())
 
     def _take_delta(self, delta: Any) -> bool:
-        """Whether there was any text in it."""
-        # `reasoning_content` is an extension that the client's types do not have.
+        """Add a delta; returns whether it had any text."""
+        # `reasoning_content` is an extension that is missing in the client's types.
         reasoning, content = (delta.model_extra or {}).get("reasoning_content"), delta.content
         self.reasoning += [reasoning] if reasoning else []
         self.content += [content] if content else []
@@ -59,10 +61,12 @@ class Incoming:
         return bool(reasoning or content or called)
 
     def reply(self) -> Reply:
+        """The reply so far."""
         calls = tuple((id_, name, "".join(pieces)) for id_, name, *pieces in self.calls.values())
         return Reply("".join(self.reasoning), "".join(self.content), calls)
 
     def times(self, num_tokens: int) -> Times:
+        """Latencies of a reply of `num_tokens` tokens."""
         e2e_s = self.ended - self.began
         if not self.pieces:
             return Times(e2e_s=e2e_s)

@@ -1,15 +1,15 @@
-"""Prompts for traces that give lengths only: as long as recorded, sharing prefixes where their hash ids do.
+"""Synthetic prompts for length-only traces, with the recorded lengths and shared prefixes.
 
     session = with_prompts(session, tokens_per_word=1.1)      # an ordinary session of user messages
-    synthetic_prompt(lengths, "name of what stands behind the hashed blocks", tokens_per_word=1.1)
+    synthetic_prompt(lengths, "name of the text after the hashed blocks", tokens_per_word=1.1)
 
-A prompt is a row of short common words. The words of a block depend on its hash id alone, so that two prompts that
-begin with the same ids begin with the same text, and a server finds that prefix in its cache. What lies behind the
-hashed blocks depends on `name`, which no two prompts should share.
+A prompt is a sequence of short common words. The words of a block depend only on its hash id. Prompts that begin with
+the same ids therefore begin with the same text, which a server finds in its cache. The text after the hashed blocks
+depends on `name`, which should be unique.
 
-How many tokens a word has depends on the tokenizer under test, most often one. To meet the recorded lengths, the replay
-has the server count the tokens of `sample()` and divides by its words. What a chat template adds comes on top. Replayed
-texts of this kind measure cache and latency only: they say nothing of acceptance (`Session.length_only`).
+Tokens per word depend on the tokenizer; usually it is one. To match the recorded lengths, the replay lets the server
+count the tokens of `sample()`. The chat template's tokens come on top. Such prompts measure cache and latency only, not
+acceptance (`Session.length_only`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SAMPLE_WORDS = 1024
 
 
 def synthetic_prompt(lengths: Lengths, name: str, tokens_per_word: float = 1.0) -> str:
-    """A text of about `lengths.input_tokens` tokens; the same arguments give the same text, anywhere."""
+    """A text of about `lengths.input_tokens` tokens; deterministic."""
     total = words_of(lengths.input_tokens, tokens_per_word)
     words: list[str] = []
     for number, hash_id in enumerate(lengths.hash_ids, start=1):
@@ -43,7 +43,7 @@ def synthetic_prompt(lengths: Lengths, name: str, tokens_per_word: float = 1.0) 
 
 
 def with_prompts(session: Session, tokens_per_word: float = 1.0) -> Session:
-    """The session with a text in each user message of which only the length is known."""
+    """The session with synthetic texts in its length-only user messages."""
     messages = [
         _with_prompt(message, f"{session.session_id}, message {i}", tokens_per_word)
         for i, message in enumerate(session.messages)
@@ -52,24 +52,24 @@ def with_prompts(session: Session, tokens_per_word: float = 1.0) -> Session:
 
 
 def sample() -> str:
-    """A text of `SAMPLE_WORDS` words like those of the prompts, for counting tokens."""
+    """A text of `SAMPLE_WORDS` words, for measuring tokens per word."""
     return " ".join(_words("sample", SAMPLE_WORDS))
 
 
 def reply_tokens(session: Session, index: int) -> int | None:
-    """How many tokens the reply at message `index` has to have; None where it ends by itself."""
+    """Forced length in tokens of the reply at message `index`; None if it ends by itself."""
     message = session.messages[index]
     recorded = message.output_tokens if isinstance(message, AssistantMessage) and session.length_only else None
-    return None if recorded is None else max(1, recorded)  # no server replies in none
+    return None if recorded is None else max(1, recorded)  # servers generate at least one token
 
 
 def words_of(tokens: int, tokens_per_word: float) -> int:
-    """At least one: no prompt is empty."""
+    """Number of words for `tokens` tokens, at least one."""
     return max(1, round(tokens / tokens_per_word))
 
 
 def _words(seed: str, count: int) -> list[str]:
-    """The first `count` words of an endless row that belongs to `seed`."""
+    """The first `count` words of the sequence for `seed`."""
     return random.Random(seed).choices(WORDS.split(), k=count)
 
 

@@ -1,7 +1,6 @@
-"""Requests as token ids, for measurements that must not depend on a chat template or a parser.
+"""Requests as token ids, for measurements independent of chat templates and parsers.
 
-Unlike the OpenAI API, SGLang's own `/generate` says of every request what it found in the cache, and gives the ids of
-the text; `ask` is what the checks of this repository measure with.
+Unlike the OpenAI API, SGLang's `/generate` returns cached tokens and output ids. This repository's checks use `ask`.
 """
 
 from __future__ import annotations
@@ -27,28 +26,29 @@ TokenIds = list[int]
 
 @dataclass(frozen=True)
 class Answers:
-    """What a server said to a list of prompts."""
+    """A server's answers to a list of prompts."""
 
     texts: list[TokenIds]
     prompt_tokens: int
-    cached_tokens: int  # of the prompts, found in the radix tree
+    cached_tokens: int  # prompt tokens found in the radix tree
     wall_s: float
-    totals: Totals | None  # what WHIFLASH counted meanwhile; None where the server is another
+    totals: Totals | None  # WHIFLASH's counters over these requests; None for other servers
 
     @property
     def tokens(self) -> int:
+        """Number of output tokens."""
         return sum(map(len, self.texts))
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens a round, over all rounds; of a server without speculation 1."""
+        """Mean tokens per round; 1 without speculation."""
         if self.totals is None:
             return 1.0
         return 1 + float(self.totals["accepted_drafts"]) / float(self.totals["rounds"])
 
 
 def heldout_histories(num_sessions: int, tokenizer_path: Path = TOKENIZER) -> list[list[TokenIds]]:
-    """Token ids of held-out demo sessions: for each, its histories up to every assistant turn in order."""
+    """Prompts of held-out demo sessions as token ids: per session, the history before every assistant turn."""
     from transformers import AutoTokenizer
 
     from whiflash_workloads.demo.prompts import histories
@@ -64,9 +64,9 @@ def ask(
     in_flight: int = 1,
     sampling: dict[str, Any] | None = None,
 ) -> Answers:
-    """Greedy texts of at most `num_tokens` (for all, or [prompts]), at most `in_flight` at a time, in the given order.
+    """Generate greedily, at most `num_tokens` tokens (one number, or [prompts]), `in_flight` requests at a time.
 
-    A text ends where the model ends it, unless `sampling`, which adds to SGLang's sampling parameters, says otherwise.
+    `sampling` is merged into SGLang's sampling parameters. Raises httpx.HTTPError.
     """
     before = totals(base_url)
     began = time.perf_counter()
@@ -83,7 +83,7 @@ def ask(
 
 
 def totals(base_url: str) -> Totals | None:
-    """WHIFLASH's counters; None where the server has none."""
+    """WHIFLASH's counters, summed over replicas; None for other servers. Raises httpx.HTTPError."""
     reply = httpx.get(f"{base_url}/server_info", timeout=TIMEOUT_SECONDS)
     reply.raise_for_status()
     states = reply.json().get("internal_states") or [{}]
@@ -93,15 +93,15 @@ def totals(base_url: str) -> Totals | None:
 
 @dataclass(frozen=True)
 class Streamed:
-    """One text as it came."""
+    """One streamed text."""
 
     tokens: TokenIds
-    arrivals_s: list[float]  # [tokens] since the request; tokens that came at once have the same
+    arrivals_s: list[float]  # [tokens] since the request; tokens of one chunk have the same time
     about: dict[str, Any]  # SGLang's meta_info
 
 
 def stream(base_url: str, prompt: TokenIds, num_tokens: int, sampling: dict[str, Any] | None = None) -> Streamed:
-    """As `ask`, one text, with the time at which each of its tokens came."""
+    """Like `ask` for one prompt, with the arrival time of each token."""
     params = {"temperature": 0, "max_new_tokens": num_tokens, **(sampling or {})}
     body = {"input_ids": prompt, "sampling_params": params, "stream": True}
     tokens: TokenIds = []
@@ -128,7 +128,7 @@ async def post(
     in_flight: int = 1,
     sampling: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """The replies themselves, as `ask` gets them."""
+    """Like `ask`, returning SGLang's raw replies."""
     lengths = [num_tokens] * len(prompts) if isinstance(num_tokens, int) else num_tokens
     turnstile = asyncio.Semaphore(in_flight)
 

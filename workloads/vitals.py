@@ -1,4 +1,4 @@
-"""What a running server holds: KV slots, its queue, the memory of its processes. For runs that look for leaks."""
+"""Resources of a running server (KV slots, queue, process memory), to detect leaks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 2**20
 
 
 def load(base_url: str, headers: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """SGLang's account of queue and pool, as of its last step."""
+    """SGLang's queue and pool load, as of its last step. Raises httpx.HTTPError."""
     reply = httpx.get(f"{base_url}/v1/loads", params={"include": "core"}, headers=headers, timeout=30)
     reply.raise_for_status()
     found: dict[str, Any] = reply.json()["loads"][0]
@@ -23,7 +23,8 @@ def load(base_url: str, headers: Mapping[str, str] | None = None) -> dict[str, A
 
 
 def wait_until_free(base_url: str, seconds: float = IDLE_S) -> int:
-    """Free or evictable KV slots once the server is idle with all of them so, or after a while as many as there are."""
+    """Wait until the server is idle; return the number of free or evictable KV slots (the current number on
+    timeout)."""
     deadline = time.monotonic() + seconds
     while True:
         now = load(base_url)
@@ -39,7 +40,7 @@ def flush(base_url: str) -> None:
 
 
 def resident(process_id: int) -> dict[str, float]:
-    """MiB of each process of the server, by what it calls itself."""
+    """Resident memory in MiB of each server process, by process title."""
     import psutil  # type: ignore[import-untyped]
 
     parent = psutil.Process(process_id)
@@ -51,7 +52,7 @@ def resident(process_id: int) -> dict[str, float]:
 
 
 def settled(sizes: Sequence[float]) -> tuple[float, float] | None:
-    """Means of the middle and of the last third; the first is for warming up. None where there is too little."""
+    """Means of the middle and last third; the first third is warm-up. None with fewer than three values."""
     third = len(sizes) // 3
     if third == 0:
         return None

@@ -1,11 +1,10 @@
-"""The launcher, except that the scheduler writes down what every drafter's KV pool holds of each request that ends, and
-what a neural router has read.
+"""The launcher, with a scheduler that dumps every drafter's KV of each finished request, and a neural router's inputs.
 
     WHIFLASH_TEST_DUMPS=FOLDER python -m tests.e2e.dumping_server --demo ...
 
-FOLDER/RID.npz then holds what the radix tree is about to share of the request: its `tokens` [n], and for every drafter
-and layer the keys and values of positions 0 .. n - 1 as `NAME.LAYER.k` and `NAME.LAYER.v` [n, kv_heads, head_dim]. With
-a neural router `hidden` [rounds + 1, hidden] are the final hidden states that it was given, prefill first.
+FOLDER/RID.npz has the part of the request that the radix tree is about to share: its `tokens` [n], and for every
+drafter and layer the keys and values of positions 0 .. n - 1 as `NAME.LAYER.k` and `NAME.LAYER.v` [n, kv_heads,
+head_dim]. With a neural router, `hidden` [rounds + 1, hidden] are its input states, starting with the prefill's.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ FOLDER = "WHIFLASH_TEST_DUMPS"
 
 
 def install() -> None:
-    """Wrap the place where SGLang gives the tree a request's KV slots. The scheduler is forked from this process, so
-    that it runs what is put here."""
+    """Hook into SGLang's insertion of a request's KV slots into the tree. The forked scheduler inherits the hook."""
     from sglang.srt.mem_cache.radix_cache import RadixCache
 
     from whiflash_sglang.cpu.processes import other_threads
@@ -39,7 +37,7 @@ def install() -> None:
     def assemble_and_keep(worker: WhiFlashWorker) -> None:
         assemble(worker)
         workers.append(worker)
-        seen.clear()  # of the rounds that were timed
+        seen.clear()  # drop states of the measured rounds
 
     def observe_and_see(score: NeuralScore, logits: Any, hidden: Any, at: Any) -> Any:
         newest[:] = [state.copy() for state in hidden.flatten(0, -2)[at].float().numpy()]
@@ -51,7 +49,7 @@ def install() -> None:
             seen.setdefault(slot, []).append(state)
 
     def dump_and_cache(tree: RadixCache, request: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
-        if is_insert:  # not where a request is retracted
+        if is_insert:  # not for a retraction
             states = seen.pop(int(request.req_pool_idx), None)
             read = {} if states is None else {"hidden": np.array(states)}
             write(request.rid, shared(workers[0], request, kv_len_to_handle) | read)
@@ -61,7 +59,7 @@ def install() -> None:
     RadixCache.cache_finished_req = dump_and_cache
     NeuralScore.observe, NeuralScore.keep = observe_and_see, keep_and_see
     if others := other_threads():
-        raise SystemExit(f"the scheduler would be spawned, and not write anything: other threads run ({others})")
+        raise SystemExit(f"the scheduler would be spawned and write nothing, as other threads run ({others})")
 
 
 def shared(worker: Any, request: Any, length: int) -> dict[str, np.ndarray]:
@@ -82,7 +80,7 @@ def write(rid: str, arrays: dict[str, np.ndarray]) -> None:
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)
-    partial.rename(path)  # a file that exists is whole
+    partial.rename(path)  # atomic
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def test_a_drafter_that_yields_nan_is_switched_off_and_the_text_stays(broken, he
     assert len(lines) == len(names)
     for name in names:
         (line,) = (line for line in lines if f"drafter {name} " in line)
-        assert "NaN" in line and WEIGHTS[name][0] in line and "go on with" in line
+        assert "NaN" in line and WEIGHTS[name][0] in line and "continue with" in line
 
 
 def test_requests_go_on_without_the_drafter_that_is_off(broken, healthy):

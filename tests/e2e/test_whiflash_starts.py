@@ -98,17 +98,17 @@ def test_each_drafter_alone(launch, prompts):
 
 def shows_little_and_a_command_that_works(server: Server, drafter: str) -> None:
     """The phases in their order, one block, and a curl for the shell; SGLang's warnings, but none that are ours."""
-    printed = said(server, "ready; ask it something:")
+    printed = said(server, "ready; try a request:")
     phases = [
         "importing SGLang",
         "loading the target",
         f"loading drafter {drafter}",
         "WhiFlash\n  target",
-        "ready; ask",
+        "ready; try",
     ]
     assert [printed.index(phase) for phase in phases] == sorted(printed.index(phase) for phase in phases)
     assert "server_args=" not in printed and "Migrate the plugin" not in printed and "deprecated" not in printed
-    asks(printed.partition("ready; ask it something:\n")[2].splitlines()[0], server)
+    asks(printed.partition("ready; try a request:\n")[2].splitlines()[0], server)
     documented = re.findall(r"^    (curl .*/v1/chat/completions.*)$", REQUESTS.read_text(), re.MULTILINE)
     assert len(documented) == 1
     asks(documented[0].replace("http://127.0.0.1:30000", server.base_url), server)
@@ -149,7 +149,7 @@ def ends_soon_while_it_streams(server: Server) -> None:
         short = {"input_ids": [5], "sampling_params": {"max_new_tokens": 1}}
         while (late := httpx.post(f"{server.base_url}/generate", json=short, timeout=60)).status_code == 200:
             pass  # it has not heard of it yet
-        assert late.status_code == 503 and "is ending" in late.json()["message"]
+        assert late.status_code == 503 and "is shutting down" in late.json()["message"]
         *_, last, done = lines
     assert json.loads(last.removeprefix("data: "))["meta_info"]["finish_reason"]["type"] == "abort"
     assert done == "data: [DONE]"

@@ -1,5 +1,5 @@
-"""Tests that run kernels: on a GPU, or in Triton's interpreter, for which Triton has to be imported with
-TRITON_INTERPRET=1. Elsewhere they are not collected; `tests/unit/test_kernels.py` runs them in a process of their own.
+"""Tests that run kernels, on a GPU or in Triton's interpreter (TRITON_INTERPRET=1 before importing Triton). Otherwise
+they are not collected; `tests/unit/test_kernels.py` runs them in a separate process.
 """
 
 from __future__ import annotations

@@ -275,7 +275,7 @@ def change(setup: Setup, runner: DraftRunner, what: str) -> DraftRunner:
 @pytest.mark.parametrize(
     "what, said",
     [
-        ("head", "head_dim 24 is none of"),
+        ("head", "head_dim 24 is not one of"),
         ("pool", "KV pool is a OtherPool"),
         ("layout", "layout hnd"),
         ("fp8", "float8_e4m3fn"),
@@ -293,7 +293,7 @@ def test_what_the_kernel_does_not_know_is_said_once(kind, what, said, monkeypatc
     with caplog.at_level(logging.WARNING):
         made = CLASSES[kind](runner, CAPTURED, num_drafts=5)
     (record,) = caplog.records
-    assert f"drafter {kind} ingests without the fused kernel: " in record.message and said in record.message
+    assert f"drafter {kind} does not use the fused ingestion kernel: " in record.message and said in record.message
     assert made.write.func.__name__ in ("write_layers", "write_layer")
 
 

@@ -197,11 +197,11 @@ def made(**others: object) -> Ingestion:
         ({"pools": tuple(torch.zeros(4, 1, 24) for _ in range(2))}, "head_dim 24"),
         ({"pools": tuple(torch.zeros(4, 1, 16, dtype=torch.float8_e5m2) for _ in range(2))}, "float8_e5m2"),
         ({"weight": torch.zeros(32, 8, dtype=torch.int8)}, "int8"),
-        ({"pools": (torch.zeros(4, 1, 16), torch.zeros(4, 2, 16))}, "alike"),
+        ({"pools": (torch.zeros(4, 1, 16), torch.zeros(4, 2, 16))}, "same shape and dtype"),
         ({"weight": torch.zeros(31, 8)}, "32 rows"),
         ({"weight": torch.zeros(8, 32).T}, "contiguous"),
         ({"bias": torch.zeros(16)}, "32 entries"),
-        ({"k_norm": torch.zeros(2, 16)}, r"k_norm is not \[1, 16\]"),
+        ({"k_norm": torch.zeros(2, 16)}, r"k_norm must be \[1, 16\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(others, message):
@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_refused(others, message):
 
 @pytest.mark.parametrize(
     "widths, table_width, message",
-    [((8, 8), 16, "do not make up"), ((4,), 16, "do not make up"), ((4, 2), 16, "same shape"), ((8,), 8, "rotary")],
+    [((8, 8), 16, "do not match"), ((4,), 16, "do not match"), ((4, 2), 16, "same shape"), ((8,), 8, "rotary")],
 )
 def test_parts_that_do_not_fit_are_refused(widths, table_width, message):
     index = torch.zeros(3, dtype=torch.int64)

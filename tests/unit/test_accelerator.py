@@ -55,7 +55,7 @@ def test_head_sizes_without_a_kernel(specs: tuple[TargetSpec, DrafterSpec, Draft
     check_attention(["triton", "fa3"], target, [odd, e3])
     with pytest.raises(CheckpointError) as refusal:
         check_attention(["flashinfer"], target, [odd, e3])
-    assert re.match(r"^--speculative-draft-model-path \S+: its heads of size 80 are none", str(refusal.value))
+    assert re.match(r"^--speculative-draft-model-path \S+: head size 80 is not supported", str(refusal.value))
     assert str(refusal.value).endswith("use --attention-backend triton or fa3")
     with pytest.raises(CheckpointError, match=r"^--model-path .*size 512 .*; serve another model$"):
         check_attention(["fa3"], replace(target, head_dim=512), [df, e3])
@@ -73,7 +73,7 @@ def test_room_for_one_window() -> None:
     with pytest.raises(ConfigError) as refusal:
         check_room(Memory(16 * GIB, 0.85, 18 * GIB), 90_000, 16)
     said = str(refusal.value)
-    assert said.startswith("--mem-fraction-static 0.85: of 16.0 GiB that leaves 0.00 beside the weights")
+    assert said.startswith("--mem-fraction-static 0.85: of 16.0 GiB, 0.00 are left after the weights")
     assert "--whiflash-drafters" in said and "--tp-size" in said and "\n" not in said
 
 
@@ -92,7 +92,7 @@ def test_room_for_the_draft_pools() -> None:
     with pytest.raises(ConfigError) as refusal:
         check_needs(GIB, needs(100_000))
     said = str(refusal.value)
-    assert said.startswith("--max-total-tokens 100000: ") and "room for 1.00 GiB" in said
+    assert said.startswith("--max-total-tokens 100000: ") and "1.00 GiB are left" in said
     assert "draft pools 2.29, rings 0.09" in said and "graphs" not in said
     assert "give --max-total-tokens 39592 or less" in said and "--mem-fraction-static" in said
     check_needs(GIB, needs(39_592))
@@ -140,7 +140,7 @@ def test_resolved_arguments_are_judged_before_anything_is_loaded(arguments: Simp
 
     check_accelerator(arguments)
     arguments.mem_fraction_static = 0.2
-    with pytest.raises(ConfigError, match=r"^--mem-fraction-static 0.2: of 80.0 GiB that leaves 0.00"):
+    with pytest.raises(ConfigError, match=r"^--mem-fraction-static 0.2: of 80.0 GiB, 0.00 are left"):
         check_accelerator(arguments)
     arguments.tp_size = 2
     check_accelerator(arguments)

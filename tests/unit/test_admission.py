@@ -81,8 +81,8 @@ def test_honest_requests_pass(given: dict[str, Any]) -> None:
         ({"logit_bias": {"5": float("nan")}}, "logit_bias['5'] nan: out of bounds"),
         ({"logit_bias": {"5": float("inf")}}, "logit_bias['5'] inf: out of bounds"),
         ({"logit_bias": {"5": 1e39}}, "logit_bias['5'] 1e+39: out of bounds"),
-        ({"regex": "\0"}, "regex '\\x00': holds a NUL character"),
-        ({"json_schema": '{"pattern": "\\u0000"}'}, 'json_schema \'{"pattern": "\\\\u0000"}\': holds a NUL'),
+        ({"regex": "\0"}, "regex '\\x00': contains a NUL character"),
+        ({"json_schema": '{"pattern": "\\u0000"}'}, 'json_schema \'{"pattern": "\\\\u0000"}\': contains a NUL'),
         ({"json_schema": '{"items": ' * 201 + "{}" + "}" * 201}, "too deeply nested; nest at most 200 levels"),
     ],
 )

@@ -401,7 +401,7 @@ def test_the_bundled_recording_is_forced_on_chains_of_either_length(script: Any)
     recording = script.recorded(script.RECORDED, 5, 15)
     assert set(recording.acceptance) == {5, 15} and not recording.synchronize
     assert 1 < script.mean_length(recording, 5) < 6 and 1 < script.mean_length(recording, 15) < 16
-    with pytest.raises(SystemExit, match="could not be told apart"):
+    with pytest.raises(SystemExit, match="cannot be distinguished"):
         script.recorded(script.RECORDED, 7, 7)
 
 

@@ -28,7 +28,7 @@ from whiflash_sglang.startup.refusals import CPU_REFUSALS, CUDA_REFUSALS, DEFAUL
 )
 def test_what_lies_outside_is_refused_with_flag_value_and_fix(flag: str, bad: list[str]) -> None:
     for value in bad:
-        with pytest.raises(ConfigError, match=f"^{flag} {value}: must be {BOUNDS[flag]}; give"):
+        with pytest.raises(ConfigError, match=f"^{flag} {value}: must be {BOUNDS[flag]}; correct"):
             bounds.check({flag: [value]})
 
 

@@ -84,7 +84,7 @@ def test_too_few_sessions_says_how_many(tmp_path: Path, capsys: pytest.CaptureFi
     write_shard(shard_path(tmp_path / "data", 0), [record(df=[1, 2], e3=[2, 1])])
     paths = ["--model-path", tiny.target, "--speculative-draft-model-path", tiny.dflash]
     paths += ["--whiflash-eagle-draft", tiny.eagle3, "--data", tmp_path / "data", "--out", tmp_path / "out.json"]
-    with pytest.raises(SystemExit, match=f"1 sessions, and at least {MIN_SESSIONS} are needed"):
+    with pytest.raises(SystemExit, match=f"1 sessions, but calibration needs at least {MIN_SESSIONS}"):
         calibrate([str(part) for part in paths])
 
 

@@ -302,7 +302,9 @@ def test_a_call_that_the_parser_dropped_is_said(way: str, caplog: pytest.LogCapt
     reply = ask(model_of(server).bind_tools([SEARCH]), way)
     assert reply.response_metadata["whiflash"]["dropped_call"] is True
     (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert line.startswith("the model wrote a tool call that is not in the reply: its tool is none of search")
+    assert line.startswith(
+        "the model generated a tool call that is missing from the reply: its tool is not one of search"
+    )
     assert "SGLANG_FORWARD_UNKNOWN_TOOLS=1" in line
 
 
@@ -323,7 +325,7 @@ def test_other_replies_are_not_said_to_lack_a_call(
     model = model_of(FakeOpenAI([reply], figures=figures))
     message = ask(model.bind_tools(tools) if tools else model, way)
     assert message.response_metadata["whiflash"]["dropped_call"] is False
-    assert "not in the reply" not in caplog.text
+    assert "missing from the reply" not in caplog.text
 
 
 # ---- a route that is not there

@@ -113,15 +113,15 @@ def test_every_target_that_is_accepted_is_one_that_is_served_in_tests(tmp_path: 
                 "architectures": ["Qwen3_5ForConditionalGeneration"],
                 "text_config": {"layer_types": ["linear_attention", "full_attention"], "full_attention_interval": 4},
             },
-            "a hybrid or Mamba model, whose recurrent state cannot take a draft back (and a multimodal",
+            "a hybrid or Mamba model, whose recurrent state cannot roll back a rejected draft (and a multimodal",
         ),
         (
             {"architectures": ["GptOssForCausalLM"], "layer_types": ["sliding_attention", "full_attention"] * 2},
-            "['GptOssForCausalLM'], a model with sliding-window layers, whose KV has pools of its own",
+            "['GptOssForCausalLM'], a model with sliding-window layers, whose KV is in separate pools",
         ),
         ({"use_sliding_window": True}, "a model with sliding-window layers"),
-        ({"architectures": ["Qwen2ForCausalLM"]}, "['Qwen2ForCausalLM'], which has not been tried as a target"),
-        ({"architectures": None}, "architectures is [], which has not been tried as a target"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "['Qwen2ForCausalLM'], which has not been tested as a target"),
+        ({"architectures": None}, "architectures is [], which has not been tested as a target"),
     ],
 )
 def test_targets_that_are_not_served(models: Path, changes: dict, said: str) -> None:
@@ -182,7 +182,7 @@ def test_sizes_that_do_not_fit(models: Path, kind: str, changes: dict, said: str
         ({"dflash_config": {"mask_token_id": 7, "target_layer_ids": [-1, 2]}}, "target_layer_ids[0]` is -1"),
         ({"dflash_config": {"mask_token_id": 7, "target_layer_ids": [0, 1, 2]}}, "fc.weight has shape [64, 128]"),
         ({"dflash_config": {"target_layer_ids": [0, 2]}}, "has no `dflash_config.mask_token_id`"),
-        ({"dflash_config": {"mask_token_id": 512, "target_layer_ids": [0, 2]}}, "mask_token_id 512 lies outside"),
+        ({"dflash_config": {"mask_token_id": 512, "target_layer_ids": [0, 2]}}, "mask_token_id 512 is outside"),
         ({"dflash_config": [7]}, "`dflash_config` is [7], not an object"),
         ({"block_size": 1}, "`block_size` is 1"),
         ({"block_size": None}, "has no `block_size`"),
@@ -261,18 +261,18 @@ def header(text: str) -> bytes:
 
 
 BROKEN_WEIGHTS: list[tuple[Callable[[Path], object], str]] = [
-    (lambda folder: (folder / "model.safetensors").write_bytes(header("{")), "has a broken header"),
-    (lambda folder: (folder / "model.safetensors").write_bytes(header("[1]")), "has a broken header"),
-    (lambda folder: (folder / "model.safetensors").write_bytes(header('{"a": {"dtype": "F32"}}')), "broken header"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(header("{")), "has a corrupt header"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(header("[1]")), "has a corrupt header"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(header('{"a": {"dtype": "F32"}}')), "corrupt header"),
     (
         lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
         "lacks the weight file model-00002-of-00002.safetensors",
     ),
-    (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a'), "is no JSON"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a'), "is not JSON"),
     (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "has no `weight_map`"),
     (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}'), "no `weight_map`"),
     (lambda folder: index(folder, more="model-2.safetensors"), "lacks the weight file model-2.safetensors"),
-    (lambda folder: index(folder, more="model.safetensors"), "lacks more, which the index has in it"),
+    (lambda folder: index(folder, more="model.safetensors"), "lacks more, which the index lists"),
     (lambda folder: (folder / "more.safetensors").symlink_to(folder / "gone"), "cannot be read (No such file"),
     (lambda folder: (folder / "more.safetensors").mkdir(), "cannot be read (Is a directory)"),
 ]
@@ -283,13 +283,13 @@ BROKEN_WEIGHTS: list[tuple[Callable[[Path], object], str]] = [
     [
         (lambda folder: shutil.rmtree(folder), "no such folder"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "is no JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "is no JSON object"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "is not a JSON object"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no *.safetensors file"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickled"),
-        (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs"), "no safetensors file"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "no safetensors file or cut short"),
-        (lambda folder: os.truncate(folder / "model.safetensors", 20_000), "is cut short: 20000 of"),
+        (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs"), "not a safetensors file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is truncated or not a safetensors file"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 20_000), "is truncated: 20000 of"),
         *BROKEN_WEIGHTS,
     ],
 )
@@ -300,7 +300,7 @@ def test_incomplete_folders(models: Path, spoil: Callable[[Path], object], said:
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
-    [(lambda folder: os.truncate(folder / "model.safetensors", 20_000), "is cut short: 20000 of"), *BROKEN_WEIGHTS],
+    [(lambda folder: os.truncate(folder / "model.safetensors", 20_000), "is truncated: 20000 of"), *BROKEN_WEIGHTS],
 )
 def test_a_target_that_is_not_whole(models: Path, spoil: Callable[[Path], object], said: str) -> None:
     """The line that a drafter gets, although SGLang is to load it; its traceback names no file."""
@@ -381,7 +381,7 @@ def test_hub_ids_come_from_the_hubs_cache_and_fail_clearly_without_a_network(tin
     )
     found, missing = result.stdout.splitlines()
     assert found == str(repo / "snapshots" / ("0" * 40))
-    assert missing.startswith("--x someone/else: no such folder, and the hub did not give it (LocalEntryNotFoundError")
+    assert missing.startswith("--x someone/else: no such folder, and the hub download failed (LocalEntryNotFoundError")
     assert missing.endswith("or give a local folder")
 
 

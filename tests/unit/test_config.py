@@ -1,4 +1,4 @@
-"""Flags in, a valid frozen config out, or an error that names flag, value and mend."""
+"""Flags in, a valid frozen config out, or an error that names flag, value and fix."""
 
 from __future__ import annotations
 

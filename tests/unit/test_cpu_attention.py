@@ -181,7 +181,7 @@ def test_lengths_are_read_as_each_mode_means_them():
 
 def test_a_ragged_verify_is_refused():
     fields = {"seq_lens": torch.tensor([5, 7]), "out_cache_loc": torch.zeros(7)}
-    with pytest.raises(ValueError, match="2 requests brings 7 tokens"):
+    with pytest.raises(ValueError, match="2 requests has 7 tokens"):
         metadata_of(torch.zeros(2, 30, dtype=torch.int32), batch(ForwardMode.TARGET_VERIFY, **fields))
 
 
@@ -200,7 +200,7 @@ def layer(**fields):
 def test_unsupported_layers_are_refused_by_name():
     check_layer(layer(), {})
     check_layer(layer(attn_type=AttentionType.ENCODER_ONLY), {})
-    with pytest.raises(ValueError, match=r"layer 3 asks for logit_cap=30"):
+    with pytest.raises(ValueError, match=r"layer 3 needs logit_cap=30"):
         check_layer(layer(logit_cap=30.0), {})
     with pytest.raises(ValueError, match="cross attention"):
         check_layer(layer(is_cross_attention=True), {})

@@ -119,7 +119,7 @@ def test_figures_of_a_reply_without_a_round() -> None:
     """A reply of one token comes from the prefill alone."""
     figures = {"rounds": 0, "rounds_by_drafter": {}, "accepted_by_drafter": {}, "switches": 0}
     assert acceptance_length(figures) is None and drafter_shares(figures) == {}
-    assert measured(AIMessage("x", response_metadata={"whiflash": figures}), 0.5) == "None tokens in 500 ms, no round"
+    assert measured(AIMessage("x", response_metadata={"whiflash": figures}), 0.5) == "None tokens in 500 ms, no rounds"
 
 
 def test_no_figures_are_no_failure() -> None:

@@ -111,6 +111,6 @@ def test_new_requests_are_refused_with_what_to_do() -> None:
     assert client.post("/generate", json={}).text == "served"
     told[0] = True
     refused = client.post("/generate", json={})
-    assert refused.status_code == 503 and "another one" in refused.json()["message"]
+    assert refused.status_code == 503 and "another server" in refused.json()["message"]
     assert client.post("/abort_request", json={}).text == "served"
     assert client.get("/health").text == "served"

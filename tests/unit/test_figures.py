@@ -91,9 +91,9 @@ def test_goodput_is_of_turns_that_keep_every_limit() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ttft=500", "`ttft` is no objective; give some of ttft_ms=MS, tpot_ms=MS, e2e_ms=MS"),
-        ("", "`` is no objective"),
-        ("ttft_ms=500,", "`` is no objective"),
+        ("ttft=500", "`ttft` is not an objective; use ttft_ms=MS, tpot_ms=MS, e2e_ms=MS"),
+        ("", "`` is not an objective"),
+        ("ttft_ms=500,", "`` is not an objective"),
         ("ttft_ms=500,ttft_ms=400", "`ttft_ms` is given twice"),
         ("ttft_ms=0", "`ttft_ms=0`: `0` is not a number of milliseconds above 0; give e.g. ttft_ms=500"),
         ("ttft_ms", "`ttft_ms=`: `` is not a number"),

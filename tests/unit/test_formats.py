@@ -275,7 +275,7 @@ def test_texts_and_payloads(tmp_path: Path) -> None:
         ({"input_length": 300, "hash_ids": ["x"]}, "hash_ids.0", "valid integer"),
         ({"messages": [], "timestamp": 0}, "messages", "at least 1 item"),
         ({"messages": [{"role": "judge"}], "timestamp": 0}, "messages.0", "does not match"),
-        ({"payload": {"prompt": "x"}}, "payload.messages", "only chat completions are read"),
+        ({"payload": {"prompt": "x"}}, "payload.messages", "only chat completions are supported"),
         ({"text_input": "x", "delay": -1}, "delay", "greater than or equal to 0"),
     ],
 )

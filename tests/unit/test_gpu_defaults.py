@@ -53,7 +53,7 @@ def test_attention_is_triton_on_a_gpu_where_nothing_is_said() -> None:
         assert _tried_attention(original, server_args, False, None) == expected
     tried = attention_line({"target": "triton", "df": "triton"}, "cuda")
     assert tried == "target triton, df triton; WHIFLASH's default on a GPU"
-    assert "not tried yet" in attention_line({"target": "fa3", "df": "triton"}, "cuda:0")
+    assert "untested" in attention_line({"target": "fa3", "df": "triton"}, "cuda:0")
     assert attention_line({"target": "torch_native"}, "cpu") == "target torch_native"
 
 
@@ -79,7 +79,7 @@ def test_what_is_counted_before_anything_of_it_is_allocated(
     found = {need.what: need for need in memory_needs(config, {"df": df, "e3": e3}, runner, requests)}
     assert found["draft pools"].size == 1000 * (20_480 + 4096)
     layers = len(captured_layers([df, e3]))
-    assert found["features that wait for drafters"].size == 49 * 128 * (layers * 8192 + 8)
+    assert found["backlogs"].size == 49 * 128 * (layers * 8192 + 8)
     widths = (1, config.eagle_steps + 1, 16)
     assert found["CUDA graphs"].size == graph_bytes([1, 8, 48], widths, (16, 1), layers * 8192, 151_936, 4096)
     assert found["CUDA graphs"].value == 48

@@ -119,7 +119,10 @@ def test_no_text_of_a_trace_becomes_markup() -> None:
 def test_policies_that_were_not_replayed_alike_are_said_to_be() -> None:
     one, other = result("fixed:df", 2), relabelled(result("entropy", 2), "entropy", concurrency=4, temperature=0.7)
     said = warnings({"fixed:df": one, "entropy": other})
-    assert said == ["not replayed alike: --temperature is 0.0, 0.7", "not replayed alike: --concurrency is 1, 4"]
+    assert said == [
+        "replayed with different settings: --temperature is 0.0, 0.7",
+        "replayed with different settings: --concurrency is 1, 4",
+    ]
     assert all(line in render([one, other]) for line in said)
 
 
@@ -127,9 +130,9 @@ def test_what_a_report_lacks_is_said() -> None:
     off = result("off", 2)
     cut = changed(off, ending="server gone", not_asked=7, failed=2)
     assert warnings({"off": cut}) == [
-        "off: server gone; 7 turns were not asked",
+        "off: server gone; 7 turns not started",
         "off: 2 turns failed",
-        "off: the server gave no speculation figures (it is not WhiFlash), so that they are missing",
+        "off: the server reports no speculation figures (it is not WhiFlash)",
     ]
     page = render([off])
     assert "No turn was traced" in page and "AL by span and context is not known" in page
@@ -149,7 +152,7 @@ def test_a_policy_without_speculation_is_what_others_are_compared_with() -> None
 
 
 def test_two_results_of_one_label_are_refused() -> None:
-    with pytest.raises(ResultError, match="two have the label `entropy`; replay with a --label of its own"):
+    with pytest.raises(ResultError, match="two have the label `entropy`; replay with a unique --label"):
         render([result("entropy", 1)] * 2)
 
 
@@ -162,7 +165,7 @@ def test_a_replay_in_which_nothing_was_answered_still_has_a_page() -> None:
     figures = report.figures() | {"sessions": 1, "skipped": 0}
     original = result("off", 1)
     broken = original.model_copy(update={"figures": figures, "detail": detail(report, [session()])})
-    assert "No turn was answered." in render([broken])
+    assert "No turn succeeded." in render([broken])
 
 
 # The commands
@@ -230,7 +233,7 @@ def test_other_files_are_refused(
     assert html_report.main([str(path), "--out", str(tmp_path / "out.html")]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: RESULT {path}: {said}")
-    assert "make it with `python -m whiflash_workloads.replay ... --json-out FILE`" in error
+    assert "create it with `python -m whiflash_workloads.replay ... --json-out FILE`" in error
 
 
 def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -359,9 +359,9 @@ def test_what_is_refused_is_said_before_sglang_is_imported(tiny: tiny_models.Tin
             "--max-running-requests 0: must be": [*demo, "--max-running-requests", "0"],
             "--port 99999: must be": ["--demo", "--port", "99999"],
             f"--port {taken}: is in use on 127.0.0.1": ["--demo", "--port", taken],
-            "--host 192.0.2.1: is no address of this machine": [*demo, "--host", "192.0.2.1"],
+            "--host 192.0.2.1: is not an address of this machine": [*demo, "--host", "192.0.2.1"],
             "--tp-size 3 does not divide": [*both, *port, "--tp", "3"],
-            "--enable-lora: the drafters' features": [*demo, "--enable-lora"],
+            "--enable-lora: the drafters expect features": [*demo, "--enable-lora"],
             "--pipeline-parallel-size 2: the drafters need": [*demo, "--pp-size=2"],
             "--whiflash-router neutral: unknown router": [*demo, "--whiflash-router", "neutral"],
             "--model-path: missing": ["--whiflash-router", "off", *port],
@@ -383,7 +383,7 @@ def test_a_checkpoint_that_is_not_whole_is_said_before_sglang_is_imported(
     lines = [cut, [*cut, "--whiflash-router", "off"], [*both, *port, "--whiflash-eagle-draft", str(eagle3)]]
     files = [target, target, eagle3]
     for line, folder in zip(refusals_without_imports(lines), files, strict=True):
-        assert f"{folder / 'model.safetensors'}: is cut short" in line
+        assert f"{folder / 'model.safetensors'}: is truncated" in line
 
 
 def test_dummy_weights_need_no_file(both: list[str], tiny: tiny_models.TinyModels, tmp_path: Path) -> None:

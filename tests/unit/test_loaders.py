@@ -207,9 +207,9 @@ def test_a_swe_agent_output_that_answers_no_call(tmp_path: Path, ids: object) ->
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", r"a\.jsonl, line 1, field \(file\): holds no session"),
-        (b" \n\n", r"a\.jsonl, line 1, field \(file\): holds no session"),
-        (b"[]", r"a\.jsonl, line 1, field \(file\): holds no session"),
+        (b"", r"a\.jsonl, line 1, field \(file\): contains no sessions"),
+        (b" \n\n", r"a\.jsonl, line 1, field \(file\): contains no sessions"),
+        (b"[]", r"a\.jsonl, line 1, field \(file\): contains no sessions"),
         (b"\xff\xff", r"a\.jsonl, line 0, field \(file\): is not UTF-8"),
         (b"\xff\xfe\x00", r"a\.jsonl, line 0, field \(file\): is not UTF-16-LE"),
     ],

@@ -66,7 +66,7 @@ def test_every_tool_call_parser(name: str, caplog: pytest.LogCaptureFixture) -> 
         opens, closes = markers(None, name).tool_call
     if name in WITHOUT_MARKER:
         assert (opens, closes) == ("", "")
-        assert f"parser {name} have no marker" in caplog.text
+        assert f"parser {name} has no markers" in caplog.text
     else:
         assert opens.strip() == opens != ""
         assert spans(markers(None, name), opens) == [TOOL_CALL]

@@ -65,7 +65,7 @@ def test_tool_time(text: str, scale: float) -> None:
 
 @pytest.mark.parametrize("text", ["scale", "scale:", "scale:-1", "scale:nan", "half", "2"])
 def test_other_tool_times_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=f"`{text}` is none of recorded, zero, scale:X; give e.g. scale:0.1"):
+    with pytest.raises(ValueError, match=f"`{text}` is not one of recorded, zero, scale:X; give e.g. scale:0.1"):
         parse_tool_time(text)
 
 

@@ -29,7 +29,7 @@ def test_a_free_port_passes_and_is_free_afterwards() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
 def test_a_port_in_use_is_named(taken: str, host: str) -> None:
-    with pytest.raises(ConfigError, match=f"^--port {taken}: is in use on {host}; stop what listens there, or give"):
+    with pytest.raises(ConfigError, match=f"^--port {taken}: is in use on {host}; stop the process"):
         ports.check({"--host": [host], "--port": [taken]})
 
 
@@ -44,7 +44,7 @@ def test_the_place_where_ranks_meet(taken: str) -> None:
     with pytest.raises(ConfigError, match=f"^--dist-init-addr {taken}: is in use"):
         ports.check({**port, "--dist-init-addr": [f"127.0.0.1:{taken}"]})
     ports.check({**port, "--dist-init-addr": [f"127.0.0.1:{taken}"], "--node-rank": ["1"]})  # another node's
-    with pytest.raises(ConfigError, match=r"^--dist-init-addr 127\.0\.0\.1: names no port"):
+    with pytest.raises(ConfigError, match=r"^--dist-init-addr 127\.0\.0\.1: has no port"):
         ports.check({**port, "--dist-init-addr": ["127.0.0.1"]})
 
 
@@ -56,7 +56,7 @@ def test_two_flags_with_the_same_port() -> None:
 
 @pytest.mark.parametrize(
     ("host", "said"),
-    [("192.0.2.1", "is no address of this machine"), ("nobody.invalid", "is no known address")],
+    [("192.0.2.1", "is not an address of this machine"), ("nobody.invalid", "cannot be resolved")],
 )
 def test_a_host_that_is_not_this_machine(host: str, said: str) -> None:
     with pytest.raises(ConfigError, match=f"^--host {host}: {said}.*give an address of this machine"):

@@ -85,7 +85,7 @@ def test_what_a_replay_changed_is_in_its_json(
     trace.write_text("\ufeff" + json.dumps({"messages": [*messages, {"role": "assistant", "content": "There."}]}))
     assert replay.main([str(trace), "--base-url", stub.base_url]) == 0
     printed = capsys.readouterr().out
-    assert "server: traces were not asked as they are written (1 x byte order mark, 1 x function_call" in printed
+    assert "server: some messages were converted (1 x byte order mark, 1 x function_call" in printed
     figures = json.loads(printed.splitlines()[-1])["figures"]
     assert figures["changed"] == {"byte order mark": 1, "function_call": 1, "function role": 1}
     assert [message["role"] for message in stub.requests[-1]["messages"]] == ["user", "assistant", "tool"]

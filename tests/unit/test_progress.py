@@ -34,4 +34,4 @@ def test_ready_is_said_when_the_server_answers(
     args = SimpleNamespace(url=lambda: "http://127.0.0.1:31000", ssl_verify=lambda: True)
     progress.say_when_ready(args, "curl ...")
     assert waits == ["", ""], "nothing is said before"
-    assert capsys.readouterr().out.endswith("WHIFLASH: ready; ask it something:\n  curl ...\n")
+    assert capsys.readouterr().out.endswith("WHIFLASH: ready; try a request:\n  curl ...\n")

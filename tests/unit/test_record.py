@@ -252,7 +252,7 @@ def test_a_client_that_leaves_ends_the_upstreams_reply(tmp_path: Path, how: str)
             until(lambda: recorder.summary().unrecorded)
             upstream.half[0].set()
             until(lambda: upstream.broken_pipes)
-    assert recorder.summary().unrecorded == {"the reply broke off": 1}
+    assert recorder.summary().unrecorded == {"the reply is incomplete": 1}
     assert recorder.path.read_text() == ""
 
 
@@ -273,7 +273,7 @@ def test_a_client_that_does_not_wait_for_a_reply(tmp_path: Path) -> None:
         while received:
             received = connection.recv(65536)  # empty: the proxy has closed it
         connection.close()
-    assert recorder.summary().unrecorded == {"the client did not wait": 1}
+    assert recorder.summary().unrecorded == {"the client disconnected": 1}
 
 
 @pytest.mark.parametrize("how", ["transport", "proxy"])
@@ -521,7 +521,7 @@ def test_other_routes_are_passed_on(tmp_path: Path) -> None:
         assert reply.headers["set-cookie"] == "session=secret-of-the-server"
         assert httpx.post(f"{base_url}/completions", json={}).json() == {"object": "other"}
     assert upstream.others == ["/v1/models?a=%2F", "/v1/completions"]
-    assert "passed on: 2 requests that are not chat completions" in str(recorder.summary())
+    assert "passed through: 2 requests that are not chat completions" in str(recorder.summary())
 
 
 # Replies
@@ -571,12 +571,12 @@ def test_events_are_put_together() -> None:
 @pytest.mark.parametrize(
     ("content_type", "body", "reason"),
     [
-        ("application/json", b"{", "cannot be read"),
+        ("application/json", b"{", "cannot be parsed"),
         ("application/json", b"{}", "has no choices"),
-        ("application/json", b"[]", "cannot be read"),
-        ("text/event-stream", b"", "broke off"),
-        ("text/event-stream", b'data: {"error": {}}\n\n', "ended with an error"),
-        ("text/event-stream", b"data: {\n\n", "cannot be read"),
+        ("application/json", b"[]", "cannot be parsed"),
+        ("text/event-stream", b"", "is incomplete"),
+        ("text/event-stream", b'data: {"error": {}}\n\n', "ended with a server error"),
+        ("text/event-stream", b"data: {\n\n", "cannot be parsed"),
     ],
 )
 def test_what_is_no_whole_reply(content_type: str, body: bytes, reason: str) -> None:
@@ -696,7 +696,7 @@ def test_a_signal_ends_the_recording_with_a_report(tmp_path: Path, number: signa
         ChatUpstream() as upstream,
         command("--upstream", f"{upstream.url}/v1", "--port", 0, "--out", out) as (process, line),
     ):
-        assert line.startswith("recording http://127.0.0.1:") and f"-> {upstream.url}/v1 into {out}" in line
+        assert line.startswith("recording http://127.0.0.1:") and f"-> {upstream.url}/v1 to {out}" in line
         with openai_client(line.split()[1]) as client:
             run_agent(client, True, start())
         process.send_signal(number)
@@ -712,14 +712,14 @@ def test_an_upstream_that_is_not_there_yet_is_said_at_the_start(tmp_path: Path) 
     with command("--upstream", gone, "--port", 0, "--out", tmp_path / "a") as (process, _):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=20)
-    assert errors.startswith(f"warning: --upstream {gone} does not answer (ConnectError")
+    assert errors.startswith(f"warning: --upstream {gone} does not respond (ConnectError")
     assert "until then clients get status 502" in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"--port": "70000"}, "argument --port: `70000` is no port"),
+        ({"--port": "70000"}, "argument --port: `70000` is not a port"),
         ({"--upstream": "127.0.0.1:1"}, "is not a plain address; give e.g. http://127.0.0.1:30000"),
         ({"--upstream": "http://kim:secret@127.0.0.1:1"}, "`http://127.0.0.1:1` is not a plain address"),
         ({"--out": "/no/such/folder/a"}, "error: /no/such/folder/a: cannot be written"),
@@ -741,7 +741,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
             [sys.executable, "-m", "whiflash_workloads.record", *words], capture_output=True, text=True
         )
     assert result.returncode == 2
-    assert result.stderr.startswith(f"error: --port {port}: cannot be listened on (Address already in use)")
+    assert result.stderr.startswith(f"error: --port {port}: cannot be bound (Address already in use)")
 
 
 def test_async_openai_through_the_transport(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_each_row_refuses_its_flag_with_reason_and_mend(row: Refusal, actions: d
         launch_server.refuse_unsupported(["--demo", *given])
     said = str(refusal.value)
     assert said.startswith(row.flag), "the first flag of the table that was given is named"
-    assert row.reason in said and row.mend in said
+    assert row.reason in said and row.fix in said
     if row.flag not in {cpu.flag for cpu in CPU_REFUSALS}:
         launch_server.refuse_unsupported(["--demo", "--whiflash-router", "off", *given])
 
@@ -56,7 +56,7 @@ def test_a_cpu_refuses_with_and_without_speculation(
 ) -> None:
     argv = ["--demo", "--whiflash-router", "off", *example(actions[row.flag], row)]
     monkeypatch.setattr("whiflash_sglang.cpu.activate", lambda: "a platform")
-    with pytest.raises(ConfigError, match=f"^{row.flag}.*: {re.escape(row.reason)}; {re.escape(row.mend)}$"):
+    with pytest.raises(ConfigError, match=f"^{row.flag}.*: {re.escape(row.reason)}; {re.escape(row.fix)}$"):
         launch_server.refuse_unsupported(argv)
     monkeypatch.setattr("whiflash_sglang.cpu.activate", lambda: None)
     launch_server.refuse_unsupported(argv)
@@ -68,7 +68,7 @@ def test_a_gpu_refuses_with_speculation_only(
 ) -> None:
     monkeypatch.setattr("whiflash_sglang.cpu.activate", lambda: None)
     given = example(actions[row.flag], row)
-    with pytest.raises(ConfigError, match=f"^{row.flag}.*: {re.escape(row.reason)}; {re.escape(row.mend)}$"):
+    with pytest.raises(ConfigError, match=f"^{row.flag}.*: {re.escape(row.reason)}; {re.escape(row.fix)}$"):
         launch_server.refuse_unsupported(["--demo", *given])
     launch_server.refuse_unsupported(["--demo", "--whiflash-router", "off", *given])
     for backend in row.fine:
@@ -98,7 +98,7 @@ def test_other_names_and_abbreviations_of_a_flag_are_the_same_flag() -> None:
 
 
 def test_a_flag_that_sglang_does_not_have_is_left_to_its_parser() -> None:
-    refuse([Refusal("--gone", "reason", "mend")], {"--other": Given(1, None)})
+    refuse([Refusal("--gone", "reason", "fix")], {"--other": Given(1, None)})
 
 
 @pytest.mark.slow  # it starts a program that imports SGLang
@@ -107,7 +107,7 @@ def test_a_refusal_is_one_line_and_nothing_is_loaded(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "whiflash_sglang.launch_server", "--model-path", str(tmp_path / "none")]
     result = subprocess.run([*command, "--enable-lora"], capture_output=True, text=True, timeout=240)
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("error: --enable-lora: the drafters' features are those of")
+    assert result.stderr.splitlines()[-1].startswith("error: --enable-lora: the drafters expect features of")
     assert "Traceback" not in result.stderr
 
 

@@ -204,10 +204,9 @@ def test_what_was_asked_otherwise_than_recorded_is_said_under_the_table() -> Non
     cut = Report("entropy", turns, 1.0, TOTALS).figures() | {"changed": {"function_call": 2, "byte order mark": 1}}
     view = table({"off": Report("off", (turn(),), 1.0, None).figures(), "entropy": cut})
     assert view.caption == (
-        "entropy: 2 of 3 prompts were cut: their oldest turns are left out, so that they fit the context\n"
-        "entropy: 1 of 3 prompts have a message that was shortened, as whole turns were not enough\n"
-        "entropy: traces were not asked as they are written (2 x function_call, 1 x byte order mark); "
-        "docs/traces.md says what they became"
+        "entropy: 2 of 3 prompts were cut to fit the context: their oldest turns were dropped\n"
+        "entropy: 1 of 3 prompts have a shortened message, as dropping turns was not enough\n"
+        "entropy: some messages were converted (2 x function_call, 1 x byte order mark); see docs/traces.md"
     )
 
 
@@ -277,7 +276,7 @@ def test_short_prompts_are_not_counted() -> None:
         ("500", "InternalServerError: Error code: 500"),
         ("400", "BadRequestError: Error code: 400"),
         ("drop", "RemoteProtocolError"),
-        ("cut", "the stream ended before the text did"),
+        ("cut", "the stream ended before the reply was complete"),
         ("error chunk", "scripted failure"),
         ("no json", "JSONDecodeError"),
     ],
@@ -304,7 +303,7 @@ def test_an_answer_that_only_trickles_in_is_not_waited_for() -> None:
     """Every piece comes within the time limit, the whole does not."""
     with StubServer(delay=0.1, answer_words=60) as stub:
         report = replay([session()], stub.base_url, timeout_s=0.25)
-    assert [turn.error for turn in report.turns] == ["TimeoutError: no whole answer in 0.25 s"] * 2
+    assert [turn.error for turn in report.turns] == ["TimeoutError: no complete answer within 0.25 s"] * 2
 
 
 def test_a_server_that_goes_away_ends_the_replay() -> None:
@@ -371,7 +370,7 @@ def test_no_server_is_one_line(trace: Path, capsys: pytest.CaptureFixture[str]) 
         gone = stub.base_url
     assert run_main(trace, "--base-url", gone) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: --base-url {gone}: no server answers") and said.count("\n") == 1
+    assert said.startswith(f"error: --base-url {gone}: no response") and said.count("\n") == 1
 
 
 def test_a_bad_trace_is_refused_or_skipped(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -388,7 +387,7 @@ def test_a_bad_trace_is_refused_or_skipped(trace: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("flag", "value", "said"),
     [
-        ("--base-url", "http://127.0.0.1:port", "`http://127.0.0.1:port` is no URL"),
+        ("--base-url", "http://127.0.0.1:port", "`http://127.0.0.1:port` is not a URL"),
         ("--temperature", "-1", "`-1` is not a number of at least 0"),
         ("--temperature", "nan", "`nan` is not a number of at least 0"),
         ("--temperature", "warm", "`warm` is not a number of at least 0"),
@@ -406,7 +405,7 @@ def test_other_bad_values_are_refused(flag: str, value: str, said: str, capsys: 
 def test_more_tokens_than_the_context_are_refused(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with StubServer(context=100) as stub:
         assert run_main(trace, "--base-url", stub.base_url, "--max-tokens", 100) == 2
-    assert capsys.readouterr().err == "error: --max-tokens 100: the server's context is 100; give less\n"
+    assert capsys.readouterr().err == "error: --max-tokens 100: the server's context is 100; use less\n"
 
 
 def test_traces_without_a_turn_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -464,7 +463,7 @@ def test_ctrl_c_ends_without_a_traceback(trace: Path) -> None:
         printed, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in said
-    assert "note: interrupted: 1 turns were asked, 5 were not; 0 sessions are whole" in said
+    assert "note: interrupted: 1 turns done, 5 not started; 0 sessions complete" in said
     figures = json.loads(printed.splitlines()[-1])["figures"]
     assert (figures["ending"], figures["turns"], figures["not_asked"], figures["failed"]) == ("interrupted", 1, 5, 0)
     assert json.loads(out.read_text())["figures"] == figures

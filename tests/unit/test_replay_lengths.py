@@ -81,8 +81,8 @@ def test_a_server_that_does_not_count_tokens_is_refused(tmp_path: Path, capsys: 
         assert stub.requests == []
         replay([session()], stub.base_url)  # texts need no counting
     said = capsys.readouterr().err
-    assert said.startswith(f"error: --base-url {stub.base_url}: prompts for traces of lengths need the server's tokens")
-    assert "replay an SGLang server, or traces with texts" in said
+    assert said.startswith(f"error: --base-url {stub.base_url}: length-only traces need token counts from the server")
+    assert "use an SGLang server, or traces with texts" in said
 
 
 # What is reported
@@ -98,7 +98,7 @@ def test_lengths_say_nothing_of_acceptance(
         assert run_main(tmp_path, lengths(), flags=["--base-url", stub.base_url, "--json-out", str(out)]) == 0
     assert stub.asked_figures == [] and "custom_params" not in stub.requests[0]
     assert (
-        "note: the prompts of 1 turns were made up from lengths and say nothing of acceptance: AL is n/a\n"
+        "note: 1 turns have synthetic prompts of recorded lengths, which say nothing about acceptance: AL is n/a\n"
         in capsys.readouterr().err
     )
     figures = json.loads(out.read_text())["figures"]
@@ -115,7 +115,7 @@ def test_beside_others_acceptance_is_theirs(tmp_path: Path, capsys: pytest.Captu
     assert stub.asked_figures == ["answer-1", "answer-2"]
     assert ["custom_params" in body for body in stub.requests] == [False, True, False]  # a view is of a text
     captured = capsys.readouterr()
-    assert "AL is that of the other 2 turns, and other totals are those of all" in captured.err
+    assert "AL is over the other 2 turns, other totals are over all" in captured.err
     figures = json.loads(captured.out.splitlines()[-1])["figures"]
     assert (figures["acceptance_length"], figures["rounds"], figures["speculation"]["turns"]) == (2.5, 6, 2)
 
@@ -140,14 +140,14 @@ def test_the_page_says_so() -> None:
     original = result("entropy", 1)
     figures = original.figures | {"length_only": original.figures["turns"], "acceptance_length": None}
     page = render([original.model_copy(update={"figures": figures})])
-    assert "were made up from lengths and say nothing of acceptance: AL is n/a" in page
+    assert "have synthetic prompts of recorded lengths, which say nothing about acceptance: AL is n/a" in page
 
 
 def test_replies_that_max_tokens_cuts_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sessions = [lengths("a", reply=300), lengths("b", reply=257), lengths("c", reply=256)]
     with StubServer() as stub:
         assert run_main(tmp_path, *sessions, flags=["--base-url", stub.base_url]) == 0
-    assert "note: --max-tokens 256: 2 replies of traces of lengths were longer, and end there; the longest has 300" in (
+    assert "note: --max-tokens 256: 2 recorded replies are longer and were truncated; the longest has 300" in (
         capsys.readouterr().err
     )
 
@@ -160,8 +160,7 @@ def test_sessions_without_replies_need_live_history(tmp_path: Path, capsys: pyte
         assert run_main(tmp_path, session(), unknown_replies(), flags=["--base-url", stub.base_url]) == 2
         assert stub.requests == []
         assert capsys.readouterr().err == (
-            "error: --history forced: session `agents-1` has replies in its history that were not recorded; "
-            "give --history live\n"
+            "error: --history forced: session `agents-1` has unrecorded replies in its history; use --history live\n"
         )
         assert run_main(tmp_path, unknown_replies(), flags=["--base-url", stub.base_url, "--history", "live"]) == 0
     assert stub.requests[1]["messages"][1]["content"] == "word-1 word-2 word-3 word-4 word-5 word-6 "

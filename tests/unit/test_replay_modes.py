@@ -203,9 +203,8 @@ def test_the_command_says_what_was_done_until_the_server_was_gone(
         stub.gone_after = 3
         assert run_main(trace, "--base-url", stub.base_url, "--json-out", out) == 1
     captured = capsys.readouterr()
-    assert (
-        "note: ended, as the server does not answer any more: 4 turns were asked, 2 were not; 1 sessions are whole"
-        in (captured.err)
+    assert "note: stopped, because the server no longer responds: 4 turns done, 2 not started; 1 sessions complete" in (
+        captured.err
     )
     figures = json.loads(captured.out.splitlines()[-1])["figures"]
     assert (figures["ending"], figures["failed"], figures["completion_tokens"]) == ("server gone", 1, 18)
@@ -243,7 +242,7 @@ def test_a_server_that_is_not_whiflash(tmp_path: Path, capsys: pytest.CaptureFix
     with StubServer(speculates=False) as stub:
         assert run_main(trace, "--base-url", stub.base_url, "--json-out", tmp_path / "out.json") == 0
     captured = capsys.readouterr()
-    assert "note: the server gives no speculation figures (it is not WhiFlash)" in captured.err
+    assert "note: the server reports no speculation figures (it is not WhiFlash)" in captured.err
     assert stub.asked_figures == [] and not any("custom_params" in body for body in stub.requests)
     figures = json.loads(captured.out.splitlines()[-1])["figures"]
     assert figures["speculation"] == {"turns": 0, "by_drafter": {}, "by_span": {}, "by_context_kind": {}, "by_tool": {}}
@@ -265,7 +264,7 @@ def test_figures_that_are_missing_are_no_error(
     with StubServer(says=says, forgets=says is None) as stub:
         assert run_main(trace, "--base-url", stub.base_url) == 0
     captured = capsys.readouterr()
-    assert f"note: no speculation figures of 2 turns (the first: {said}" in captured.err
+    assert f"note: no speculation figures for 2 turns (first reason: {said}" in captured.err
     assert json.loads(captured.out.splitlines()[-1])["figures"]["rounds"] == 4
 
 
@@ -283,11 +282,11 @@ def test_figures_are_not_asked_for_where_they_are_not_wanted(tmp_path: Path) -> 
     ("flags", "said"),
     [
         (["--arrivals", "fast"], "argument --arrivals: `fast` is neither recorded nor poisson:RATE"),
-        (["--tool-time", "slow"], "argument --tool-time: `slow` is none of recorded, zero, scale:X"),
-        (["--slo", "ttft=1"], "argument --slo: `ttft` is no objective"),
+        (["--tool-time", "slow"], "argument --tool-time: `slow` is not one of recorded, zero, scale:X"),
+        (["--slo", "ttft=1"], "argument --slo: `ttft` is not an objective"),
         (
             ["--arrivals", "poisson:1", "--concurrency", "2"],
-            "argument --concurrency: 2: an open loop (--arrivals) has no",
+            "argument --concurrency: 2: conflicts with --arrivals",
         ),
         (["--no-turn-figures", "--token-views", "2"], "argument --token-views: 2: needs the figures of each turn"),
         (["--warm-up", "-1"], "argument --warm-up: `-1` is not a whole number of at least 0"),

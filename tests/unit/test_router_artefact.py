@@ -96,7 +96,7 @@ def test_a_bare_file_needs_what_it_does_not_say(
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "is no JSON"),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
     "another format": (lambda folder: edit(folder, format="x"), "`format` is 'x'"),
     "a newer version": (lambda folder: edit(folder, format_version=2), "`format_version` is 2"),
     "another state": (lambda folder: edit(folder, hidden_state="layer 3"), "`hidden_state` is 'layer 3'"),
@@ -104,7 +104,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no number": (lambda folder: edit(folder, threshold="high"), "`threshold` is 'high'"),
     "lengths": (lambda folder: edit(folder, acceptance_length={"df": None}), "`acceptance_length`"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no such file"),
-    "cut short": (lambda folder: (folder / "model.safetensors").write_bytes(b"\x80\x02}"), "cut short"),
+    "cut short": (lambda folder: (folder / "model.safetensors").write_bytes(b"\x80\x02}"), "truncated"),
     "other tensors": (
         lambda folder: save_file({"x": torch.zeros(2)}, folder / "model.safetensors"),
         "must hold exactly in.weight",
@@ -136,7 +136,7 @@ def test_refused_by_name(folder: Path, case: str) -> None:
     with pytest.raises(CheckpointError, match="--whiflash-neural-router-path") as caught:
         load_router(str(folder), identity(), None, None)
     assert message in str(caught.value)
-    assert ";" in str(caught.value), "a mend is named"
+    assert ";" in str(caught.value), "a fix is named"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a pickle by its name"):
         load_router(str(file), identity(), "e3", 1.0)
     disguised = file.rename(tmp_path / "router.safetensors")
-    with pytest.raises(CheckpointError, match=r"is no safetensors file|broken header"):
+    with pytest.raises(CheckpointError, match=r"not a safetensors file|corrupt header"):
         load_router(str(disguised), identity(), "e3", 1.0)
 
 

@@ -79,7 +79,7 @@ def test_sessions_are_on_one_side_only() -> None:
 
 
 def test_too_few_sessions_says_how_many() -> None:
-    with pytest.raises(ConfigError, match=f"3 sessions, and at least {train_router.MIN_SESSIONS} are needed"):
+    with pytest.raises(ConfigError, match=f"3 sessions, but at least {train_router.MIN_SESSIONS} are needed"):
         train_router.split(RouterData({}, learnable(3)), seed=0)
 
 
@@ -90,7 +90,7 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
 
 
 def test_a_folder_of_other_data_is_not_gone_on_with(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="holds data of other models"):
+    with pytest.raises(ConfigError, match="contains data of other models"):
         write_manifest(folder, {"models": identity().to_json(), "traces": ["u"], "sha256": "0", "shards": 2})
 
 
@@ -99,5 +99,5 @@ def test_no_data(tmp_path: Path) -> None:
         load_router_data(tmp_path)
     write_manifest(tmp_path, {"shards": 1})
     write_shard(shard_path(tmp_path, 0), [])
-    with pytest.raises(ConfigError, match="holds no position"):
+    with pytest.raises(ConfigError, match="contains no positions"):
         load_router_data(tmp_path)

@@ -124,9 +124,9 @@ def test_parts_of_sessions_side_by_side(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "field", "said"),
     [
-        (part(2, USER, REPLY), "part", "is 2 where part 1 of session `s` should stand; keep the lines of a session in"),
-        (part(0, USER, REPLY), "part", "is 0 where part 1"),
-        (part(1, USER, REPLY, name="t"), "part", "is 1 where part 0 of session `t`"),
+        (part(2, USER, REPLY), "part", "is 2, but the next part of session `s` is 1; keep the lines of a session in"),
+        (part(0, USER, REPLY), "part", "is 0, but the next part of session `s` is 1"),
+        (part(1, USER, REPLY, name="t"), "part", "is 1, but the next part of session `t` is 0"),
         (part(1, REPLY, USER), "messages", "does not end with the reply"),
         (part(-1, USER, REPLY), "part", "greater than or equal to 0"),
         (part(1, USER, REPLY, surprise=1), "surprise", "Extra inputs are not permitted"),
@@ -162,8 +162,8 @@ def test_parts_that_do_not_fit(tmp_path: Path, line: object, field: str, said: s
             "assistant.tool_calls.0.function.arguments",
             "valid string",
         ),
-        ({"role": "user", "content": None}, "user.content", "is neither text nor a list of content parts"),
-        ({"role": "user", "content": ["x"]}, "user.content", "is neither text nor a list of content parts"),
+        ({"role": "user", "content": None}, "user.content", "is neither a string nor a list of content parts"),
+        ({"role": "user", "content": ["x"]}, "user.content", "is neither a string nor a list of content parts"),
         ({"role": "user"}, "user.content", "Field required"),
         ({"role": "function", "content": "x"}, "tool.tool_call_id", "give every tool call an id"),
         ({"role": "judge", "content": "x"}, "", "does not match any of the expected tags"),
@@ -188,7 +188,7 @@ def test_times_are_numbers(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("record", [{"a": 1}, [[1]], [7]])
 def test_files_in_no_format(tmp_path: Path, record: object) -> None:
-    with pytest.raises(TraceError, match=r"line 1, field \(file\): is in no trace format; docs/traces\.md lists"):
+    with pytest.raises(TraceError, match=r"line 1, field \(file\): has an unknown format; see docs/traces\.md"):
         load_traces([write(tmp_path / "a", record)])
 
 

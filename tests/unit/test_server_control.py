@@ -48,7 +48,7 @@ def test_a_server_that_ends_at_once_says_why(log: Path) -> None:
     with pytest.raises(ServerError) as failure:
         server.wait_until_ready(30)
     said = str(failure.value)
-    assert said.startswith("the server ended with 3:") and said.endswith("no such model\n")
+    assert said.startswith("the server exited with 3:") and said.endswith("no such model\n")
     assert len(said) < module.LOG_TAIL + 100 < log.stat().st_size
     server.stop()  # there is nothing left to stop
 
@@ -62,7 +62,7 @@ def test_a_server_that_never_answers_is_given_up(silent: Server) -> None:
     deadline = time.monotonic() + 20
     while "loading" not in silent.log.read_text() and time.monotonic() < deadline:
         time.sleep(0.02)
-    with pytest.raises(ServerError, match=f"no answer from {silent.base_url} after 0 s:\nloading"):
+    with pytest.raises(ServerError, match=f"no response from {silent.base_url} after 0 s:\nloading"):
         silent.wait_until_ready(0.1)
     assert runs(silent.process.pid)  # giving up is not stopping
 

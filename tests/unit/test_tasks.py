@@ -90,7 +90,7 @@ def test_what_nobody_asked_for_is_free() -> None:
 def test_words_without_the_deed_solve_nothing() -> None:
     task = of_kind("cancel_order", "now cancelled")
     assert judge(task, done(task), task.expert_answer).solved
-    assert judge(task, task.desk(), task.expert_answer).why == "the database is not what it should be"
+    assert judge(task, task.desk(), task.expert_answer).why == "the database differs from the expected state"
 
 
 def test_a_deed_that_nobody_asked_for_is_seen() -> None:

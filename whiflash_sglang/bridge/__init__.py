@@ -1,4 +1,4 @@
-"""Everything that touches SGLang's private or unstable names: the algorithm, the hooks, the builders.
+"""All code that uses private or unstable names of SGLang: the algorithm, the hooks, the builders.
 
-May import `core`, `startup` and `drafters.runner`. Never imports `serving`: `plugin.py` passes the worker in.
+May import `core`, `startup` and `drafters.runner`, but not `serving`: `plugin.py` passes the worker in.
 """

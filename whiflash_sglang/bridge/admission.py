@@ -1,11 +1,11 @@
-"""What SGLang would hand to its scheduler and the scheduler cannot bear: refused before, in the HTTP process.
+"""Request validation in the HTTP process, for requests that would crash SGLang's scheduler.
 
-An exception in the scheduler ends it, and with it every request of every client. SGLang checks most of a request where
-it comes in; what is checked here was found by sending hostile bodies (`scripts/fuzz.py`), and by reading where values
-go. Each is answered with HTTP 400, which names the field, the value and the mend.
+An exception in the scheduler ends the server, and with it every request. SGLang validates most fields on arrival. The
+checks here cover the rest, found by fuzzing (`scripts/fuzz.py`) and code review. Each raises RequestError, which
+becomes HTTP 400 and names field, value and fix.
 
-`judge_types` comes first: SGLang declares the types of what it sends to the scheduler, but pickles it and looks at none
-of them. The others take a request's parts as of those types. Imports msgspec and numpy, not SGLang.
+`judge_types` runs first: SGLang declares the types of scheduler messages, but pickles them without validation. The
+other checks rely on those types. Imports msgspec and numpy, not SGLang.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ import numpy as np
 
 from whiflash_sglang.core.errors import RequestError, shown
 
-MEND_OF_TYPES = "give it the type that SGLang documents"
+TYPE_FIX = "use the type that SGLang documents"
 FILLED_IN = ("stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len", "is_normalized")
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_SAMPLES = 4096
-MAX_NESTING = 200  # 2,000 levels take it minutes
+MAX_NESTING = 200  # the grammar compiler takes minutes for 2,000 levels
 MIN_REPETITION_PENALTY = 1e-6  # logits are divided by it, in float32
 
 
 def judge_samples(number: object) -> None:
-    """Replies to one prompt: SGLang makes a request of each at once, in the memory of the HTTP process."""
+    """Limit `n`: SGLang expands it into requests immediately, in the HTTP process's memory."""
     if isinstance(number, int) and number > MAX_SAMPLES:
         raise RequestError("n", shown(number), "out of bounds", f"give at most {MAX_SAMPLES}")
 
 
 def judge_names(sampling_params: Mapping[str, object]) -> None:
-    """A request's own `sampling_params`: fields that SGLang fills in would be taken for filled in."""
+    """Reject internal fields in `sampling_params`: SGLang would take them as already computed."""
     for field in FILLED_IN:
         if field in sampling_params:
             raise RequestError(f"sampling_params.{field}", None, "not a field of requests", "leave it out")
@@ -51,17 +51,17 @@ def judge_types(
     encode: Callable[[msgspec.Struct], bytes],
     decode_hook: Callable[[type, Any], Any],
 ) -> None:
-    """Whether a record's fields are of the types that its class declares, and its text can be written as UTF-8.
+    """Check a record's fields against its class's type annotations, and that its text is valid UTF-8.
 
-    `encode` and `decode_hook` are SGLang's own, for the types that msgspec does not know.
+    `path`: the record's name in errors. `encode` and `decode_hook` are SGLang's own, for types unknown to msgspec.
     """
     try:
         _decoder(type(record), decode_hook).decode(encode(record))
     except msgspec.ValidationError as error:
         problem, _, where = str(error).partition(" - at ")
-        raise RequestError(path + _field(type(record), where), None, problem, MEND_OF_TYPES) from error
+        raise RequestError(path + _field(type(record), where), None, problem, TYPE_FIX) from error
     except (UnicodeEncodeError, OverflowError, RecursionError, TypeError) as error:
-        raise RequestError(path, None, str(error), MEND_OF_TYPES) from error
+        raise RequestError(path, None, str(error), TYPE_FIX) from error
 
 
 @functools.cache
@@ -70,7 +70,7 @@ def _decoder(record: type, decode_hook: Callable[[type, Any], Any]) -> msgspec.m
 
 
 def _field(record: type[msgspec.Struct], where: str) -> str:
-    """`.stop[0]` of msgspec's "`$[3][0]`": these records travel as arrays, behind a tag if they have one."""
+    """Translate msgspec's "`$[3][0]`" to `.stop[0]`. Records are encoded as arrays, after a tag if they have one."""
     found = re.match(r"`\$\[(\d+)\](.*)`", where)
     if found is None:
         return ""
@@ -79,12 +79,11 @@ def _field(record: type[msgspec.Struct], where: str) -> str:
 
 
 def judge_prompt(input_ids: array[int] | None, vocab_size: int) -> None:
-    """Token ids index the embedding, and the last position of a prompt gives the reply its first token; SGLang does not
-    look at the ids, nor for empty prompts in a list."""
+    """Reject empty prompts and token ids outside the vocabulary, which would index out of bounds in the embedding."""
     if input_ids is None:  # embeddings instead
         return
     if not len(input_ids):
-        raise RequestError("input_ids", None, "an empty prompt", "give one token id or more")
+        raise RequestError("input_ids", None, "an empty prompt", "give at least one token id")
     ids = np.frombuffer(input_ids, dtype=np.int64)
     outside = int(ids.min()) if ids.min() < 0 else int(ids.max())
     if not 0 <= outside < vocab_size:
@@ -92,7 +91,7 @@ def judge_prompt(input_ids: array[int] | None, vocab_size: int) -> None:
 
 
 def judge_sampling(params: Any, vocab_size: int) -> None:
-    """Numbers that overflow the tensors they are put into, index outside them, or make logits NaN."""
+    """Reject numbers that overflow their tensors, index out of bounds, or turn logits into NaN."""
     for field in ("top_k", "min_new_tokens"):
         value = getattr(params, field)
         if value > INT32_MAX:
@@ -101,32 +100,32 @@ def judge_sampling(params: Any, vocab_size: int) -> None:
     if seed is not None and seed > INT64_MAX:
         raise RequestError("sampling_seed", shown(seed), "out of bounds", f"give at most {INT64_MAX}")
     if params.repetition_penalty < MIN_REPETITION_PENALTY:
-        mend = f"give a number from {MIN_REPETITION_PENALTY} to 2"
-        raise RequestError("repetition_penalty", shown(params.repetition_penalty), "out of bounds", mend)
+        fix = f"give a number from {MIN_REPETITION_PENALTY} to 2"
+        raise RequestError("repetition_penalty", shown(params.repetition_penalty), "out of bounds", fix)
     for token in params.stop_token_ids or ():
-        # Beside any request with `min_new_tokens`, each is a column of its penalties.
+        # With `min_new_tokens` in the batch, these ids index the penalty tensor.
         if not 0 <= token < vocab_size:
-            mend = f"give ids from 0 to {vocab_size - 1}"
-            raise RequestError("stop_token_ids", shown(token), "outside the vocabulary", mend)
+            fix = f"give ids from 0 to {vocab_size - 1}"
+            raise RequestError("stop_token_ids", shown(token), "outside the vocabulary", fix)
     for token, bias in (params.logit_bias or {}).items():
         if not math.isfinite(bias) or abs(bias) > FLOAT32_MAX:
             raise RequestError(f"logit_bias[{shown(token)}]", shown(bias), "out of bounds", "give e.g. -100 to 100")
 
 
 def judge_grammars(params: Any) -> None:
-    """Text that ends the grammar compiler (xgrammar 0.2), which is native code in the scheduler's process."""
+    """Reject text that crashes the grammar compiler (xgrammar 0.2), native code in the scheduler's process."""
     for field in ("json_schema", "regex", "ebnf", "structural_tag"):
         text = getattr(params, field)
         if text is None:
             continue
         if "\0" in text or "\\u0000" in text:
-            raise RequestError(field, shown(text), "holds a NUL character", "leave it out")
+            raise RequestError(field, shown(text), "contains a NUL character", "remove it")
         if _depth(text) > MAX_NESTING:
             raise RequestError(field, shown(text), "too deeply nested", f"nest at most {MAX_NESTING} levels")
 
 
 def _depth(text: str) -> int:
-    """Levels of brackets, those in strings included."""
+    """Bracket nesting depth, including brackets in strings."""
     if sum(map(text.count, "([{")) <= MAX_NESTING:
         return 0
     depth = deepest = 0
@@ -137,7 +136,7 @@ def _depth(text: str) -> int:
 
 
 def judge_logprobs(top_logprobs_num: int, vocab_size: int) -> None:
-    """The best tokens of each position, of which there are as many as the vocabulary has."""
+    """Limit `top_logprobs_num` to the vocabulary size."""
     if not 0 <= top_logprobs_num <= vocab_size:
-        mend = f"give a number from 0 to {vocab_size}"
-        raise RequestError("top_logprobs_num", shown(top_logprobs_num), "out of bounds", mend)
+        fix = f"give a number from 0 to {vocab_size}"
+        raise RequestError("top_logprobs_num", shown(top_logprobs_num), "out of bounds", fix)

@@ -22,10 +22,10 @@ LATE_KV = "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
 
 
 class WhiFlashAlgorithm(CustomSpecAlgo):
-    """What the scheduler asks of a speculative algorithm.
+    """The algorithm object that SGLang's scheduler queries.
 
-    It counts as one of the DFlash family, as SGLang's verify of a linear chain, its draft input (`DFlashDraftInputV2`)
-    and the room for draft KV in the memory budget are chosen by that.
+    It reports itself as DFlash: that selects SGLang's linear-chain verify, its draft input (`DFlashDraftInputV2`) and
+    the draft KV in the memory budget.
     """
 
     def is_dflash(self) -> bool:
@@ -55,35 +55,38 @@ class WhiFlashAlgorithm(CustomSpecAlgo):
         return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
 
     def create_worker(self, server_args: Any) -> type:
-        """The base class warns that steps do not overlap, which is `handle_server_args`'s own choice."""
+        """Overridden because the base class warns about the missing overlap schedule, which is intended here."""
         return self.factory(server_args)
 
     def handle_server_args(self, server_args: Any) -> None:
-        """Settle what follows from the algorithm; runs inside SGLang's own argument resolution."""
+        """Set arguments that the algorithm implies; called during SGLang's argument resolution.
+
+        Raises CheckpointError if `--tp-size` does not divide a model, ConfigError for deferred KV allocation.
+        """
         if server_args.tp_size > 1:
             check_ranks(FLAG_TARGET, server_args.model_path, server_args.tp_size)
             for name, path in active_config().draft_paths.items():
                 check_ranks(DRAFTER_FLAGS[name], path, server_args.tp_size)
         server_args.speculative_eagle_topk = 1
         server_args.speculative_num_steps = 1
-        # A round ends when the host has read what it committed; overlap would need that to stay on the device.
+        # A round ends with a host read of the committed tokens, which the overlap schedule does not allow.
         server_args.disable_overlap_schedule = True
         if os.environ.get(LATE_KV, "").lower() in ("1", "true", "yes", "y"):
-            problem = "KV has no memory yet while WHIFLASH captures graphs and measures what rounds cost"
-            raise ConfigError(LATE_KV, os.environ[LATE_KV], problem, "unset that environment variable")
+            problem = "WHIFLASH needs allocated KV to capture graphs and to measure round costs"
+            raise ConfigError(LATE_KV, os.environ[LATE_KV], problem, "unset this environment variable")
         if server_args.max_running_requests is None and server_args.device.startswith("cuda"):
             server_args.max_running_requests = MAX_RUNNING
 
 
 @dataclass
 class WhiFlashDraftInput(DFlashDraftInputV2):
-    """What survives between rounds: each request's bonus token and length; and how room for the next one is made."""
+    """State between rounds: each request's bonus token and length."""
 
     def prepare_for_decode(self, batch: Any) -> None:
         """Reserve KV slots for each request's next window.
 
-        One window, where SGLang's own reserves two: the second is for its overlapped schedule, in which lengths lag a
-        round behind. Slots that nobody will write are prompt tokens that the radix tree could have kept.
+        SGLang reserves two windows, because lengths lag by one round in its overlap schedule. We need one; unused
+        slots would only evict prompt tokens from the radix tree.
         """
         from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
         from sglang.srt.runtime_context import get_spec
@@ -110,8 +113,8 @@ class WhiFlashDraftInput(DFlashDraftInputV2):
 
 
 def draft_input(bonus_tokens: torch.Tensor, new_seq_lens: torch.Tensor) -> WhiFlashDraftInput:
-    """SGLang's carrier of state between steps, for requests with the given bonus tokens and lengths [rows]."""
-    nothing = bonus_tokens.new_empty((len(bonus_tokens), 0))  # the fields of other algorithms
+    """The batch's `spec_info` for requests with the given bonus tokens and lengths, [rows] each."""
+    nothing = bonus_tokens.new_empty((len(bonus_tokens), 0))  # fields of other algorithms
     return WhiFlashDraftInput(
         topk_p=nothing,
         topk_index=nothing,
@@ -122,7 +125,7 @@ def draft_input(bonus_tokens: torch.Tensor, new_seq_lens: torch.Tensor) -> WhiFl
 
 
 def register_algorithm(worker_class: Callable[[Any], type]) -> None:
-    """Make `--speculative-algorithm WHIFLASH` known to SGLang in this process, served by a worker of `worker_class`."""
+    """Register `--speculative-algorithm WHIFLASH` with SGLang in this process. `worker_class`: server_args -> class."""
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
     from sglang.srt.speculative.spec_registry import get_spec
 

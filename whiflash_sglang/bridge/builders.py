@@ -1,4 +1,4 @@
-"""What the worker needs of SGLang: draft runners, captured features, batches for measuring, request fields."""
+"""Build what the worker needs from SGLang: draft runners, captured features, measurement batches, request fields."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from whiflash_sglang.startup.config import WhiFlashConfig
 
 
 def drafter_specs(config: WhiFlashConfig, server_args: Any) -> dict[str, DrafterSpec]:
-    """The drafters' checkpoints by name, checked against the target's."""
+    """Drafter name -> spec, checked against the target. Raises CheckpointError."""
     target = load_target_spec(server_args.model_path)
     return {name: load_drafter_spec(path, name, target) for name, path in config.draft_paths.items()}
 
 
 def captured_layers(specs: Iterable[DrafterSpec]) -> tuple[int, ...]:
-    """Target layers whose outputs are captured: the sorted union of what the drafters need."""
+    """Ids of the target layers to capture: the sorted union over all drafters."""
     return tuple(sorted({layer for spec in specs for layer in spec.layer_ids}))
 
 
 def build_draft_runner(
     spec: DrafterSpec, server_args: Any, gpu_id: int, ps: Any, nccl_port: int, target_worker: Any
 ) -> DraftRunner:
-    """Load one drafter with SGLang's own model and loader, beside the target."""
+    """Load one drafter with SGLang's own model class and loader."""
     from sglang.srt.speculative.draft_worker_common import build_draft_tp_worker
 
     target_runner = target_worker.model_runner
     args = copy.deepcopy(server_args)
-    # Where `--dtype` names no type, SGLang takes the checkpoint's own. A drafter has to be of the target's: it reads
-    # the target's features and embeddings as they are.
+    # With `--dtype auto` SGLang uses the checkpoint's dtype. A drafter needs the target's, as it reads the target's
+    # features and embeddings without conversion.
     dtype = str(target_runner.dtype).removeprefix("torch.")
     args.override("whiflash.drafter", speculative_draft_model_path=spec.path, dtype=dtype)
     bundle = build_draft_tp_worker(
@@ -47,7 +47,7 @@ def build_draft_runner(
         nccl_port=nccl_port,
         target_model_config=target_runner.model_config,
         algo_label=ALGORITHM,
-        # SGLang allows drafters only GPU backends; on a CPU the platform's own serves them as it serves the target.
+        # By default SGLang restricts drafters to GPU backends.
         attention_backend_override=None if torch.cuda.is_available() else server_args.attention_backend,
     )
     if spec.kind == "e3":
@@ -56,7 +56,7 @@ def build_draft_runner(
 
 
 def _share_embedding(draft_model: Any, target_model: Any) -> None:
-    """EAGLE-3 uses the target's embedding, and its head too where the checkpoint has none of its own."""
+    """EAGLE-3 shares the target's embedding, and its head if the checkpoint has none."""
     embedding, head = target_model.get_embed_and_head()
     if draft_model.load_lm_head_from_target:
         draft_model.set_embed_and_head(embedding, head)
@@ -65,10 +65,10 @@ def _share_embedding(draft_model: Any, target_model: Any) -> None:
 
 
 def capture_final_hidden_states(target_model: Any) -> None:
-    """Let the target return its final hidden states behind the captured features, in the same tensor.
+    """Make the target append its final hidden states to the captured features, in the same tensor.
 
-    SGLang returns either. Given to its logits processor as one more captured layer, they take the way of the others:
-    through pruning, CUDA graphs and the result of the forward.
+    SGLang returns one or the other. Passed to its logits processor as one more captured layer, they go through
+    pruning, CUDA graphs and the forward's result with the rest.
     """
 
     def append(processor: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -83,10 +83,10 @@ def capture_final_hidden_states(target_model: Any) -> None:
 
 
 def standing_batch(target_worker: Any, kv_table: torch.Tensor, num_rows: int, context: int, width: int) -> Any:
-    """A decode batch of requests that nobody made, with `context` committed tokens each, to time rounds on.
+    """A dummy decode batch for timing rounds: `num_rows` requests with `context` committed tokens each.
 
-    Only while no request holds a KV slot. Each row has slots of its own, as requests do (rows that share theirs find
-    them in the processor's cache, and take less time); only where the pool is too small for that are some shared.
+    Call it only while no request holds a KV slot. Rows use disjoint slots as long as the pool suffices, because shared
+    slots would hit the processor's cache and run faster.
     """
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -97,7 +97,7 @@ def standing_batch(target_worker: Any, kv_table: torch.Tensor, num_rows: int, co
     device = kv_table.device
     windows = num_rows * width
     places = torch.arange(num_rows * context, dtype=kv_table.dtype, device=device)
-    behind = places % (runner.max_total_num_tokens - windows - 1) + windows + 1  # slot 0 is nobody's
+    behind = places % (runner.max_total_num_tokens - windows - 1) + windows + 1  # slot 0 is reserved
     window = torch.arange(1, windows + 1, dtype=kv_table.dtype, device=device)
     kv_table[:num_rows, :context] = behind.view(num_rows, context)
     kv_table[:num_rows, context : context + width] = window.view(num_rows, width)
@@ -117,7 +117,7 @@ def standing_batch(target_worker: Any, kv_table: torch.Tensor, num_rows: int, co
 
 
 def prompt_token(request: Any, position: int) -> int | None:
-    """The token of a request's known text at `position`, None at its end (where the next token is being sampled)."""
+    """The token of a request's text at `position`, or None if it is still being sampled."""
     prompt = request.origin_input_ids
     if position < len(prompt):
         return int(prompt[position])
@@ -126,7 +126,7 @@ def prompt_token(request: Any, position: int) -> int | None:
 
 
 def asked(request: Any, config: WhiFlashConfig) -> Asked:
-    """A request's hints and context. Of one that is refused for its hints, and only passes through, none."""
+    """A request's hints and context; empty if its hints are invalid and it is about to be rejected."""
     try:
         return parse(request.sampling_params.custom_params, config.drafter_names)
     except HintError:
@@ -134,5 +134,5 @@ def asked(request: Any, config: WhiFlashConfig) -> Asked:
 
 
 def metric_labels(server_args: Any) -> dict[str, str]:
-    """The labels that SGLang gives its own metrics, as far as they tell one of our servers from another."""
+    """Prometheus labels that identify this server, named as SGLang names them."""
     return {"model_name": server_args.served_model_name, "engine_type": "unified"}

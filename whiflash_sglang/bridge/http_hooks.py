@@ -1,4 +1,4 @@
-"""The hooks and routes of the HTTP process, each with its reason."""
+"""Hooks and routes of the HTTP process. Every hook has a comment with its reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def install_http(server_args: Any) -> None:
-    """What the HTTP process has beside: our routes, and hooks where requests come in and go out."""
+    """Install our routes, and hooks on incoming requests and outgoing results."""
     from sglang.srt.entrypoints import http_server
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.utils.auth import AuthLevel, auth_level
@@ -37,31 +37,31 @@ def install_http(server_args: Any) -> None:
     from whiflash_sglang.bridge.http_routes import Finished, routes
 
     finished = Finished()
-    # Context: only here are the messages of a chat known, and so what its reply reacts to.
+    # Context: chat messages, and so what the reply reacts to, are known only here.
     chat = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat"
     HookRegistry.register(f"{chat}._convert_to_internal_request", _tell_context, HookType.AFTER)
-    # Hints: the schemas of these routes know no `custom_params`, and drop them without a word.
+    # Hints: the schemas of these routes lack `custom_params` and silently drop it.
     anthropic = "sglang.srt.entrypoints.anthropic.serving.AnthropicServing"
-    ollama = "sglang.srt.entrypoints.ollama.serving.OllamaServing"  # whose handle_chat fails by itself
+    ollama = "sglang.srt.entrypoints.ollama.serving.OllamaServing"  # its handle_chat fails without our hooks, too
     responses = "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses"
     HookRegistry.register(f"{responses}.create_responses", _keep_custom_params, HookType.AROUND)
     HookRegistry.register(f"{anthropic}.handle_messages", _keep_custom_params, HookType.AROUND)
     HookRegistry.register(f"{ollama}.handle_generate", _keep_custom_params, HookType.AROUND)
-    # Log probabilities: of a streamed chat's piece SGLang gives every token the alternatives of the first.
+    # Logprobs: in a streamed chat chunk, SGLang gives every token the top logprobs of the first.
     HookRegistry.register(f"{chat}._process_logprobs_tokens", _each_its_own, HookType.AROUND)
-    # Figures: a chat reply has no meta_info, which passes here for every request.
+    # Figures: chat replies have no meta_info, but every request's meta_info passes through here.
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
     keep = functools.partial(_keep_finished, finished)
     HookRegistry.register(f"{manager}._handle_batch_output", keep, HookType.BEFORE)
     HookRegistry.register(f"{manager}.generate_request", _hand_on_custom_params, HookType.BEFORE)
-    # Ending: SGLang waits for running requests without end, and takes new ones meanwhile.
+    # Shutdown: SGLang waits for running requests without a limit, and accepts new ones meanwhile.
     HookRegistry.register(f"{manager}.sigterm_watchdog", _end_soon, HookType.AROUND)
-    # Admission: what the scheduler cannot decode or compute ends it; nothing between here and there judges it.
+    # Admission: requests that the scheduler cannot decode or compute would crash it, and are not validated later.
     asked_for = "sglang.srt.managers.io_struct.GenerateReqInput"
     HookRegistry.register(f"{asked_for}._handle_parallel_sampling", _judge_samples, HookType.AFTER)
     HookRegistry.register(f"{manager}._create_tokenized_object", _judge_names, HookType.BEFORE)
     HookRegistry.register(f"{manager}._dispatch_to_scheduler", _judge_request, HookType.BEFORE)
-    # Secrets: /server_info shows all arguments to whoever may use the server, the operator's key among them.
+    # Secrets: /server_info shows all arguments, including the admin key, to every user.
     HookRegistry.register(f"{manager}.resolved_config_dict", _without_keys, HookType.AFTER)
     HookRegistry.register(f"{manager}.get_internal_state", _states_without_keys, HookType.AROUND)
     HookRegistry.apply_hooks()
@@ -72,12 +72,12 @@ def install_http(server_args: Any) -> None:
     about = {"model": server_args.served_model_name, "router": config.router, "drafters": config.draft_paths}
 
     async def states(priors: bool = False) -> list[dict[str, Any]]:
-        """One of each replica (`--dp-size`), with its priors or without."""
+        """The state of each replica (`--dp-size`), optionally with its priors."""
         found = await ask_schedulers(http_server.get_global_state().tokenizer_manager, priors)
         return sorted(found, key=replica_of)
 
     for_operators = auth_level(AuthLevel.ADMIN_OPTIONAL)
-    # One by one: SGLang's guard finds no endpoint, and so no level, behind an included router.
+    # One by one: SGLang's auth guard does not find the endpoints, and so the auth levels, of an included router.
     for route in routes(finished, states, about, for_operators).routes:
         http_server.app.add_api_route(route.path, route.endpoint, methods=[*route.methods])
 
@@ -91,10 +91,10 @@ def _judge_names(manager: Any, asked: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _judge_request(manager: Any, sent: Any) -> None:
-    """Refuse a request that would end the scheduler, just before it is sent there.
+    """Reject a request that would crash the scheduler, just before it is sent there.
 
-    What the scheduler would refuse is refused here too: its refusals come as a reply without logprobs, and a stream
-    that asked for them answers that with status 500.
+    Also rejects what the scheduler would reject: its errors arrive as replies without logprobs, which streams with
+    logprobs turn into status 500.
     """
     from sglang.srt.managers import io_struct
     from sglang.srt.speculative import dflash_utils
@@ -109,7 +109,7 @@ def _judge_request(manager: Any, sent: Any) -> None:
     for request in requests:
         params = request.sampling_params
         typed = copy.copy(request)
-        # Made by SGLang itself: an array of integers, and what is of no declared type.
+        # Built by SGLang itself, or not of the declared type.
         typed.input_ids = typed.mm_inputs = typed.mm_data_mooncake = typed.time_stats = None
         judge_types(params, "sampling_params", io_struct.msgpack_encode, io_struct.dec_hook)
         judge_types(typed, "request", io_struct.msgpack_encode, io_struct.dec_hook)
@@ -123,9 +123,9 @@ def _judge_request(manager: Any, sent: Any) -> None:
 
 
 async def _keep_custom_params(original: Any, serving: Any, asked: Any, raw_request: Any = None) -> Any:
-    """Keep what the body says beside the route's schema, for `_hand_on_custom_params`.
+    """Keep the body's `custom_params`, which is not in the route's schema, for `_hand_on_custom_params`.
 
-    Hints are judged here too: these routes answer what is found later with status 500, or within a stream.
+    Validates hints too: these routes report later errors with status 500, or within a stream.
     """
     from fastapi import HTTPException
 
@@ -164,10 +164,9 @@ async def _states_without_keys(original: Any, manager: Any) -> list[dict[str, An
 
 
 async def ask_schedulers(manager: Any, priors: bool) -> list[dict[str, Any]]:
-    """The state of every replica's scheduler, as `TokenizerManager.get_internal_state`.
+    """The state of every replica's scheduler, like `TokenizerManager.get_internal_state`.
 
-    A document of priors takes as long as several rounds, and names tools: it is made where it is asked for, by the
-    route that is theirs.
+    Priors are added only on request: they take as long as several rounds to build, and contain tool names.
     """
     from sglang.srt.managers.io_struct import GetInternalStateReq
 
@@ -178,7 +177,7 @@ async def ask_schedulers(manager: Any, priors: bool) -> list[dict[str, Any]]:
 
 
 def replica_of(state: Mapping[str, Any]) -> int:
-    """Which replica (`--dp-size`) a scheduler's state is of."""
+    """The replica (`--dp-size`) that a scheduler's state belongs to."""
     return int(state.get(RANKS_FIELD, {}).get("replica", 0))
 
 
@@ -208,7 +207,7 @@ def _keep_finished(finished: Any, manager: Any, batch: Any) -> None:
 
 
 def _readable(manager: Any, figures: dict[str, Any]) -> dict[str, Any]:
-    """A request's figures with the tokens of its trace as text, where this process has a tokenizer."""
+    """A request's figures, with the token ids of its trace as text if this process has a tokenizer."""
     from whiflash_sglang.bridge.http_routes import with_texts
 
     if "trace" not in figures or manager.tokenizer is None:
@@ -231,6 +230,6 @@ def _is_ending(http_server: Any) -> bool:
 
 async def _end_soon(original: Any, manager: Any) -> None:
     if not await requests_have_ended(manager):
-        logger.error("WHIFLASH: requests did not end when they were aborted; the server ends without them")
+        logger.error("WHIFLASH: some requests did not end after abort; shutting down without them")
         os.environ["SGL_FORCE_SHUTDOWN"] = "1"  # SGLang's own: do not wait for them
     await original(manager)

@@ -1,18 +1,17 @@
-"""What SGLang's own HTTP server shows of WHIFLASH.
+"""WhiFlash's routes in SGLang's HTTP server.
 
-    GET /whiflash/stats            the totals of `GET /server_info` (`observe.py`), with model, router and drafters, and
-                                   `ranks` of each replica (`ranks.py`); of several replicas the sum, and each of them
-    GET /whiflash/priors           what this server has learned to add to its router's score, as a file for
-                                   `--whiflash-priors` (`priors.py`); `?replica=N`: each learns for itself
-    GET /whiflash/requests/{id}    the figures of one of the last 1,024 finished requests; id: that of the completion
+    GET /whiflash/stats            the totals of `GET /server_info` (`observe.py`), model, router, drafters, and each
+                                   replica's `ranks` (`ranks.py`); with several replicas their sum, and each of them
+    GET /whiflash/priors           the learned priors, as a file for `--whiflash-priors` (`priors.py`); `?replica=N`
+                                   picks a replica, as each learns separately
+    GET /whiflash/requests/{id}    the figures of one of the last 1,024 finished requests; id: the completion's id
 
-They are guarded by `--api-key` as all of SGLang's routes are, and `priors`, which names tools, by `--admin-api-key`
-where there is one. What a request's figures hold comes from its `meta_info` as that arrives in the HTTP process, so
-that streamed chats have them too.
+They require `--api-key` like SGLang's own routes; `priors`, which contains tool names, requires `--admin-api-key` if
+one is set. Request figures are taken from `meta_info` as it arrives in the HTTP process, so streamed chats have them.
 
-No text is kept but what a request with the hint `trace` asked for, and of these the last 64 only. Who knows an id sees
-its figures; so text is kept only under ids that cannot be guessed, which those are that SGLang gives. A client that
-gives its own `rid` has the trace in its reply's `meta_info`.
+Text is kept only for requests with the hint `trace`, the last 64 of them. Anyone who knows an id can read its figures.
+Text is therefore kept only under unguessable ids, such as SGLang's. A client that sets its own `rid` finds the trace
+in its reply's `meta_info`.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ Endpoint = Callable[..., Awaitable[Response]]
 
 MAX_FINISHED = 1024
 MAX_TRACES = 64
-MAX_ID = 256  # characters: a client may give an id of its own, of any length
-UNGUESSABLE = re.compile(r"[0-9a-f]{32}\Z")  # how ids end that are made of a random UUID
+MAX_ID = 256  # characters; a client's own id may have any length
+UNGUESSABLE = re.compile(r"[0-9a-f]{32}\Z")  # ids that end with a random UUID
 TRACE_FIELDS = ("first", "trace", "trace_rounds_left_out")
-REPLACEMENT = "\ufffd"  # what an unfinished character is decoded to
-MAX_CHARACTER_TOKENS = 4  # bytes of a character in UTF-8
+REPLACEMENT = "\ufffd"  # result of decoding an incomplete character
+MAX_CHARACTER_TOKENS = 4  # max bytes per character in UTF-8
 
 
 class Finished:
@@ -48,10 +47,10 @@ class Finished:
         self.max_requests = max_requests
         self.max_traces = max_traces
         self.figures: OrderedDict[str, Mapping[str, Any]] = OrderedDict()
-        self.traces: OrderedDict[str, bytes] = OrderedDict()  # as JSON, which is smaller by far
+        self.traces: OrderedDict[str, bytes] = OrderedDict()  # as JSON, which is much smaller
 
     def keep(self, request_id: str, figures: Mapping[str, Any]) -> None:
-        """Keep a request's figures, and forget the oldest. An id that comes again stands for its last request."""
+        """Keep a request's figures and drop the oldest. A reused id overwrites the earlier request."""
         if len(request_id) > MAX_ID:
             return
         self.traces.pop(request_id, None)
@@ -66,6 +65,7 @@ class Finished:
             self.traces.pop(oldest, None)
 
     def get(self, request_id: str) -> dict[str, Any] | None:
+        """A request's figures, or None. A dropped trace is None, with `trace_forgotten` or `trace_withheld`."""
         figures = self.figures.get(request_id)
         if figures is None:
             return None
@@ -79,10 +79,10 @@ class Finished:
 
 
 class TokenTexts:
-    """Token ids as the text that each adds. `decode` must leave special tokens and spaces as they are.
+    """Maps token ids to the text that each adds. `decode` must keep special tokens and spaces.
 
-    Some tokenizers drop a space at the beginning: tokens are decoded behind another one, `anchor`. Where a character is
-    made of several tokens, the last of them has it and the others have "".
+    Some tokenizers drop a leading space, so tokens are decoded after `anchor`. If several tokens form one character,
+    the last one gets it and the others get "".
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], anchor: Sequence[int]):
@@ -115,10 +115,10 @@ class TokenTexts:
 
 
 def with_texts(figures: dict[str, Any], texts: TokenTexts) -> dict[str, Any]:
-    """A traced request's figures with token texts in the place of token ids."""
+    """A traced request's figures, with texts instead of token ids."""
     rounds = figures["trace"]
     ids = [token for entry in rounds for token in entry["tokens"]]
-    if figures["first"] is None:  # it was ended before its prompt was whole
+    if figures["first"] is None:  # aborted during prefill
         committed, first = iter(texts(ids)), None
     else:
         committed = iter(texts([figures["first"], *ids]))
@@ -136,10 +136,10 @@ def routes(
     about: Mapping[str, Any],
     for_operators: Callable[[Endpoint], Endpoint],
 ) -> APIRouter:
-    """The routes. `states` asks every replica's scheduler, with `priors=True` for its priors too; `about`: model,
-    router and drafters of this server.
+    """Create the routes.
 
-    `for_operators` marks an endpoint that asks for the operator's key where there is one.
+    `states` returns every replica's scheduler state, including priors with `priors=True`. `about`: this server's model,
+    router and drafters. `for_operators` marks an endpoint that requires the admin key if one is set.
     """
     router = APIRouter(prefix="/whiflash")
 
@@ -159,22 +159,23 @@ def routes(
             return not_found(f"No replica {replica}: this server has {len(replicas)}, counted from 0.")
         content = replicas[replica]["whiflash_priors"]
         if content is None:
-            return not_found(f"This server has no priors; start it with {FLAG_PRIORS} learned, or with a file of them.")
+            return not_found(f"This server has no priors; start it with {FLAG_PRIORS} learned or a priors file.")
         return JSONResponse(content)
 
-    @router.get("/requests/{request_id:path}")  # a client's own id may hold slashes
+    @router.get("/requests/{request_id:path}")  # a client's own id may contain slashes
     async def request(request_id: str) -> Response:
         figures = finished.get(request_id)
         if figures is not None:
             return JSONResponse(figures)
         return not_found(
-            f"No figures of request {shown(request_id)}: they are kept of the last {finished.max_requests} finished "
-            "requests. Use the `id` of a completion, after its end."
+            f"No figures for request {shown(request_id)}: only the last {finished.max_requests} finished requests are "
+            "kept. Use the `id` of a finished completion."
         )
 
     return router
 
 
 def not_found(message: str) -> JSONResponse:
+    """HTTP 404 with an error object in OpenAI's format."""
     error = {"object": "error", "message": message, "type": "NotFoundError", "param": None, "code": 404}
     return JSONResponse(error, status_code=404)

@@ -1,17 +1,15 @@
-"""The adjustments that requests ask of the target's logits, at every column of a verify window.
+"""Adjust the target's logits (penalties, grammars, logit bias) at every column of a verify window.
 
-Penalties, `min_tokens` and grammars depend on the text so far, which within a window is another one at each column: the
-request's output (the anchor is its last token) and the drafts before. A column's logits are adjusted as a decode step
-would adjust them after that text, so that rows with such adjustments are drafted for like any other, and what is
-accepted is the target's own adjusted choice.
+Penalties, `min_tokens` and grammars depend on the text so far, which differs by column: the request's output (the
+anchor is its last token) plus the drafts before. Each column's logits are adjusted as a decode step after that text
+would adjust them. Such rows can therefore be drafted for, and the accepted tokens are the target's adjusted choices.
 
-The order is SGLang's: additive penalties, repetition penalty, grammar, logit bias. Its own penalizers count one token a
-step and forget what a retracted request has said; here all is computed from the request's output (`Said`).
+The order is SGLang's: additive penalties, repetition penalty, grammar, logit bias. SGLang's penalizers count one token
+per step and forget the output of a retracted request; here counts are computed from the output itself (`Said`).
 
-Nothing here waits for the device: what differs from round to round, the tokens that outputs have grown by, goes there
-by `to_device`, and what does not stays there. A grammar's mask is another matter: it is made on the host, of drafts
-that the device has made, so that SGLang's `GrammarTree.resolve` has to wait for these. It waits for all that the device
-was given before the tree was made.
+Penalties never wait for the device: only new output tokens are copied, by `to_device`. Grammar masks do. They are
+computed on the host from drafts, so SGLang's `GrammarTree.resolve` waits for all device work issued before the tree was
+made.
 """
 
 from __future__ import annotations
@@ -28,14 +26,14 @@ from whiflash_sglang.core.stop_conditions import forbidden_ends
 from whiflash_sglang.core.transfer import Indices, to_device
 
 kept_on = cache(Indices)
-"""Row numbers, strengths of penalties and forbidden tokens on a device: the same for as long as a batch is."""
+"""Row numbers, penalty strengths and forbidden tokens on a device, cached while the batch is the same."""
 
 
 class Said:
-    """How often each token stands in requests' outputs, on a device: counted once, when an output has grown.
+    """Token counts of requests' outputs, on a device, updated incrementally.
 
-    What it counts by is the output itself, the same list from round to round; another one is counted from its first
-    token. It remembers the outputs that it was asked for last.
+    An output is identified by its list object, which stays the same across rounds; a new list is counted from its
+    first token. Keeps the counts of the last call's outputs.
     """
 
     def __init__(self) -> None:
@@ -44,7 +42,7 @@ class Said:
         self.counts = torch.empty(0)  # [outputs, vocab] float32
 
     def of(self, outputs: Sequence[Sequence[int]], vocab: int, device: torch.device) -> torch.Tensor:
-        """The counts of `outputs` [outputs, vocab] float32, which nobody else may write to."""
+        """The token counts of `outputs`, [outputs, vocab] float32. Callers must not modify the result."""
         rows = {id(output): row for row, output in enumerate(self.outputs) if len(output) >= self.lens[row]}
         known = [(row, rows[id(output)]) for row, output in enumerate(outputs) if id(output) in rows]
         lens = [0] * len(outputs)
@@ -67,12 +65,11 @@ class Said:
 def adjust(
     logits: torch.Tensor, window: torch.Tensor, batch: Any, tree: GrammarTree | None = None, said: Said | None = None
 ) -> torch.Tensor:
-    """`logits` [rows, width, vocab] that follow `window` [rows, width], as the requests of the batch want them.
+    """Adjust `logits` [rows, width, vocab], which follow `window` [rows, width], for the requests of the batch.
 
-    The tensor itself where nobody wants anything, else a copy: the target's own are kept for the router's entropy.
-    `tree`: `GrammarTree.from_linear_chain(window)`, if it was made before the target's forward was launched. A mask is
-    then made while the target computes; else the host waits for the forward first. `said`: what was counted in earlier
-    rounds.
+    Returns `logits` itself if nothing is to be adjusted, else a copy: the router reads the originals. `tree`:
+    `GrammarTree.from_linear_chain(window)`, made before the target's forward is launched; masks are then computed
+    during the forward instead of after it. `said`: counts from earlier rounds.
     """
     sampling = batch.sampling_info
     penalized = Penalized.of(batch.reqs, logits.shape[-1], logits.device, said or Said())
@@ -95,25 +92,28 @@ def adjust(
 
 
 def open_dead_ends(logits: torch.Tensor) -> None:
-    """Allow every token where a grammar allows none, in place [..., vocab]: without probabilities a sampler ends
-    the scheduler. Whichever is chosen, the grammar refuses it, and SGLang then ends that request with an error."""
+    """Allow every token where a grammar allows none, in place; `logits` [..., vocab].
+
+    An all-zero distribution would crash the sampler and the scheduler. The grammar rejects any token chosen here, and
+    SGLang then ends the request with an error.
+    """
     logits.masked_fill_(logits.amax(dim=-1, keepdim=True) == -torch.inf, 0.0)
 
 
 class Penalized(NamedTuple):
-    """The rows with penalties, and what they have said so far."""
+    """The rows with penalties, and their token counts."""
 
     rows: torch.Tensor  # [k] int64, rows of the batch
-    counts: torch.Tensor  # [k, vocab] float32, how often each token stands in the row's output
+    counts: torch.Tensor  # [k, vocab] float32, token counts of the row's output
     frequency: torch.Tensor  # [k, 1] float32
     presence: torch.Tensor  # [k, 1] float32
     repetition: torch.Tensor  # [k, 1] float32
-    stops: Sequence[tuple[int, list[int]]]  # [k] tokens for which the row's end is still forbidden, and what ends it,
-    # as places in [k, vocab]
+    stops: Sequence[tuple[int, list[int]]]  # [k] number of tokens during which ending is still forbidden, and the end
+    # tokens as flat indices into [k, vocab]
 
     @classmethod
     def of(cls, requests: Sequence[Any], vocab: int, device: torch.device, said: Said) -> Penalized | None:
-        """None where no request has a penalty."""
+        """The batch's penalized rows, or None if there are none."""
         rows = tuple(row for row, request in enumerate(requests) if has_penalty(request.sampling_params))
         if not rows:
             return None
@@ -148,7 +148,7 @@ class Penalized(NamedTuple):
             )
 
     def penalties(self, counts: torch.Tensor, said: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """What to add to the logits, then what to scale them with [k, vocab], `said` tokens behind the output."""
+        """Additive and scaling penalties, [k, vocab] each, at `said` tokens after the output."""
         seen = counts > 0
         additive = -self.frequency * counts - self.presence * seen
         forbidden = tuple(chain.from_iterable(ends for missing, ends in self.stops if said < missing))
@@ -158,12 +158,12 @@ class Penalized(NamedTuple):
 
 
 def places(row: int, tokens: Sequence[int], vocab: int) -> list[int]:
-    """Where `tokens` of a row stand in a flat [rows, vocab]; those beyond the vocabulary stand nowhere."""
+    """Flat indices of a row's `tokens` in [rows, vocab], without those outside the vocabulary."""
     return [row * vocab + token for token in tokens if token < vocab]
 
 
 def penalize_next(batch: Any) -> None:
-    """Let SGLang's own sampling after a prefill count what requests have said before they were retracted."""
+    """Make SGLang's sampling after a prefill count the output of retracted requests."""
     if not any(request.output_ids for request in batch.reqs):
         return
     sampling = batch.sampling_info
@@ -177,6 +177,7 @@ def penalize_next(batch: Any) -> None:
 
 
 def has_penalty(params: Any) -> bool:
+    """Whether sampling parameters contain a penalty or `min_new_tokens`."""
     return bool(
         params.frequency_penalty != 0
         or params.presence_penalty != 0

@@ -1,4 +1,4 @@
-"""The markers of spans, from SGLang's reasoning and tool-call parsers."""
+"""Span markers, taken from SGLang's reasoning and tool-call parsers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class Pieces(dict[int, str]):
-    """Token id -> the tokenizer's own piece, as they are asked for."""
+    """Token id -> the tokenizer's piece, filled lazily."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -21,12 +21,12 @@ class Pieces(dict[int, str]):
         piece = self.tokenizer.convert_ids_to_tokens(token)
         if isinstance(piece, bytes):
             piece = piece.decode("latin-1")
-        self[token] = piece or ""  # ids that only fill up the vocabulary have none
+        self[token] = piece or ""  # padding ids of the vocabulary have none
         return self[token]
 
 
 def span_reader(server_args: Any, target_worker: Any) -> SpanReader:
-    """Reads spans by the markers of the parsers that `--reasoning-parser` and `--tool-call-parser` name."""
+    """A span reader with the markers of `--reasoning-parser` and `--tool-call-parser`."""
     tokenizer = target_worker.tokenizer
     if tokenizer is None:
         logger.warning("WHIFLASH: without a tokenizer (--skip-tokenizer-init) all text counts as span `answer`")
@@ -43,19 +43,19 @@ MARKER_ATTRIBUTES = (
     ("TOOL_CALL_START", "TOOL_CALL_END"),
     ("bot", "suffix"),
 )
-"""What SGLang's detectors of tool calls name their markers, the outer one first."""
+"""Names that SGLang's tool-call detectors use for their markers, outermost first."""
 
 
 def model_markers(
     reasoning_parser: str | None, tool_call_parser: str | None, tokenizer: Any, pieces: Mapping[int, str]
 ) -> Markers:
-    """The markers that SGLang's parsers look for, as joined pieces. Its detectors name them in several ways."""
+    """The markers of SGLang's parsers, as joined pieces."""
     from sglang.srt.function_call.function_call_parser import FunctionCallParser
     from sglang.srt.parser.reasoning_parser import ReasoningParser
 
     def joined(marker: str | None) -> str:
         tokens = tokenizer.encode(marker.strip(), add_special_tokens=False) if marker else []
-        # Some tokenizers put a space before a text's first word.
+        # Some tokenizers prepend a space to the first word.
         return "".join([pieces[token] for token in tokens]).lstrip("▁Ġ ")
 
     markers = Markers()
@@ -73,7 +73,9 @@ def model_markers(
             opens, closes = (getattr(detector, name) for name in found[0])
             markers = markers._replace(tool_call=Pair(joined(opens), joined(closes)))
         else:
-            logger.warning("WHIFLASH: tool calls of parser %s have no marker and count as `answer`", tool_call_parser)
+            logger.warning(
+                "WHIFLASH: tool-call parser %s has no markers; its tool calls count as span `answer`", tool_call_parser
+            )
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = "".join(template.values())

@@ -1,4 +1,4 @@
-"""Memory that WHIFLASH needs on a GPU, checked before it is allocated."""
+"""Check the GPU memory that WHIFLASH needs, before it is allocated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from whiflash_sglang.startup.safetensors_header import weight_bytes
 
 
 def check_accelerator(server_args: Any) -> None:
-    """Refuse what a GPU could not serve, of arguments that SGLang has resolved; nothing is loaded yet."""
+    """Check resolved server arguments against the GPU, before anything is loaded.
+
+    Raises ConfigError or CheckpointError for an unsupported attention backend or head size, or too little memory.
+    """
     from sglang.srt.utils import get_device_memory_capacity
 
     if not server_args.device.startswith("cuda"):
@@ -39,19 +42,19 @@ def check_accelerator(server_args: Any) -> None:
     check_attention({*server_args.get_attention_backends(), drafting} - {None}, target, drafters)
     capacity = get_device_memory_capacity(server_args.device)  # MiB
     if capacity is None or server_args.mem_fraction_static is None or server_args.quantization is not None:
-        return  # what weights take is not known
+        return  # the size of the weights is unknown
     ranks = server_args.tp_size
     paths = {FLAG_TARGET: target.path} | {DRAFTER_FLAGS[spec.kind]: spec.path for spec in drafters}
     weights = sum(weight_bytes(flag, Path(path)) for flag, path in paths.items()) // ranks
     memory = Memory(int(capacity * 2**20), server_args.mem_fraction_static, weights)
-    token_bytes = sum(kv_bytes(spec, 1, ranks) for spec in (target, *drafters))  # KV has a byte an element at least
+    token_bytes = sum(kv_bytes(spec, 1, ranks) for spec in (target, *drafters))  # at least one byte per KV element
     check_room(memory, token_bytes, server_args.speculative_num_draft_tokens)
 
 
 def check_memory(config: WhiFlashConfig, specs: Mapping[str, DrafterSpec], target_runner: Any, requests: Any) -> None:
-    """Refuse where a GPU has no room left for what WHIFLASH needs, before any of it is allocated.
+    """Raise ConfigError if the GPU has too little free memory for draft pools, rings and CUDA graphs.
 
-    `requests`: SGLang's table of them (`ReqToTokenPool`).
+    `requests`: SGLang's `ReqToTokenPool`.
     """
     if str(target_runner.device).startswith("cuda"):
         check_needs(torch.cuda.mem_get_info()[0], memory_needs(config, specs, target_runner, requests))
@@ -60,7 +63,7 @@ def check_memory(config: WhiFlashConfig, specs: Mapping[str, DrafterSpec], targe
 def memory_needs(
     config: WhiFlashConfig, specs: Mapping[str, DrafterSpec], target_runner: Any, requests: Any
 ) -> list[Need]:
-    """Draft pools, rings and CUDA graphs."""
+    """Memory needs of draft pools, rings and CUDA graphs."""
     element, tokens = target_runner.kv_cache_dtype.itemsize, target_runner.max_total_num_tokens
     server_args = target_runner.server_args
     num_slots, context = requests.req_to_token.shape
@@ -71,13 +74,13 @@ def memory_needs(
     of_feature = target_runner.dtype.itemsize
     hidden = target_runner.model_config.hidden_size
     layers = len(captured_layers(specs.values()))
-    captures = layers + (config.router == "neural")  # which reads final hidden states
+    captures = layers + (config.router == "neural")  # it reads final hidden states
     pools = sum(tokens * kv_bytes(spec, element, server_args.tp_size) for spec in specs.values())
     rings = ring_bytes(num_slots, config.max_backlog, layers * hidden * of_feature)
     vocab_size = target_runner.model_config.vocab_size
     captured = graph_bytes(sizes, windows, drafts.values(), captures * hidden * of_feature, vocab_size, context)
     return [
         Need("draft pools", pools, FLAG_POOL, tokens),
-        Need("features that wait for drafters", rings, FLAG_RUNNING, requests.size),
+        Need("backlogs", rings, FLAG_RUNNING, requests.size),
         Need("CUDA graphs", captured, FLAG_GRAPHS, max(sizes, default=0)),
     ]

@@ -1,7 +1,6 @@
-"""Several replicas behind one HTTP server (`--dp-size`): their figures as one.
+"""Merge the figures of several replicas (`--dp-size`) of one HTTP server.
 
-Each replica is a whole server of its own behind SGLang's controller: it has its own KV pool, radix tree, drafters,
-measured costs and learned priors, and counts for itself.
+Each replica has its own KV pool, radix tree, drafters, measured costs, learned priors and counters.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 LARGEST = ("backlog_max",)
-MEANS = ("backlog_mean", "round_ms", "not_drafted_share")  # over replicas, however much each has done
+MEANS = ("backlog_mean", "round_ms", "not_drafted_share")  # unweighted, over replicas
 
 
 def together(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures (`observe.Totals.snapshot`) of all replicas: counts and times add up."""
+    """Merge the figures (`observe.Totals.snapshot`) of all replicas: sum, max or mean by key."""
     keys = dict.fromkeys(key for figures in replicas for key in figures)
     result: dict[str, Any] = {}
     for key in keys:
@@ -27,7 +26,7 @@ def together(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _over(values: Sequence[Any], divisor: int) -> Any:
-    """The sum of numbers, or of dicts of numbers by key, divided by `divisor`."""
+    """The sum of numbers, or by key of (nested) dicts, divided by `divisor`."""
     if not isinstance(values[0], Mapping):
         total = sum(values)
         return total if divisor == 1 else round(total / divisor, 4)

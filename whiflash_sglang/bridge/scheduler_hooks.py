@@ -1,4 +1,4 @@
-"""The hooks of the scheduler's process, each with its reason."""
+"""Hooks of the scheduler process. Every hook has a comment with its reason."""
 
 from __future__ import annotations
 
@@ -26,48 +26,48 @@ def install_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     components = "sglang.srt.model_executor.model_runner_components"
-    # Captured layers: SGLang knows the layers of one drafter; ours need the union of both.
+    # Captured layers: SGLang captures the layers of one drafter; we need the union of both.
     HookRegistry.register(
         f"{components}.spec_aux_hidden_state.resolve_spec_aux_hidden_state_config", _capture_union, HookType.AROUND
     )
-    # Radix keys: EAGLE-3's entry at a position depends on the next token, so that with it a prefix is shared only
-    # together with its next token (bigram keys, as SGLang does it for its own EAGLE).
+    # Radix keys: EAGLE-3's KV at a position depends on the next token, so a prefix may only be shared together with
+    # its next token (bigram keys, as for SGLang's own EAGLE).
     HookRegistry.register("sglang.srt.mem_cache.registry.create_tree_cache", _bigram_keys, HookType.BEFORE)
-    # Live figures: /server_info shows the scheduler's internal state, and has no place for a plugin's own.
+    # Live figures: /server_info shows the scheduler's internal state, which plugins cannot extend otherwise.
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _add_figures, HookType.AFTER)
-    # Reserve: SGLang keeps room for two windows of each running request when it admits and retracts; see
+    # Reserve: SGLang's admission and retraction reserve two windows per running request; we need one, see
     # WhiFlashDraftInput.prepare_for_decode.
     HookRegistry.register(
         "sglang.srt.mem_cache.allocation_sizing.get_alloc_reserve_per_decode", _one_window, HookType.AROUND
     )
-    # Longest request: SGLang lets one fill the whole pool, without room for its last verify window.
+    # Longest request: SGLang allows a request to fill the whole pool, leaving no room for its last verify window.
     HookRegistry.register(
         "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info", _leave_room_for_a_window, HookType.AFTER
     )
-    # Attention: SGLang takes fa3 or flashinfer where nothing is said, and rounds have been tried with triton only.
+    # Attention: SGLang defaults to fa3 or flashinfer, but rounds have been tested with triton only.
     HookRegistry.register(
         "sglang.srt.server_args.ServerArgs._get_default_attn_backend", _tried_attention, HookType.AROUND
     )
-    # Refusals: SGLang names the algorithm of which ours counts as one of the family, and no mend; log probabilities,
-    # which our rounds return, it refuses; hidden states, which they do not, it refuses only where steps overlap.
+    # Refusals: SGLang's check reports the DFLASH name and suggests no fix. It also rejects logprobs, which we support,
+    # and misses hidden states when overlap is off.
     HookRegistry.register(
         "sglang.srt.speculative.dflash_utils.validate_dflash_request", _name_ourselves, HookType.AROUND
     )
-    # Dead ends: a grammar that allows no token leaves a sampler no probabilities, which ends the scheduler.
+    # Dead ends: if a grammar allows no token, the sampler has no valid probabilities and crashes the scheduler.
     HookRegistry.register(
         "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.apply_logits_bias", _open_dead_ends, HookType.AFTER
     )
-    # Signals: SGLang samples in the logits' own memory, and routers read the target's own distribution in rounds too.
+    # Signals: SGLang's sampler modifies the logits in place, but routers need the raw distribution.
     HookRegistry.register(
         "sglang.srt.model_executor.model_runner.ModelRunner.sample", _keep_raw_logits, HookType.BEFORE
     )
-    # Hints: judged where SGLang judges sampling parameters, in the HTTP process, which answers a ValueError with 400.
+    # Hints: validated with the sampling parameters, in the HTTP process, where a ValueError becomes HTTP 400.
     judge = functools.partial(_judge_custom_params, active_config().drafter_names)
     HookRegistry.register("sglang.srt.sampling.sampling_params.SamplingParams.verify", judge, HookType.AFTER)
 
 
 raw_logits: list[torch.Tensor] = []
-"""Of the target's newest prefill [requests, vocab], as they were before sampling; at most one."""
+"""Logits [requests, vocab] of the target's latest prefill, before sampling; at most one element."""
 
 
 def _keep_raw_logits(model_runner: Any, logits_output: Any, forward_batch: Any) -> None:
@@ -123,17 +123,17 @@ def _leave_room_for_a_window(info: tuple[Any, ...], worker: Any) -> tuple[Any, .
 def _name_ourselves(original: Any, request: Any, *args: Any, **kwargs: Any) -> str | None:
     refusal = original(request, *args, **kwargs)
     if refusal is not None and "return_logprob" in refusal:
-        refusal = None  # ours returns them
+        refusal = None  # we support them
     if refusal is None and request.return_hidden_states:
         refusal = f"{ALGORITHM} speculative decoding does not support return_hidden_states yet."
     if refusal is None:
-        try:  # requests that have not come through SamplingParams.verify
+        try:  # for requests that bypassed SamplingParams.verify
             parse(request.sampling_params.custom_params, active_config().drafter_names)
         except HintError as error:
             return str(error)
         return None
-    mend = "Leave it out of the request, or start the server with --whiflash-router off."
-    return f"{refusal.replace('DFLASH', ALGORITHM)} {mend}"
+    fix = "Leave it out of the request, or start the server with --whiflash-router off."
+    return f"{refusal.replace('DFLASH', ALGORITHM)} {fix}"
 
 
 def _open_dead_ends(result: None, sampling: Any, logits: torch.Tensor) -> None:
@@ -146,17 +146,17 @@ def _judge_custom_params(drafters: tuple[str, ...], result: Any, params: Any, *a
 
     parse(params.custom_params, drafters)
     try:
-        # What SGLang cannot decode on the scheduler's side would end the scheduler.
+        # A value that SGLang cannot decode in the scheduler would crash it.
         msgspec.convert(params.custom_params, dict[str, CustomParamValue] | None)
     except msgspec.ValidationError as error:
-        mend = "give numbers, text, truth values, null, or flat lists and objects of these"
-        raise HintError("custom_params", None, str(error), mend) from error
+        fix = "use numbers, strings, booleans, null, or flat lists and objects of these"
+        raise HintError("custom_params", None, str(error), fix) from error
 
 
 def _add_figures(result: Any, scheduler: Any, request: Any) -> Any:
     worker = scheduler.draft_worker
     if getattr(worker, "totals", None) is not None:
-        # The request for it comes to every rank in the same step, so that ranks can be compared here.
+        # The state request reaches every rank in the same step, so ranks can be compared here.
         result.internal_state["whiflash"] = worker.totals.snapshot()
         result.internal_state[RANKS_FIELD] = {"replica": scheduler.ps.dp_rank or 0, **worker.ranks.snapshot()}
         if request.rid == ASKS_FOR_PRIORS:

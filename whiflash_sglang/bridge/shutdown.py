@@ -1,8 +1,7 @@
-"""A server that is told to end (SIGTERM) ends soon: running requests may finish, for a while; new ones are refused.
+"""Graceful shutdown on SIGTERM: running requests may finish within a time limit, new ones are rejected.
 
-SGLang by itself waits for its requests as long as they take, looks only every five seconds whether they have ended,
-and takes new ones meanwhile, so that under load it never ends. Whoever stops servers (systemd, Kubernetes, a script)
-kills what does not end, and then streams break off without a word.
+SGLang waits for its requests without a limit, polls only every five seconds, and keeps accepting new ones. Under load
+it never exits, so systemd or Kubernetes kill it and streams break off.
 
 Imports the standard library only.
 """
@@ -16,12 +15,12 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
 LOOK_SECONDS = 0.1
-FINISH_SECONDS = 4.0  # that running requests have
-ABORT_SECONDS = 1.5  # that they then have to be gone
-WRITE_SECONDS = 0.3  # for the last pieces to reach the clients
+FINISH_SECONDS = 4.0  # for running requests to finish
+ABORT_SECONDS = 1.5  # for aborted requests to end
+WRITE_SECONDS = 0.3  # for the last chunks to reach the clients
 REFUSAL = {
     "object": "error",
-    "message": "the server is ending and takes no new requests; send it to another one, or again later",
+    "message": "the server is shutting down and accepts no new requests; retry later or use another server",
     "type": "ServiceUnavailable",
     "param": None,
     "code": 503,
@@ -32,7 +31,7 @@ App = Callable[[MutableMapping[str, Any], Any, Any], Awaitable[None]]
 
 
 class Manager(Protocol):
-    """Of SGLang's tokenizer manager, what is needed to end its requests."""
+    """The part of SGLang's tokenizer manager that shutdown needs."""
 
     gracefully_exit: bool
     rid_to_state: dict[str, Any]
@@ -41,7 +40,7 @@ class Manager(Protocol):
 
 
 async def requests_have_ended(manager: Manager) -> bool:
-    """Wait until the server is told to end and its requests are gone; False if some are still there."""
+    """Wait for SIGTERM, then for all requests to end, aborting them after a while. False if some did not end."""
     while not manager.gracefully_exit:
         await asyncio.sleep(LOOK_SECONDS)
     if not await _gone(manager, FINISH_SECONDS):
@@ -60,7 +59,7 @@ async def _gone(manager: Manager, seconds: float) -> bool:
 
 
 class RefuseWhenEnding:
-    """ASGI: whatever is posted to a server that is ending gets a 503 that says so."""
+    """ASGI middleware: answers POST requests with 503 during shutdown."""
 
     def __init__(self, app: App, is_ending: Callable[[], bool]):
         self.app = app

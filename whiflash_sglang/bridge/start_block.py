@@ -1,4 +1,4 @@
-"""The block that the server prints when it is ready."""
+"""The summary that the server prints at startup."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def print_start_block(
     widths: Iterable[int],
     router: str,
 ) -> None:
-    """One block that says what is being served, and what it costs. `widths`: those that rounds verify."""
+    """Print models, router, memory cost and limits. `widths`: the verify widths."""
     runner = target_worker.model_runner
     tokens, lost = kv_tokens_lost(runner, runners.values())
     drafters = "; ".join(f"{name} {spec.path} (layers {list(spec.layer_ids)})" for name, spec in specs.items())
@@ -28,14 +28,14 @@ def print_start_block(
     backends |= {name: r.worker.model_runner.server_args.attention_backend for name, r in runners.items()}
     *others, width = sorted(widths)
     largest = max(max(r.graph_sizes, default=0) for r in runners.values())
-    captured = f"widths {', '.join(map(str, others))} and {width}, and drafts, for batches of up to {largest}"
+    captured = f"widths {', '.join(map(str, others))} and {width}, and drafts, for batches up to {largest}"
     lines = {
         "target": runner.server_args.model_path,
         "drafters": drafters,
         "router": router,
         "verify width": f"{width} (anchor and up to {width - 1} drafts)",
-        "catch-up": f"a drafter lags by at most {config.max_backlog} tokens",
-        "KV tokens": f"{tokens}, and {lost} more would fit without the draft pools",
+        "catch-up": f"backlog of at most {config.max_backlog} tokens per drafter and request",
+        "KV tokens": f"{tokens} ({lost} more would fit without the draft pools)",
         "attention": attention_line(backends, str(runner.device)),
         "requests": f"up to {runner.req_to_token_pool.size} at once ({FLAG_RUNNING})",
         "CUDA graphs": captured if largest else "none",
@@ -44,17 +44,17 @@ def print_start_block(
 
 
 def attention_line(backends: Mapping[str, str], device: str) -> str:
-    """The start block's line: the backend of the target and of each drafter, and whether rounds were tried with it."""
+    """The attention backends of target and drafters, and whether they have been tested."""
     line = ", ".join(f"{name} {backend}" for name, backend in backends.items())
     if not device.startswith("cuda"):
         return line
     if {*backends.values()} == {TRIED_ATTENTION}:
         return f"{line}; WHIFLASH's default on a GPU"
-    return f"{line}; not tried yet: --attention-backend {TRIED_ATTENTION} is the default"
+    return f"{line}; untested: --attention-backend {TRIED_ATTENTION} is the default"
 
 
 def kv_tokens_lost(target_runner: Any, runners: Iterable[DraftRunner]) -> tuple[int, int]:
-    """KV tokens the pools hold, and how many more the memory of the draft pools would hold for the target alone."""
+    """KV tokens that the pools hold, and how many more would fit into the draft pools' memory."""
     tokens = target_runner.max_total_num_tokens
     draft_bytes = sum(sum(r.worker.model_runner.token_to_kv_pool.get_kv_size_bytes()) for r in runners)
     return tokens, int(tokens * draft_bytes / sum(target_runner.token_to_kv_pool.get_kv_size_bytes()))

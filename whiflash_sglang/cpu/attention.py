@@ -1,4 +1,4 @@
-"""Attention on a CPU in plain PyTorch, for every forward that the server and the drafters make.
+"""Attention on a CPU in plain PyTorch, for all forwards of target and drafters.
 
     forward            new tokens per request        mask                    metadata
     prefill, chunked   any, after a cached prefix    causal                  RaggedMetadata
@@ -6,12 +6,12 @@
     verify             the verify width              causal                  BlockMetadata
     draft block        the block size                none inside the block   BlockMetadata
 
-The K/V of the new tokens are written to their slots first; attention then reads prefix and new tokens alike from the
-cache, through the slot table of the request. What a forward's layers share is computed once, in
-`init_forward_metadata`. Query heads that share a K/V head are folded into the query axis, so K and V are never
-repeated. A request's result does not depend on its neighbours in the batch, but for rounding.
+K/V of new tokens are written to their slots first. Attention then reads prefix and new tokens from the cache, through
+the request's slot table. Metadata shared by all layers is computed once, in `init_forward_metadata`. Query heads that
+share a K/V head are folded into the query axis, so K and V are never repeated. Except for rounding, a request's result
+does not depend on the rest of the batch.
 
-`seq_lens` has two meanings in SGLang: with decode and prefill it counts the new tokens, with verify it does not.
+`seq_lens` has two meanings in SGLang: it includes the new tokens for decode and prefill, but not for verify.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 
 class CpuAttentionBackend(AttentionBackend):
-    """SGLang's interface over `attend`; one instance for each model runner."""
+    """SGLang's backend interface over `attend`, one instance per model runner. Raises ValueError for MLA and
+    sliding-window KV pools."""
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__()
@@ -55,6 +56,7 @@ class CpuAttentionBackend(AttentionBackend):
         self._checked_layers: set[int] = set()
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Compute the metadata that all layers of the next forward share."""
         self.metadata = None if forward_batch.forward_mode.is_idle() else metadata_of(self.req_to_token, forward_batch)
 
     def forward(
@@ -67,7 +69,7 @@ class CpuAttentionBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs,
     ) -> torch.Tensor:
-        """[tokens, q_heads * head_dim] in and out; k and v are [tokens, kv_heads, head_dim]."""
+        """Attention for q [tokens, q_heads * head_dim], k and v [tokens, kv_heads, head_dim]. Returns q's shape."""
         if forward_batch.forward_mode.is_idle():
             return q.new_empty(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
         if id(layer) not in self._checked_layers:
@@ -93,7 +95,7 @@ class CpuAttentionBackend(AttentionBackend):
 
 
 def check_layer(layer: RadixAttention, extra_arguments: dict) -> None:
-    """Refuse a kind of attention that `attend` would silently compute as another one."""
+    """Raise ValueError for attention variants that `attend` would silently ignore."""
     unsupported = {
         "cross attention": layer.is_cross_attention,
         f"logit_cap={layer.logit_cap}": layer.logit_cap > 0,
@@ -104,19 +106,19 @@ def check_layer(layer: RadixAttention, extra_arguments: dict) -> None:
     }
     for name, is_asked in unsupported.items():
         if is_asked:
-            raise ValueError(f"attention layer {layer.layer_id} asks for {name}, which the CPU backend does not have")
+            raise ValueError(f"attention layer {layer.layer_id} needs {name}, which the CPU backend does not support")
 
 
 def metadata_of(req_to_token: torch.Tensor, batch: ForwardBatch) -> AttentionMetadata:
-    """Read the lengths out of SGLang's batch; see the module docstring for the meanings of `seq_lens`."""
+    """Metadata for SGLang's batch; see the module docstring for the meanings of `seq_lens`."""
     if batch.forward_mode.is_decode():
         return block_metadata(req_to_token, batch.req_pool_indices, batch.seq_lens - 1, width=1)
     if batch.forward_mode.is_target_verify():
         width, rest = divmod(batch.out_cache_loc.numel(), batch.batch_size)
         if rest:
             raise ValueError(
-                f"a verify forward of {batch.batch_size} requests brings {batch.out_cache_loc.numel()} tokens; "
-                "the CPU backend needs the same number for every request"
+                f"a verify forward of {batch.batch_size} requests has {batch.out_cache_loc.numel()} tokens; "
+                "the CPU backend needs the same number of tokens for every request"
             )
         return block_metadata(req_to_token, batch.req_pool_indices, batch.seq_lens, width)
     new_lens = batch.extend_seq_lens.tolist()
@@ -137,7 +139,7 @@ def attend(
 ) -> torch.Tensor:
     """Attention of q [tokens, q_heads, head_dim] over caches [slots, kv_heads, head_dim]; [tokens, q_heads, v_dim].
 
-    `window` >= 0 hides entries more than `window` positions before the query.
+    `window` >= 0 masks entries more than `window` positions before the query.
     """
     if isinstance(metadata, BlockMetadata):
         return _attend_block(q, k_cache, v_cache, metadata, scale, causal, window)
@@ -187,7 +189,7 @@ def _attend_ragged(
         k = k_cache.index_select(0, segment.slots).transpose(0, 1)[None].to(q.dtype)
         v = v_cache.index_select(0, segment.slots).transpose(0, 1)[None].to(q.dtype)
         for chunk in metadata.chunks(segment, causal=causal):
-            # A prompt from position 0 needs no mask of ours: the triangle is then the kernel's own.
+            # From position 0 the kernel's built-in causal mask suffices.
             is_triangle = causal and chunk.first_position == 0 and window < 0
             is_masked = not is_triangle and (causal or window >= 0)
             output = scaled_dot_product_attention(

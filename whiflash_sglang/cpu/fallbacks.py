@@ -1,10 +1,10 @@
-"""Torch versions of what SGLang has only for accelerators, or in a form that is slow on a CPU, put in place through
-SGLang's own hook registry.
+"""Torch fallbacks for SGLang functions that need an accelerator or are slow on a CPU.
 
     from whiflash_sglang.cpu import fallbacks
-    fallbacks.install()         # from the plugin entry point, where our CPU platform is the active one
+    fallbacks.install()         # from the plugin entry point, if our CPU platform is active
 
-Each fallback says why it is needed. `HookRegistry` also rebinds the names under which other modules import a function.
+They are installed through SGLang's `HookRegistry`, which also rebinds names that other modules have imported. Every
+entry of `FALLBACKS` has a comment with its reason.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WEIGHT_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updat
 
 
 def install() -> None:
-    """Register every fallback; SGLang applies them once all plugins have been called."""
+    """Register all fallbacks; SGLang applies them after loading all plugins."""
     layers.register(DISPATCH_KEY)
     for target, fallback, hook_type in FALLBACKS:
         HookRegistry.register(target, fallback, hook_type)
@@ -40,7 +40,7 @@ def assign_req_to_token_pool(
     out_cache_loc: torch.Tensor,
     batch_size: int,
 ) -> None:
-    """Write each request's new slots, back to back in `out_cache_loc`, to positions start..end of its table row.
+    """Write each request's new slots, concatenated in `out_cache_loc`, to positions start..end of its table row.
 
     Example: starts [2, 5], ends [4, 6], slots [7, 8, 9] put 7, 8 at 2, 3 of the first row and 9 at 5 of the second.
     """
@@ -57,9 +57,9 @@ def assign_extend_cache_locs(
     draft_token_num: int,
     device: torch.device | str,
 ) -> torch.Tensor:
-    """The reverse: read the slots at positions start..end of each request's row, back to back, as int64.
+    """The reverse: read the slots at positions start..end of each request's row, concatenated, as int64.
 
-    The result has `batch_size * draft_token_num` entries as SGLang's has; every range is that long or shorter.
+    Like SGLang's, the result has `batch_size * draft_token_num` entries, zero-padded if ranges are shorter.
     """
     rows, positions = expand_ranges(req_pool_indices, start_offset, end_offset)
     slots = torch.zeros(batch_size * draft_token_num, dtype=torch.int64)
@@ -68,8 +68,7 @@ def assign_extend_cache_locs(
 
 
 def expand_ranges(row_ids: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row id and position of every entry of the ranges, back to back: ids [4, 9], 2..4 and 5..6 give
-    [4, 4, 9] and [2, 3, 5]."""
+    """Row ids and positions of all range entries: ids [4, 9] with 2..4 and 5..6 give [4, 4, 9] and [2, 3, 5]."""
     lengths = (ends - starts).to(torch.int64)
     firsts = lengths.cumsum(0) - lengths  # where each range begins in the output
     offsets = torch.arange(int(lengths.sum())) - firsts.repeat_interleave(lengths)
@@ -78,27 +77,26 @@ def expand_ranges(row_ids: torch.Tensor, starts: torch.Tensor, ends: torch.Tenso
 
 
 def record_stream(original: Callable, tensor: torch.Tensor, stream: torch.Stream) -> None:
-    """Nothing to record: memory of a CPU tensor is not handed on while a stream still reads it."""
+    """A no-op for CPU tensors, which have no streams."""
     if tensor.device.type != "cpu":
         original(tensor, stream)
 
 
 def allocate_token_bitmask(vocab_size: int, batch_size: int) -> torch.Tensor:
-    """A bit for each token of each row, int32, all set: xgrammar's own allocation. SGLang asks for pinned memory, which
-    needs a driver."""
+    """xgrammar's bitmask, one bit per token and row, all set. SGLang's needs pinned memory, and so a driver."""
     return xgrammar.allocate_token_bitmask(batch_size, vocab_size)
 
 
 def apply_vocab_mask(grammar: object, logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
-    """Tokens that the grammar does not allow to minus infinity, in place, by xgrammar's kernel for a CPU."""
+    """Set logits of disallowed tokens to minus infinity, in place, with xgrammar's CPU kernel."""
     xgrammar.apply_token_bitmask_inplace(logits, vocab_mask)
 
 
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3 of (seed, position, column) as 16 bytes; uint32 [rows, columns] of seeds and positions [rows].
+    """MurmurHash3 of (seed, position, column) as 16 bytes: uint32 [rows, columns] for seeds and positions [rows].
 
-    The noise that a seeded request is sampled with. Seed and position stand before the column, so that a row shares
-    all of the hash but the last word.
+    This is the noise for sampling seeded requests. The column is hashed last, so all columns of a row share the state
+    before it.
     """
     words = (seed.to(torch.int64) & 0xFFFFFFFF, (seed.to(torch.int64) >> 32) & 0xFFFFFFFF, positions.to(torch.int64))
     state = torch.zeros(len(positions), dtype=torch.int64)
@@ -111,7 +109,7 @@ def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torc
 
 
 def _mixed_in(state: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
-    """One word of MurmurHash3. Words are int64 below 2**32: the lower half of a product that overflows is right."""
+    """Mix one word into a MurmurHash3 state. Words are int64 below 2**32; overflow keeps the correct lower half."""
     word = _rotated(word * 0xCC9E2D51 & 0xFFFFFFFF, 15) * 0x1B873593 & 0xFFFFFFFF
     return (_rotated(state ^ word, 13) * 5 + 0xE6546B64) & 0xFFFFFFFF
 
@@ -130,10 +128,10 @@ def sample_filtered(
     sampling_seed: torch.Tensor | None,
     positions: torch.Tensor,
 ) -> torch.Tensor:
-    """Tokens [rows] int32 of `probs` [rows, vocab] under top-k, top-p and min-p; with seeds, by each token's own noise.
+    """Sample tokens [rows] int32 from `probs` [rows, vocab] with top-k, top-p and min-p; with seeds, noise by token id.
 
-    SGLang gives the noise to places of the sorted distribution, but to token ids where no request of the batch filters:
-    a seeded text then hung on its neighbours. And it ended the scheduler where seeds and min-p came together.
+    SGLang assigns noise by sorted rank if any request of the batch filters, and by token id otherwise. A seeded text
+    would then depend on the rest of the batch. SGLang also crashes the scheduler if seeds and min-p are combined.
     """
     from sglang.srt.layers import sampler
 
@@ -149,34 +147,33 @@ def sample_filtered(
 
 
 def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
-    """Nothing: SGLang's batch-invariant products are Triton kernels. A CPU's products may differ in their last digits
-    with the rows beside them, which changes a seeded text only where two tokens are as good as equally likely."""
+    """A no-op: SGLang's batch-invariant matmuls are Triton kernels. On a CPU the last digits may depend on the batch,
+    which changes a seeded text only if two tokens are almost equally likely."""
 
 
 def group_over_gloo(original: Callable, *args: object, **kwargs: object) -> object:
-    """A group of ranks without the communicators that SGLang sets up beside torch's own, all of which need a device:
-    NCCL where its library is found (PyTorch's default build brings it), and kernels that read other devices' memory."""
+    """Create a process group with torch's communicator only: SGLang's own (NCCL, custom all-reduce) need a GPU."""
     return original(*args, **{**kwargs, "use_pynccl": False, "use_custom_allreduce": False})
 
 
 FALLBACKS: tuple[tuple[str, Callable, HookType], ...] = (
-    # Asks for a NUMA node of its own for each rank, though only SGLang's CPU kernels bind threads to cores.
+    # Requires one NUMA node per rank, though only SGLang's CPU kernels bind threads to cores.
     ("sglang.srt.utils.numa_utils.init_threads_binding", processes.share_threads, HookType.AROUND),
-    # Asks NCCL for a communicator on a device called "cpu".
+    # Creates an NCCL communicator for device "cpu".
     ("sglang.srt.distributed.parallel_state.init_model_parallel_group", group_over_gloo, HookType.AROUND),
-    # Triton kernels: reserving a request's next slots, and reading them back for a verify or a draft block.
+    # Triton kernels: reserve a request's next slots, and read them back for a verify or a draft block.
     ("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_req_to_token_pool, HookType.REPLACE),
     (
         "sglang.kernels.ops.speculative.cache_locs.assign_extend_cache_locs_func",
         assign_extend_cache_locs,
         HookType.REPLACE,
     ),
-    # The same for where a request's open page ends (`pages.py` has the allocator); SGLang takes its torch version for
-    # backends of other names only.
+    # Triton kernel: the end of a request's open page (see `pages.py`). SGLang uses its torch version only for other
+    # backend names.
     ("sglang.srt.mem_cache.allocation.get_last_loc", get_last_loc_torch, HookType.REPLACE),
     # Raises for a CPU tensor; the overlapped scheduler calls it on request indices.
     ("torch.Tensor.record_stream", record_stream, HookType.AROUND),
-    # Grammars: pinned memory and Triton kernels, without which a request with a JSON schema ended the scheduler.
+    # Grammars: pinned memory and Triton kernels. A request with a JSON schema would crash the scheduler.
     (f"{XGRAMMAR}._allocate_token_bitmask", allocate_token_bitmask, HookType.REPLACE),
     (f"{XGRAMMAR}.XGrammarGrammar.apply_vocab_mask", apply_vocab_mask, HookType.REPLACE),
     # Seeded requests (--enable-deterministic-inference): Triton kernels.
@@ -191,14 +188,14 @@ FALLBACKS: tuple[tuple[str, Callable, HookType], ...] = (
         sample_filtered,
         HookType.AROUND,
     ),
-    # Linear layers pack their weights in every call.
+    # Linear layers would pack their weights in every call.
     (f"{LINEAR}.process_weights_after_loading", layers.pack_weight, HookType.AFTER),
     (f"{LINEAR}.apply", layers.linear_forward, HookType.REPLACE),
     (f"{WEIGHT_UPDATER}.update_weights_from_tensor", layers.pack_again, HookType.AFTER),
     (f"{WEIGHT_UPDATER}.update_weights_from_distributed", layers.pack_again, HookType.AFTER),
     (f"{WEIGHT_UPDATER}.update_weights_from_ipc", layers.pack_again, HookType.AFTER),
-    # Spawned processes import the whole server once more each.
+    # Each spawned process would import the whole server again.
     ("sglang.srt.entrypoints.engine._set_envs_and_config", processes.choose_start_method, HookType.AFTER),
-    # The controller of replicas (--dp-size) starts each of them in a thread of its own.
+    # The controller of replicas (--dp-size) starts each one from a separate thread.
     (f"{CONTROLLER}.launch_dp_schedulers", processes.spawn_from_threads, HookType.BEFORE),
 )

@@ -1,15 +1,15 @@
-"""Cheaper torch forms of the layers that a small model spends its time in on a CPU.
+"""Faster torch implementations of the layers that dominate a small model's time on a CPU.
 
-SGLang's plain-PyTorch forms are written for clarity: a rotary embedding is some twenty operations, and each costs
-microseconds, as much as the arithmetic of a small layer. Same results but for rounding:
+SGLang's native versions are written for clarity: a rotary embedding takes about twenty operations, each as expensive as
+a small layer's arithmetic. Same results except for rounding:
 
-    RMSNorm            the root mean square from one reduction, instead of a chain of seven operations
+    RMSNorm            one reduction instead of seven operations
     RotaryEmbedding    query and key rotated together: x * cos + swapped halves * signed sin
-    linear layers      weights packed once by oneDNN, where that is the faster form for the few rows of a verify: on
-                       some CPUs the plain call packs them anew in every forward, on others it is a fast kernel. The
-                       two differ in the last bit: WHIFLASH_PACK_WEIGHTS=1 or 0 fixes the form instead of a measurement
+    linear layers      weights packed once by oneDNN, if that is faster for the few rows of a verify. On some CPUs the
+                       plain call packs them in every forward, on others it is fast. Results differ in the last bit;
+                       WHIFLASH_PACK_WEIGHTS=1 or 0 makes the choice fixed instead of measured
 
-A layer with options that a form does not have keeps SGLang's own, and so does a long prompt's linear layer.
+Layers with unsupported options, and linear layers of long prompts, use SGLang's version.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from torch.nn.functional import linear, rms_norm
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
-# The overload itself: finding it anew takes a microsecond in each of a hundred calls a forward.
+# The resolved overload: looking it up takes a microsecond, a hundred times per forward.
 packed_linear = torch.ops.mkldnn._linear_pointwise.default
 
-# Packing keeps a second copy of a weight: only small ones (64 MB in float32) get one.
+# Packing keeps a second copy, so only weights up to this size (64 MB in float32) are packed.
 MAX_PACKED_WEIGHT = 16 * 1024 * 1024
 
-PACK_WEIGHTS = "WHIFLASH_PACK_WEIGHTS"  # an environment variable: "1" always, "0" never, else what is faster here
+PACK_WEIGHTS = "WHIFLASH_PACK_WEIGHTS"  # environment variable: "1" always, "0" never, else whichever is faster
 
-# With more rows the product outweighs the packing. oneDNN also compiles a kernel for each number of rows that it meets.
+# With more rows the packing overhead is negligible. oneDNN also compiles a kernel for each number of rows.
 MAX_PACKED_ROWS = 64
 
 
 def register(dispatch_key: str) -> None:
-    """Let layers built from now on use these forms; `dispatch_key` is the platform's."""
+    """Make layers built from now on use these implementations; `dispatch_key` is the platform's."""
     MultiPlatformOp.register_oot_forward(RMSNorm, norm_forward, dispatch_key)
     MultiPlatformOp.register_oot_forward(RotaryEmbedding, rotary_forward, dispatch_key)
 
@@ -55,7 +55,7 @@ def norm_forward(
     residual: torch.Tensor | None = None,
     post_residual_addition: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Norm of `x`, or of `x + residual`, which is then returned as well. x is [..., hidden_size]."""
+    """RMS norm of x [..., hidden_size]; with `residual`, returns (norm of the sum, sum)."""
     is_plain = not (layer.cast_x_before_out_mul or layer.fp32_residual or layer.override_orig_dtype)
     if not is_plain or layer.variance_size_override is not None or post_residual_addition is not None:
         return layer.forward_native(x, residual, post_residual_addition)
@@ -73,7 +73,7 @@ def rms(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension of x [..., n]."""
     if x.dtype != torch.float32:
         return rms_norm(x, (x.shape[-1],), weight, epsilon)
-    # hypot(a, b) = sqrt(a^2 + b^2), so that epsilon needs no operation of its own.
+    # hypot(a, b) = sqrt(a^2 + b^2) adds epsilon without a separate operation.
     per_entry, floor = norm_constants(x.shape[-1], epsilon)
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(per_entry).hypot_(floor)
     return x.div(size).mul_(weight)
@@ -81,7 +81,7 @@ def rms(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
 
 @cache
 def norm_constants(n: int, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """1 / sqrt(n) and sqrt(epsilon), as tensors: a Python number would be made one in every call."""
+    """1 / sqrt(n) and sqrt(epsilon) as tensors, which avoids converting Python numbers in every call."""
     return torch.tensor(1 / math.sqrt(n)), torch.tensor(math.sqrt(epsilon))
 
 
@@ -105,9 +105,9 @@ def rotary_forward(
 
 
 def rotary_table(layer: RotaryEmbedding) -> torch.Tensor:
-    """[positions, 2, head_size]: (cos, cos) and (-sin, sin), kept beside the layer's own (cos, sin)."""
+    """[positions, 2, head_size]: (cos, cos) and (-sin, sin), cached on the layer."""
     table = layer.__dict__.get("whiflash_table")
-    # SGLang makes its table longer when a longer context is asked for.
+    # SGLang extends its table for longer contexts.
     if table is None or table.shape[0] != layer.cos_sin_cache.shape[0]:
         cos, sin = layer.cos_sin_cache.chunk(2, dim=-1)
         table = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)), dim=1)
@@ -116,7 +116,7 @@ def rotary_table(layer: RotaryEmbedding) -> torch.Tensor:
 
 
 def pack_weight(result: None, method: UnquantizedLinearMethod | None, layer: torch.nn.Module) -> None:
-    """After a linear layer's weights were loaded: keep them packed beside the plain ones."""
+    """Hook after loading a linear layer: keep a packed copy of its weight if that is faster."""
     weight = layer.weight.data
     if weight.ndim == 2 and weight.numel() <= MAX_PACKED_WEIGHT and weight.dtype in packable_types():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
@@ -126,14 +126,14 @@ def pack_weight(result: None, method: UnquantizedLinearMethod | None, layer: tor
 
 @cache
 def packable_types() -> tuple[torch.dtype, ...]:
-    """What oneDNN packs on this CPU: bfloat16 needs AVX-512 or its like."""
+    """Dtypes that oneDNN can pack on this CPU: bfloat16 needs AVX-512 or similar."""
     has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return (torch.float32, torch.bfloat16) if has_bfloat16 else (torch.float32,)
 
 
 def packing_pays(weight: torch.Tensor, packed: torch.Tensor) -> bool:
-    """Whether the packed form is the faster one on this CPU for one row and for eight; measured once for each shape,
-    unless the environment says which form to take."""
+    """Whether packed weights are faster on this CPU for 1 and 8 rows. Measured once per shape, unless
+    WHIFLASH_PACK_WEIGHTS decides."""
     if (fixed := os.environ.get(PACK_WEIGHTS)) in ("0", "1"):
         return fixed == "1"
     key = (tuple(weight.shape), weight.dtype)
@@ -150,7 +150,7 @@ _packing_pays: dict[tuple[tuple[int, ...], torch.dtype], bool] = {}
 
 
 def quickest(call: Callable[[], object], batches: int = 7, calls: int = 10) -> float:
-    """Seconds of a call in the fastest of some batches: other processes can only slow one down."""
+    """Seconds per call in the fastest of several batches, to exclude disturbance by other processes."""
     times = []
     for _ in range(batches):
         began = time.perf_counter()
@@ -161,7 +161,7 @@ def quickest(call: Callable[[], object], batches: int = 7, calls: int = 10) -> f
 
 
 def pack_again(result: object, updater: WeightUpdater, *args: object) -> None:
-    """After weights were overwritten in place while serving, which tells no layer."""
+    """Hook after weights were overwritten in place while serving: pack them again."""
     for layer in updater.get_model().modules():
         if "whiflash_packed" in layer.__dict__:
             pack_weight(None, None, layer)
@@ -173,7 +173,7 @@ def linear_forward(
     x: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [rows, input] times the layer's weight, plus bias: [rows, output]."""
+    """x [rows, input] @ weight.T + bias: [rows, output]."""
     packed = layer.__dict__.get("whiflash_packed")
     if packed is None or x.ndim != 2 or x.shape[0] > MAX_PACKED_ROWS or x.dtype != layer.weight.dtype:
         return linear(x, layer.weight, bias)

@@ -1,8 +1,8 @@
 """Keep freed memory in the process.
 
-glibc maps every large block anew and gives it back to the system when it is freed. A round allocates the same large
-blocks again and again (the gathered KV of long contexts), and the pages of each have to be faulted in and zeroed every
-time: with 16 requests of 4,096 tokens a round took 580 ms like that, and 250 ms without.
+glibc maps and unmaps every large block. A round allocates the same large blocks repeatedly (gathered KV of long
+contexts), and each time their pages are faulted in and zeroed. Keeping them cut a round with 16 requests of 4,096
+tokens from 580 ms to 250 ms.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import ctypes
 
 # Parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_KEPT_BYTES = 2**30  # free memory at the end of the heap that is not given back
+_KEPT_BYTES = 2**30  # free memory kept at the end of the heap
 
 
 def keep_freed_memory() -> None:
-    """Set the allocator of this process; nothing where the C library is another."""
+    """Configure this process's allocator; a no-op without glibc."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)

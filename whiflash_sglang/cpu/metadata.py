@@ -1,14 +1,14 @@
-"""What the attention calls of one forward share: which slots each request reads, and who may see whom.
+"""Metadata shared by the attention calls of one forward: slots and masks.
 
-Two shapes of batch, told apart once per forward:
+Two kinds of batches:
 
-    BlockMetadata   every request brings the same few new tokens: decode (1), verify and draft block (the width).
-                    K and V of all requests are gathered with one padded index, so one call serves the batch.
-    RaggedMetadata  prompts of differing lengths: one call per request, long prompts in chunks of queries.
+    BlockMetadata   every request has the same few new tokens: decode (1), verify and draft block (the width). K and V
+                    of all requests are gathered with one padded index, in one call per batch.
+    RaggedMetadata  prompts of different lengths: one call per request, long prompts in chunks of queries.
 
-Lengths: a request whose prefix (tokens with K/V already in the cache) is P and that brings W new tokens reads P + W
-entries; its new token i stands at position P + i. Example, P = 3, W = 2, causal: query 0 sees entries 0..3, query 1
-sees 0..4; non-causal: both see 0..4.
+Lengths: a request with a prefix of P tokens (K/V already cached) and W new tokens reads P + W entries; its new token i
+is at position P + i. Example, P = 3, W = 2, causal: query 0 sees entries 0..3, query 1 sees 0..4; non-causal: both see
+0..4.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-# Wider blocks than this are treated as prompts: padding them to the longest request would waste more than it saves.
+# Wider blocks are treated as prompts: padding them to the longest request would waste more than it saves.
 MAX_BLOCK_WIDTH = 64
 
-# A prompt's queries are taken this many at a time, so that no mask is larger than this times the context.
+# Queries per chunk of a prompt. Bounds masks to this times the context.
 QUERY_CHUNK = 512
 
-# Masks up to this many entries (32 MB in float32) are kept from layer to layer; larger ones are built again.
+# Masks up to this many entries (32 MB in float32) are kept across layers; larger ones are rebuilt.
 MAX_KEPT_MASK = 8 * 1024 * 1024
 
 MaskKey = tuple
@@ -34,8 +34,8 @@ MaskKey = tuple
 class BlockMetadata:
     """One padded gather for the whole batch.
 
-    A padded entry repeats the request's own last slot: finite values of its own, hidden by the mask. (A slot of
-    nobody's could hold anything, and a NaN survives a weight of zero.)
+    Padding repeats the request's own last slot, which holds finite values and is masked. (An unused slot could hold
+    NaN, which survives a weight of zero.)
     """
 
     width: int
@@ -46,10 +46,11 @@ class BlockMetadata:
 
     @property
     def num_rows(self) -> int:
+        """Number of requests."""
         return self.slots.shape[0]
 
     def mask(self, dtype: torch.dtype, *, causal: bool, window: int, groups: int) -> torch.Tensor | None:
-        """Additive mask [rows, 1, groups * width, longest], or None where every query sees every entry."""
+        """Additive mask [rows, 1, groups * width, longest], or None if every query sees every entry."""
         key = (dtype, causal, window, groups)
         if key not in self.masks:
             self.masks[key] = self._build_mask(dtype, causal=causal, window=window, groups=groups)
@@ -70,7 +71,7 @@ class BlockMetadata:
 
 @dataclass(frozen=True)
 class PromptSegment:
-    """One request of a prefill: its new tokens are rows `start` to `end` of the batch."""
+    """One request of a prefill; its new tokens are rows `start` to `end` of the batch."""
 
     start: int
     end: int
@@ -80,7 +81,7 @@ class PromptSegment:
 
 @dataclass(frozen=True)
 class QueryChunk:
-    """Some queries of a segment with the entries that any of them can see."""
+    """Consecutive queries of a segment, and the number of entries that they can see."""
 
     rows: slice
     first_position: int
@@ -88,17 +89,19 @@ class QueryChunk:
 
     @property
     def num_queries(self) -> int:
+        """Number of queries."""
         return self.rows.stop - self.rows.start
 
 
 @dataclass(frozen=True)
 class RaggedMetadata:
-    """Requests of differing lengths, one segment each."""
+    """Requests of different lengths, one segment each."""
 
     segments: tuple[PromptSegment, ...]
     masks: dict[MaskKey, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def chunks(self, segment: PromptSegment, *, causal: bool) -> Iterator[QueryChunk]:
+        """Split a segment into chunks of `QUERY_CHUNK` queries."""
         for start in range(segment.start, segment.end, QUERY_CHUNK):
             end = min(start + QUERY_CHUNK, segment.end)
             first_position = segment.prefix_len + start - segment.start
@@ -132,7 +135,7 @@ def additive(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def block_metadata(
     req_to_token: torch.Tensor, request_rows: torch.Tensor, prefix_lens: torch.Tensor, width: int
 ) -> BlockMetadata:
-    """`request_rows` [rows] index `req_to_token`; every request has `width` new tokens after its prefix."""
+    """Metadata for requests `request_rows` [rows] of `req_to_token`, with `width` new tokens each after the prefix."""
     totals = prefix_lens.to(torch.int64) + width  # [rows]
     if totals.shape[0] == 1:
         slots = req_to_token[request_rows.item(), : totals.item()].to(torch.int64)[None]
@@ -148,6 +151,7 @@ def block_metadata(
 def ragged_metadata(
     req_to_token: torch.Tensor, request_rows: list[int], prefix_lens: list[int], new_lens: list[int]
 ) -> RaggedMetadata:
+    """Metadata for requests with `new_lens` new tokens after their prefixes."""
     segments, start = [], 0
     for row, prefix_len, new_len in zip(request_rows, prefix_lens, new_lens, strict=True):
         slots = req_to_token[row, : prefix_len + new_len].to(torch.int64)

@@ -1,7 +1,7 @@
-"""KV slots on a CPU: single ones, or in pages (`--page-size`), as SGLang's allocators keep them.
+"""KV slot allocators for a CPU: single slots or pages (`--page-size`).
 
-SGLang's allocator of pages hands them out through Triton kernels; everything else about it is bookkeeping in torch. A
-page holds consecutive positions of one request. The radix tree shares whole pages only.
+SGLang's paged allocator uses Triton kernels to allocate; the rest is bookkeeping in torch. A page holds consecutive
+positions of one request. The radix tree shares whole pages only.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from sglang.srt.utils import get_num_new_pages
 def allocator(
     size: int, *, page_size: int, dtype: torch.dtype, device: str, kvcache: object, need_sort: bool
 ) -> BaseTokenToKVPoolAllocator:
-    """What the platform gives SGLang as the class of its allocator."""
-    if page_size == 1:  # its signature has no page size
+    """Create the slot allocator; returned to SGLang as the allocator class."""
+    if page_size == 1:
         return TokenToKVPoolAllocator(size, dtype, device, kvcache, need_sort)
     return CpuPagedAllocator(size, page_size, dtype, device, kvcache, need_sort)
 
 
 class CpuPagedAllocator(PagedTokenToKVPoolAllocator):
-    """Pages without Triton. As in SGLang, None where too few are free, and then nothing is taken."""
+    """A paged allocator without Triton. Like SGLang's, returns None and allocates nothing if too few pages are free."""
 
     def alloc_extend(
         self,
@@ -38,8 +38,10 @@ class CpuPagedAllocator(PagedTokenToKVPoolAllocator):
         extend_num_tokens: int,
         num_new_pages: int | None = None,
     ) -> torch.Tensor | None:
-        """Slots [extend_num_tokens] int64 for positions prefix .. seq - 1 of every request, back to back: first what is
-        left of the page that holds `last_loc`, the slot of position prefix - 1 (-1: none)."""
+        """Slots [extend_num_tokens] int64 for positions prefix .. seq - 1 of every request, concatenated.
+
+        The rest of the page of `last_loc`, the slot of position prefix - 1 (-1 if there is none), is used first.
+        """
         needed = num_new_pages
         if needed is None:
             needed = get_num_new_pages(seq_lens_cpu, self.page_size, prefix_lens_cpu)
@@ -53,7 +55,7 @@ class CpuPagedAllocator(PagedTokenToKVPoolAllocator):
     def alloc_decode(
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
     ) -> torch.Tensor | None:
-        """A slot [requests] int64 for position seq - 1 of every request, beside `last_loc` or in a page of its own."""
+        """Slots [requests] int64 for position seq - 1 of every request: the one after `last_loc`, or on a new page."""
         opens = (seq_lens - 1) % self.page_size == 0
         needed = int(opens.sum())
         if not self._have(needed):

@@ -1,8 +1,8 @@
-"""The platform object that SGLang finds through the entry point `sglang.srt.platforms`.
+"""The platform object of the entry point `sglang.srt.platforms`.
 
-SGLang asks it for the device, the memory pool, the slot allocator and the attention backend. The attention backend
-keeps the name `torch_native`: SGLang takes its plain-PyTorch branches (slot tables, positions) for that name only, so
-our backend is registered in the place of the one that carries it.
+It provides device, memory pool, slot allocator and attention backend. Our attention backend replaces SGLang's
+`torch_native` under the same name, because SGLang uses its plain-PyTorch code paths (slot tables, positions) only for
+that name.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 ATTENTION_BACKEND = "torch_native"
 
-# Under this key SGLang finds the forms of layers that were registered for this platform; the others run natively.
+# SGLang looks up this platform's layer implementations by this key.
 DISPATCH_KEY = "whiflash_cpu"
 
 
 class WhiFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
-    """A CPU, served by plain PyTorch."""
+    """A CPU with plain PyTorch. Methods override SGLang's platform interface."""
 
     _enum = PlatformEnum.OOT
 
     def __init__(self) -> None:
-        # Compiling SGLang's small helpers takes minutes and a C++ compiler, and gains nothing on a CPU. The
-        # variable is read when torch._dynamo is first imported, here and in the processes that are spawned.
+        # Compiling SGLang's small helpers takes minutes and a C++ compiler, and gains nothing on a CPU. Read when
+        # torch._dynamo is first imported, here and in child processes.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        # The scheduler runs without gradients in any case; without their bookkeeping a step takes a tenth less.
+        # Inference mode makes a step 10% faster than no_grad.
         os.environ.setdefault("SGLANG_ENABLE_TORCH_INFERENCE_MODE", "1")
-        # Inputs are copied into static buffers for the sake of CUDA graphs, of which there are none here.
+        # Skip copying inputs into static buffers, which only CUDA graphs need.
         os.environ.setdefault("SGLANG_EAGER_INPUT_NO_COPY", "1")
 
     def get_device(self, device_id: int = 0) -> str:
@@ -47,11 +47,11 @@ class WhiFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return False
 
     def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
-        """Refuse what has no CPU implementation here, and name the attention backend."""
+        """Reject unsupported flags and set the attention backend. Raises ConfigError or ValueError."""
         refuse_unsupported_flags(server_args)
         if server_args.enable_deterministic_inference:
             _count_as_deterministic(ATTENTION_BACKEND)
-        # On x86 SGLang has by now filled in `intel_amx`, whose kernels are a separate build.
+        # On x86 SGLang defaults to `intel_amx`, which needs a separate build.
         server_args.attention_backend = ATTENTION_BACKEND
 
     def get_default_attention_backend(self) -> str:
@@ -63,6 +63,7 @@ class WhiFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return MHATokenToKVPool
 
     def get_paged_allocator_cls(self) -> type:
+        """A factory that SGLang calls like an allocator class."""
         from whiflash_sglang.cpu.pages import allocator
 
         return allocator
@@ -71,7 +72,7 @@ class WhiFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return DISPATCH_KEY
 
     def init_backend(self) -> None:
-        """Called once in every process that runs a model: put our attention backend in its place."""
+        """Register our attention backend; called once in every process that runs a model."""
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
         register_attention_backend(ATTENTION_BACKEND)(_create_attention_backend)
@@ -84,7 +85,7 @@ def _create_attention_backend(model_runner):
 
 
 def _count_as_deterministic(backend: str) -> None:
-    """Let `--enable-deterministic-inference`, without which SGLang ignores seeds, go with this attention backend."""
+    """Allow `--enable-deterministic-inference`, which SGLang needs for seeds, with this attention backend."""
     from sglang.srt import server_args
 
     if backend not in server_args.DETERMINISTIC_ATTENTION_BACKEND_CHOICES:
@@ -93,18 +94,18 @@ def _count_as_deterministic(backend: str) -> None:
 
 
 def refuse_unsupported_flags(server_args: ServerArgs) -> None:
-    """Raise for a flag that would fail later, inside a forward, with a message about a kernel.
+    """Raise ConfigError or ValueError for flags that would fail later, inside a forward.
 
-    The launcher has asked the table already, of the flags as they were given; SGLang's own launcher has not.
+    Our launcher has already checked them; SGLang's own launcher has not.
     """
     names = (row.flag.removeprefix("--") for row in CPU_REFUSALS)
     given = {f"--{name}": Given(getattr(server_args, name.replace("-", "_")), None) for name in names}
     refuse(CPU_REFUSALS, given)
     if server_args.pp_size != 1:
         raise ValueError(
-            f"--pp-size {server_args.pp_size}: this CPU platform has no pipeline; leave it out and use --tp-size"
+            f"--pp-size {server_args.pp_size}: not supported on this CPU platform; leave it out and use --tp-size"
         )
     if server_args.enable_dp_attention:
         raise ValueError(
-            "--enable-dp-attention needs accelerator kernels; on a CPU use --dp-size without it, for whole replicas"
+            "--enable-dp-attention needs accelerator kernels; on a CPU use --dp-size alone, for whole replicas"
         )

@@ -1,4 +1,4 @@
-"""Drafters: one a file, made by name. Both files keep the same order of methods, so that they can be compared."""
+"""Drafters by name, one per file. Both files have the same order of methods for comparison."""
 
 from __future__ import annotations
 

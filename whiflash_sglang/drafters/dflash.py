@@ -1,9 +1,9 @@
-"""DFlash: one non-causal pass of a small diffusion model fills a whole block of drafts (published format: z-lab).
+"""DFlash: one non-causal pass of a small diffusion model fills a whole block of drafts (checkpoint format: z-lab).
 
-The block is [anchor, mask, mask, ...] at positions L .. L + block - 1 behind L committed positions; row j of its output
-predicts the token at position L + j. The context is not the drafter's own text but the target's features: K and V of a
-committed position are, per layer, projections of hidden_norm(fc(features)), so that ingestion needs no query, attention
-or MLP, and an entry depends on its own position only.
+The block is [anchor, mask, mask, ...] at positions L .. L + block - 1 after L committed positions; row j of its output
+predicts the token at position L + j. The context is the target's features: per layer, K and V of a committed position
+are projections of hidden_norm(fc(features)). Ingestion therefore needs no query, attention or MLP, and an entry depends
+on its own position only.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from whiflash_sglang.drafters.runner import (
 
 
 class DFlashDrafter:
+    """See `core.round.Drafter`."""
+
     name = "df"
 
     def __init__(self, runner: DraftRunner, captured: tuple[int, ...], num_drafts: int):
@@ -51,24 +53,26 @@ class DFlashDrafter:
             k_norm=torch.stack([layer.k_norm.weight for layer in layers]),
         )
         fused = write_entries(runner, kv)
-        # The kernel norms features as it reads them, and a feature then waits as `fc` gave it.
+        # The kernel applies hidden_norm on read, so features are stored as `fc` outputs them.
         self.reduce = runner.model.project_target_hidden if fused is None else runner.model.fc
         self.write = fused or partial(self.write_layers, kv)
         block_size = self.block.shape[1]
         self.fill = runs(runner, self.propose, num_queries=block_size, num_entries=block_size)
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
-        """Captured features [n, captures * hidden] through the drafter's `fc`."""
+        """Reduce captured features [n, captures * hidden] to [n, hidden]."""
         return self.reduce(select_columns(features, self.columns))
 
     def ingest(self, entries: Entries) -> None:
+        """Write K and V of `entries` in every layer."""
         self.write((self.fuse(entries.features),), entries.positions, entries.kv_slots)
 
     def write_layers(
         self, kv: KVProjection, parts: Sequence[torch.Tensor], positions: torch.Tensor, kv_slots: torch.Tensor
     ) -> None:
-        # All layers at once, as K and V of each are projections of the same features: few operations, however small.
-        (features,) = parts  # normed already
+        """Fallback of the fused kernel: `parts` is ([n, hidden] normed features,)."""
+        # All layers project the same features, so one operation serves all.
+        (features,) = parts
         shape = (len(positions), 2, len(kv.layers), -1)  # K or V, layer, kv_heads * head_dim
         k, v = project(features, kv.weight, kv.bias).view(shape).unbind(1)
         heads = k.reshape(*k.shape[:2], -1, kv.k_norm.shape[-1])
@@ -79,12 +83,13 @@ class DFlashDrafter:
             self.runner.write_kv(layer.attn, kv_slots, k[:, i], v[:, i])
 
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
+        """Draft one block per row; `last` is not used."""
         block_size = self.block.shape[1]
         begin = Begin(rows.slots, rows.anchors, rows.prefix_lens, rows.kv_slots[:, 1 : 1 + block_size])
         return Drafts(*self.fill(begin, rows.host.prefix_lens))
 
     def propose(self, begin: Begin, plan: Plan) -> tuple[torch.Tensor, ...]:
-        """Drafts [rows, block - 1] of a block at `begin`; and [rows], whether what they were made of was finite."""
+        """Drafts [rows, block - 1] of the block at `begin`, and whether their hidden states are finite, [rows] bool."""
         num_rows, block_size = begin.kv_slots.shape
         block = self.block.repeat(num_rows, 1)  # [rows, block]
         block[:, 0] = begin.tokens
@@ -102,11 +107,11 @@ class DFlashDrafter:
             ),
             plan,
         )
-        hidden = output.hidden_states.view(num_rows, block_size, -1)[:, 1:]  # row 0 stands for the anchor itself
+        hidden = output.hidden_states.view(num_rows, block_size, -1)[:, 1:]  # row 0 is the anchor
         return self.head.best(hidden), hidden.isfinite().flatten(1).all(dim=1)
 
 
 def by_kind(kv: list[torch.Tensor]) -> torch.Tensor:
-    """K and V rows of several layers, [2 * kv_size, ...] each: the K of all layers, then the V of all."""
+    """Reorder K and V rows of several layers, [2 * kv_size, ...] each, to all K followed by all V."""
     halves = [part.chunk(2) for part in kv]
     return torch.cat([half[kind] for kind in (0, 1) for half in halves])

@@ -1,15 +1,15 @@
 """EAGLE-3: an autoregressive chain of K steps of a one-layer model (checkpoint format: SafeAILab EAGLE-3).
 
-Entry i of its KV cache is made of the target's fused features of position i and the embedding of token i + 1; the
+Entry i of its KV cache is computed from the target's fused features at position i and the embedding of token i + 1; the
 output of entry i predicts token i + 2. With L committed positions and the anchor at position L:
 
     step 1   entry L - 1: features of L - 1, anchor             -> draft for position L + 1
     step 2   entry L:     own hidden state of step 1, draft 1   -> draft for position L + 2
     ...
 
-Entry i lives in the KV slot of position i. K and V of an entry need no attention (one layer), so that all but the entry
-that is drafted from are ingested KV-only. An entry depends on the token after it: in a shared prefix the last one would
-belong to another branch, which is why SGLang's radix tree is keyed by bigrams when this drafter is present (host.py).
+Entry i is in the KV slot of position i. With one layer, K and V of an entry need no attention, so all entries except
+the one drafted from are ingested KV-only. An entry depends on the token after it, which may differ at the end of a
+shared prefix. With this drafter, SGLang's radix tree is therefore keyed by bigrams (bridge/scheduler_hooks.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from whiflash_sglang.drafters.runner import DraftBlock, DraftRunner, Plan, colum
 
 
 class Eagle3Drafter:
+    """See `core.round.Drafter`."""
+
     name = "e3"
 
     def __init__(self, runner: DraftRunner, captured: tuple[int, ...], num_drafts: int):
@@ -40,13 +42,13 @@ class Eagle3Drafter:
         kv = KVProjection([attention], weight, bias, norms, self.layer.hidden_norm.variance_epsilon)
         self.write = write_entries(runner, kv) or partial(self.write_layer, kv)
         self.token_ids = None if model.hot_token_id is None else model.hot_token_id.to(runner.device)  # [draft vocab]
-        # Drafts of one `propose`: all of them, or one where attention has to be told of each forward by the host.
+        # Drafts per `propose`: all of them, or one if attention must be planned on the host before each forward.
         self.link = num_drafts if is_one_graph(runner) else 1
         hidden_size = runner.spec.hidden_size
         self.chain = runs(runner, self.propose, num_queries=1, num_entries=self.link, hidden_size=hidden_size)
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
-        """Captured features [n, captures * hidden] through the drafter's `fc`, and the norms some put before it."""
+        """Reduce captured features [n, captures * hidden] to [n, hidden], with the norms that some checkpoints add."""
         model = self.runner.model.model
         features = select_columns(features, self.columns).to(model.fc.weight.dtype)
         if model.input_norm is not None:
@@ -57,12 +59,14 @@ class Eagle3Drafter:
         return model.fc(features)
 
     def ingest(self, entries: Entries) -> None:
+        """Write K and V of `entries`."""
         embeds = self.runner.model.model.embed_tokens(entries.next_tokens)
         self.write((embeds, self.fuse(entries.features)), entries.positions, entries.kv_slots)
 
     def write_layer(
         self, kv: KVProjection, parts: Sequence[torch.Tensor], positions: torch.Tensor, kv_slots: torch.Tensor
     ) -> None:
+        """Fallback of the fused kernel: `parts` is (embeddings, features), [n, hidden] each."""
         layer, attention = self.layer, self.layer.self_attn
         embeds, features = parts
         x = torch.cat([layer.input_layernorm(embeds), layer.hidden_norm(features)], dim=-1)  # [n, 2 * hidden]
@@ -72,6 +76,7 @@ class Eagle3Drafter:
         self.runner.write_kv(attention.attn, kv_slots, k, v)
 
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
+        """Draft one chain per row, starting from the target's features `last` [rows, captures * hidden]."""
         tokens, hidden = rows.anchors, self.fuse(last)  # [rows], [rows, hidden]
         drafts = tokens.new_empty(len(tokens), self.num_drafts)
         for first in range(0, self.num_drafts, self.link):
@@ -80,12 +85,12 @@ class Eagle3Drafter:
             lens = [length - 1 + first for length in rows.host.prefix_lens]
             drafts[:, links], hidden, finite = self.chain(begin, lens)
             tokens = drafts[:, links.stop - 1]
-        # Each step is made of the one before it: a NaN in any shows in the last logits.
+        # Each step depends on the one before, so a NaN in any step reaches the last logits.
         return Drafts(drafts, finite)
 
     def propose(self, begin: Begin, plan: Plan) -> tuple[torch.Tensor, ...]:
-        """A chain of drafts [rows, n], one for each of the entries; the hidden state [rows, hidden] that the next would
-        be made of; and [rows], whether the last logits were finite."""
+        """A chain of drafts [rows, n], one per entry; the last hidden state [rows, hidden]; and whether the last logits
+        are finite, [rows] bool."""
         tokens, hidden = begin.tokens, begin.hidden
         drafts = []
         for step, kv_slots in enumerate(begin.kv_slots.unbind(dim=1)):

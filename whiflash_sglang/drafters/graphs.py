@@ -1,12 +1,11 @@
-"""Drafting as CUDA graphs, one for each batch size: where SGLang captures the target's forwards, and eagerly elsewhere.
+"""Drafting with CUDA graphs, one per batch size, if SGLang captures the target's forwards; eager otherwise.
 
-A graph repeats operations on the memory that they were recorded on. So what is captured (`Propose`) is a function of
-tensors alone, which stay where they are, reads nothing on the host and has one result a row: rows that only fill up a
-batch are cut off behind it.
+A graph replays operations on fixed memory. The captured function (`Propose`) therefore depends on static tensors only,
+reads nothing on the host, and returns one result per row; results of padding rows are dropped.
 
-Attention has to be told of lengths and slots before each forward: it is planned. A backend that plans on the device
-(triton, fa3) does it inside the graph, and a whole chain of forwards is one graph. A backend that plans on the host
-(flashinfer) does it before each replay, and a graph holds one forward.
+Attention must be planned (lengths, slots) before each forward. Backends that plan on the device (triton, fa3) do so
+inside the graph, so a whole chain of forwards is one graph. Backends that plan on the host (flashinfer) do so before
+each replay, so a graph holds one forward.
 """
 
 from __future__ import annotations
@@ -26,29 +25,30 @@ from whiflash_sglang.drafters.runner import DraftBlock, DraftRunner, Plan, tell_
 
 
 class Begin(NamedTuple):
-    """Where drafting begins in each row: with a token, behind cached entries."""
+    """Where drafting begins in each row: a token after the drafter's cached entries."""
 
     slots: torch.Tensor  # [rows] int64, request slots
-    tokens: torch.Tensor  # [rows] int64, the first query's
-    cached: torch.Tensor  # [rows] int64, the drafter's entries before it
-    kv_slots: torch.Tensor  # [rows, n] int64, of the n entries that follow
-    hidden: torch.Tensor | None = None  # [rows, hidden], the first query's features, for drafters that read them
+    tokens: torch.Tensor  # [rows] int64, the first query's token
+    cached: torch.Tensor  # [rows] int64, number of cached entries before it
+    kv_slots: torch.Tensor  # [rows, n] int64, KV slots of the next n entries
+    hidden: torch.Tensor | None = None  # [rows, hidden], the first query's features (EAGLE-3)
 
 
 Propose = Callable[[Begin, Plan], tuple[torch.Tensor, ...]]
-"""Results of [rows, ...] each, from tensors of the device only; plans attention before each forward."""
+"""Returns tensors of [rows, ...] from device tensors only; plans attention before each forward."""
 
 Run = Callable[[Begin, Sequence[int]], tuple[torch.Tensor, ...]]
-"""The same, with `Begin.cached` as the host knows it. Results hold until the next call."""
+"""Like `Propose`, with the host's copy of `Begin.cached`. Results are valid until the next call."""
 
 
 def is_one_graph(runner: DraftRunner) -> bool:
-    """Whether several forwards of a drafter may be captured as one graph, or are run one by one in any case."""
+    """Whether one `propose` may run several forwards: they fit into one graph, or run eagerly."""
     return not runner.graph_sizes or not runner.attention.needs_cpu_seq_lens
 
 
 def runs(runner: DraftRunner, propose: Propose, num_queries: int, num_entries: int, hidden_size: int = 0) -> Run:
-    """How `propose` is run: chosen once. Its forwards have `num_queries` a row and fill `num_entries` in all."""
+    """Wrap `propose` to run eagerly or as a graph. Its forwards have `num_queries` per row and write `num_entries`
+    entries in total."""
     eager = partial(_eagerly, runner, propose)
     if not runner.graph_sizes:
         return eager
@@ -60,7 +60,7 @@ def _eagerly(runner: DraftRunner, propose: Propose, begin: Begin, lens: Sequence
 
 
 class CapturedDraft:
-    """Graphs of `propose`, and the memory that their inputs are in."""
+    """Graphs of `propose` and their static inputs. Larger batches run eagerly."""
 
     def __init__(
         self, runner: DraftRunner, propose: Propose, eager: Run, num_queries: int, num_entries: int, hidden_size: int
@@ -70,8 +70,8 @@ class CapturedDraft:
         self.num_queries = num_queries
         self.sizes = sorted(runner.graph_sizes)
         self.shortest: int = self.attention.get_cuda_graph_seq_len_fill_value()
-        # One tensor for all whole numbers, so that one operation brings them: slot, token, cached, KV slots. KV slot 0
-        # is nobody's: there go the entries of rows that only fill up.
+        # All integers are in one tensor, updated by one operation: slot, token, cached, KV slots. Padding rows write
+        # to KV slot 0, which is reserved.
         filler = [0, 0, self.shortest] + [0] * num_entries
         self.filler = torch.tensor(filler, dtype=torch.int64, device=runner.device)
         most = self.sizes[-1]
@@ -82,7 +82,7 @@ class CapturedDraft:
             self.hidden = torch.zeros(most, hidden_size, dtype=dtype, device=runner.device)
         self.attention.init_cuda_graph_state(most, most * num_queries)
         with torch.inference_mode(), capturing(runner.worker.model_runner) as self.graphs:
-            for size in reversed(self.sizes):  # smaller graphs find room in the memory of the larger ones
+            for size in reversed(self.sizes):  # smaller graphs reuse the memory of larger ones
                 self.prepare(size, [self.shortest] * size, in_capture=True)
                 warmed_up = self.attention.on_after_cuda_graph_warmup
                 self.graphs.capture_one(ShapeKey(size), partial(self.inside, size), post_warmup_hook=warmed_up)
@@ -104,28 +104,29 @@ class CapturedDraft:
         return tuple(result[:num_rows] for result in results)
 
     def inside(self, size: int) -> tuple[torch.Tensor, ...]:
-        """What is captured."""
+        """The captured function."""
         return self.propose(self.begin(size), self.plan)
 
     def begin(self, size: int) -> Begin:
-        """The inputs of a batch of `size`."""
+        """The static inputs for a batch of `size`."""
         numbers = self.numbers[:size]
         slots, tokens, cached = (numbers[:, column].contiguous() for column in range(3))
         return Begin(slots, tokens, cached, numbers[:, 3:], None if self.hidden is None else self.hidden[:size])
 
     def plan(self, batch: ForwardBatch, ahead: int) -> None:
+        """Plan attention inside a graph."""
         if is_one_graph(self.runner):
             self.attention.init_forward_metadata_out_graph(batch)
         self.attention.init_forward_metadata_in_graph(batch)
 
     def prepare(self, size: int, lens: Sequence[int], in_capture: bool = False) -> None:
-        """Plan for a batch of `size` as the host can; before a capture, so that what it binds is there."""
+        """Plan attention on the host for a batch of `size`; also needed before a capture, to bind its buffers."""
         begin = self.begin(size)
         kv_slots = begin.kv_slots[:, : self.num_queries].reshape(-1)  # of the first forward
         block = DraftBlock(
             size=self.num_queries,
             slots=begin.slots,
-            input_ids=kv_slots,  # of these two planning looks at the number only
+            input_ids=kv_slots,  # planning reads only the length of these two
             positions=kv_slots,
             kv_slots=kv_slots,
             prefix_lens=begin.cached,
@@ -138,7 +139,7 @@ class CapturedDraft:
 
 @contextmanager
 def capturing(model_runner: Any) -> Iterator[Any]:
-    """SGLang's own way of capturing: its pool of memory, its streams and, among ranks, its collectives."""
+    """SGLang's capture context: its memory pool, streams and, with ranks, collectives."""
     from sglang.srt.distributed.parallel_state import graph_capture
     from sglang.srt.model_executor.runner.base_cuda_graph_runner import freeze_gc
     from sglang.srt.model_executor.runner_backend.full_cuda_graph_backend import FullCudaGraphBackend

@@ -1,26 +1,25 @@
-"""KV-only ingestion in one launch: norm, K and V of every layer, k-norm, rotary embedding, and the KV pools.
+"""KV-only ingestion in one launch: norm, K and V of every layer, k-norm, rotary embedding, write to the KV pools.
 
     made = Ingestion(weight=folded(kv_weight, [hidden_norm.weight]), epsilon=1e-6, pools=(*k_pools, *v_pools))
     ingest(made, (features,), cos_sin, positions, kv_slots)
 
-`reference` does the same in torch, in float32, and is what tests hold the kernel to. Both compute
+`reference` is the same in torch and float32; tests compare the kernel with it. Both compute
 
-    x        = the parts, each divided by its root mean square (their norms' weights are folded into `weight`)
-    k, v     = x @ weight.T + bias, of every layer
-    k        = rope(k_norm(k)), head by head
+    x        = the parts, each divided by its root mean square (norm weights are folded into `weight`)
+    k, v     = x @ weight.T + bias, for every layer
+    k        = rope(k_norm(k)), per head
     pools    = k and v at `kv_slots`
 
-One program makes one head of K or V of one layer, for a block of positions. A head is what k-norm and rope need at
-once, so that nothing but the finished entry leaves the program. It is kept as two halves, because rope turns number i
-of a head together with number i + head_dim / 2. The square of a part is summed up while its columns pass by for the
-product; the root mean square then scales the sum of products, not each of the factors.
+One program computes one head of K or V of one layer, for a block of positions. k-norm and rope need a whole head, so
+only the finished entry leaves the program. A head is kept as two halves, because rope rotates element i together with
+element i + head_dim / 2. Squares are summed in the same loop as the product; the root mean square then scales the
+result instead of the inputs.
 
-Triton compiles a kernel when it is first launched, anew for every combination of what it specializes on, and a server
-would stall for seconds. `warm_up` launches every combination that can occur, with nothing to write: block sizes and
-types of the rotary table. What else could differ from call to call does not reach the kernel: it is not specialized on
-numbers of rows and on index tensors, and parts are made alike before (`readable`).
+Triton compiles a kernel on first launch, once per specialization, which would stall a server for seconds. `warm_up`
+launches every combination that can occur (block size, rotary table dtype) with no rows. Nothing else triggers a
+specialization: row counts and index tensors are excluded, and parts are made uniform (`readable`).
 
-It has been run in Triton's interpreter and compiled for GPUs, and not been run on one: nothing is known of its speed.
+Tested in Triton's interpreter and compiled for GPUs, but not yet run on one. Its speed is unknown.
 """
 
 from __future__ import annotations
@@ -36,20 +35,22 @@ import triton
 import triton.language as tl
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
-ALIGNMENT = 16  # bytes; Triton compiles a kernel of its own for tensors that begin elsewhere
+ALIGNMENT = 16  # bytes; Triton specializes kernels on pointer alignment
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True, eq=False)
 class Ingestion:
-    """What K and V of all layers of a drafter are made with, and where they go.
+    """Weights of all K and V projections of a drafter, and the KV pools that they write to.
 
-    `weight` [2 * layers * kv_heads * head_dim, width]: the K rows of all layers, then the V rows; `bias` likewise.
-    `pools`, each [slots, kv_heads, head_dim] and contiguous: K of every layer, then V of every layer. They are written
-    at the addresses that they have when the first entries are ingested. `k_norm` [layers, head_dim] is the weight of
-    an RMS norm of each head of K. `epsilon` is that of all norms.
+    weight   [2 * layers * kv_heads * head_dim, width], K rows of all layers, then V rows
+    bias     [2 * layers * kv_heads * head_dim], optional
+    pools    K of every layer, then V of every layer, each [slots, kv_heads, head_dim] and contiguous. Their addresses
+             are read once, on first ingestion
+    k_norm   [layers, head_dim], RMS norm weight for each head of K, optional
+    epsilon  of all norms
 
-    Raises ValueError for a head_dim or dtype that the kernel does not have, or shapes that do not fit each other.
+    Raises ValueError for an unsupported head_dim or dtype, or mismatched shapes.
     """
 
     weight: torch.Tensor
@@ -61,41 +62,44 @@ class Ingestion:
     def __post_init__(self) -> None:
         pool = self.pools[0]
         if self.head_dim not in HEAD_DIMS:
-            raise ValueError(f"head_dim {self.head_dim} is none of {HEAD_DIMS}")
+            raise ValueError(f"head_dim {self.head_dim} is not one of {HEAD_DIMS}")
         if not {self.weight.dtype, pool.dtype} <= DTYPES.keys():
-            raise ValueError(f"weights in {self.weight.dtype} or KV in {pool.dtype} is none of {[*DTYPES]}")
+            raise ValueError(f"weights in {self.weight.dtype} or KV in {pool.dtype} is not one of {[*DTYPES]}")
         if any(p.shape != pool.shape or p.dtype != pool.dtype or not p.is_contiguous() for p in self.pools):
-            raise ValueError("the KV pools are not all contiguous and alike")
+            raise ValueError("the KV pools must be contiguous, with the same shape and dtype")
         rows = len(self.pools) * self.num_heads * self.head_dim
         if len(self.weight) != rows or not self.weight.is_contiguous():
-            raise ValueError(f"the weight is not contiguous with {rows} rows, as the KV pools ask for")
+            raise ValueError(f"the weight must be contiguous with {rows} rows to match the KV pools")
         if self.bias is not None and self.bias.shape != (rows,):
-            raise ValueError(f"the bias does not have {rows} entries")
+            raise ValueError(f"the bias must have {rows} entries")
         if self.k_norm is not None and self.k_norm.shape != (self.num_layers, self.head_dim):
-            raise ValueError(f"k_norm is not [{self.num_layers}, {self.head_dim}]")
+            raise ValueError(f"k_norm must be [{self.num_layers}, {self.head_dim}]")
 
     @property
     def num_layers(self) -> int:
+        """Number of the drafter's layers."""
         return len(self.pools) // 2
 
     @property
     def num_heads(self) -> int:
+        """KV heads per layer."""
         return self.pools[0].shape[1]
 
     @property
     def head_dim(self) -> int:
+        """Size of a head."""
         return self.pools[0].shape[2]
 
     @cached_property
     def addresses(self) -> torch.Tensor:
-        """Where each pool begins, int64 [2 * layers]."""
+        """The pools' data pointers, int64 [2 * layers]."""
         return torch.tensor([pool.data_ptr() for pool in self.pools], device=self.weight.device)
 
 
 def folded(weight: torch.Tensor, norms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`weight` [rows, width] for inputs whose norms' weights, [width] together, have not been applied.
+    """Fold the norms' weights, [width] in total, into `weight` [rows, width].
 
-    Features themselves may be large in float16, their products with a norm's weight larger; those of weights are not.
+    Scaling weights instead of features avoids overflow in float16, where features may be large.
     """
     return (weight.float() * torch.cat([norm.float() for norm in norms])).to(weight.dtype)
 
@@ -107,7 +111,7 @@ def reference(
     positions: torch.Tensor,
     kv_slots: torch.Tensor,
 ) -> None:
-    """What `ingest` does, in torch and in float32."""
+    """`ingest` in torch and float32, for tests."""
     x = torch.cat([F.rms_norm(part.float(), part.shape[-1:], eps=made.epsilon) for part in parts], dim=-1)
     kv = F.linear(x, made.weight.float(), None if made.bias is None else made.bias.float())
     kv = kv.view(len(x), 2, made.num_layers, made.num_heads, made.head_dim)
@@ -130,35 +134,36 @@ def ingest(
 ) -> None:
     """Write K and V of n positions to the pools of every layer, in one launch.
 
-    `parts` are one or two tensors [n, width / parts], each normed by itself; they are read side by side, and multiplied
-    in the weight's dtype. They are copied first where they are of another, or not back to back. `cos_sin` [positions,
-    head_dim] holds cosines, then sines, of each position's angles. `positions` [n] and `kv_slots` [n] are int64 and
-    contiguous; no two of the slots may be equal. Neither is checked against the table or the pools: that would wait for
-    the device.
+    parts      one or two tensors [n, width / parts], normed separately and concatenated; copied first if they are not
+               contiguous or not of the weight's dtype
+    cos_sin    [max positions, head_dim], cosines then sines of each position's angles
+    positions  [n] int64, contiguous
+    kv_slots   [n] int64, contiguous, distinct
 
-    Raises ValueError for parts that do not fit the weight, and a table whose rows are not of head_dim numbers.
+    Positions and slots are not bounds-checked, as that would wait for the device. Raises ValueError if the shapes of
+    `parts` or `cos_sin` do not fit.
     """
     num_rows, part_width = parts[0].shape
     if len(parts) > 2 or any(part.shape != parts[0].shape for part in parts):
-        raise ValueError("at most two parts of the same shape are ingested")
+        raise ValueError("expected one or two parts of the same shape")
     if len(parts) * part_width != made.weight.shape[1]:
-        raise ValueError(f"{len(parts)} parts of width {part_width} do not make up the weight's {made.weight.shape[1]}")
+        raise ValueError(f"{len(parts)} parts of width {part_width} do not match the weight's {made.weight.shape[1]}")
     if cos_sin.shape[1] != made.head_dim or not cos_sin.is_contiguous():
-        raise ValueError(f"the rotary table is not contiguous with rows of {made.head_dim} numbers")
+        raise ValueError(f"the rotary table must be contiguous with rows of {made.head_dim} numbers")
     if num_rows > 0:
         launch(made, [readable(part, made.weight.dtype) for part in parts], cos_sin, positions, kv_slots, num_rows)
 
 
 def readable(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`part` as all parts are that the kernel sees, so that one kernel reads them all: the same tensor, as a rule."""
+    """`part` with the given dtype, contiguous and aligned, so that one specialization fits. Usually no copy."""
     part = part.to(dtype).contiguous()
     return part if part.data_ptr() % ALIGNMENT == 0 else part.clone()
 
 
 def warm_up(made: Ingestion, num_parts: int, cos_sin: torch.Tensor) -> None:
-    """Have every kernel compiled that ingestion may need, by launches with no rows, which write nothing.
+    """Compile every specialization that ingestion may need, by launches without rows.
 
-    SGLang may turn the rotary table into the model's type when a model first runs.
+    Includes the rotary table in the weight's dtype, as SGLang may convert it on the first forward.
     """
     width = made.weight.shape[1] // num_parts
     parts = [made.weight.new_zeros(1, width) for _ in range(num_parts)]
@@ -178,7 +183,7 @@ def launch(
     num_rows: int,
     block_rows: int | None = None,
 ) -> None:
-    """Launch the kernel for `num_rows` positions, in blocks of `block_rows`; None: of what suits them."""
+    """Launch the kernel for `num_rows` positions, in blocks of `block_rows` (default: chosen by `num_rows`)."""
     constants = constants_of(made, len(parts), block_rows or num_rows)
     blocks = max(1, triton.cdiv(num_rows, constants["BLOCK_ROWS"]))
     ingest_kernel[(len(made.pools) * made.num_heads, blocks)](
@@ -199,15 +204,15 @@ def launch(
 
 
 def block_sizes(made: Ingestion) -> tuple[int, ...]:
-    """Positions that one program may have. 16 are the least that tensor cores multiply."""
+    """Possible positions per program. Tensor cores need at least 16."""
     return (16, 32) if made.weight.dtype == torch.float32 else (16, 32, 64)
 
 
 def constants_of(made: Ingestion, num_parts: int, num_rows: int) -> dict[str, Any]:
-    """What the kernel is compiled for. Blocks are small enough for registers, and for 99 KiB of shared memory."""
+    """The kernel's compile-time constants. Blocks fit into registers and 99 KiB of shared memory."""
     sizes = block_sizes(made)
     is_wide, is_long = made.weight.dtype == torch.float32, made.head_dim > 128
-    # Triton's interpreter keeps bfloat16 as integers, and would multiply these.
+    # Triton's interpreter stores bfloat16 as integers and would multiply those.
     multiplied = torch.float32 if triton.knobs.runtime.interpret else made.weight.dtype
     return {
         "NUM_PARTS": num_parts,
@@ -225,14 +230,15 @@ def constants_of(made: Ingestion, num_parts: int, num_rows: int) -> dict[str, An
 
 
 def num_warps(made: Ingestion) -> int:
+    """Warps per program."""
     return 8 if made.head_dim > 128 else 4
 
 
-# Not specialized on what differs from call to call, or it would be compiled anew while serving.
+# Do not specialize on arguments that vary by call, to avoid recompiling while serving.
 @triton.jit(do_not_specialize=["num_rows", "positions", "kv_slots"])
 def ingest_kernel(
     first,  # [n, PART_WIDTH]
-    last,  # the second part, or the first again
+    last,  # the second part, or `first`
     weight,  # [2 * NUM_LAYERS * NUM_HEADS * HEAD_DIM, NUM_PARTS * PART_WIDTH]
     bias,
     k_norm,  # [NUM_LAYERS, HEAD_DIM]
@@ -256,12 +262,12 @@ def ingest_kernel(
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
     WIDTH: tl.constexpr = NUM_PARTS * PART_WIDTH
-    pool = tl.program_id(0) // NUM_HEADS  # K of each layer, then V of each, as the rows of the weight
+    pool = tl.program_id(0) // NUM_HEADS  # K of each layer, then V of each, like the rows of the weight
     head = tl.program_id(0) % NUM_HEADS
     rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = rows < num_rows
     half = tl.arange(0, HALF)
-    outputs = tl.program_id(0).to(tl.int64) * HEAD_DIM + half  # rows of the weight for the head's first half
+    outputs = tl.program_id(0).to(tl.int64) * HEAD_DIM + half  # weight rows of the head's first half
 
     low = tl.zeros((BLOCK_ROWS, HALF), tl.float32)
     high = tl.zeros((BLOCK_ROWS, HALF), tl.float32)
@@ -280,7 +286,7 @@ def ingest_kernel(
             w = weight + outputs[None, :] * WIDTH + (part * PART_WIDTH + columns)[:, None]
             w_low = tl.load(w, mask=is_column[:, None], other=0.0).to(MULTIPLIED)
             w_high = tl.load(w + HALF * WIDTH, mask=is_column[:, None], other=0.0).to(MULTIPLIED)
-            # "ieee": float32 is not to be rounded to TF32, as torch does not either. Of no effect on shorter types.
+            # "ieee": do not round float32 to TF32, as in torch. No effect on 16-bit types.
             part_low = tl.dot(x.to(MULTIPLIED), w_low, part_low, input_precision="ieee")
             part_high = tl.dot(x.to(MULTIPLIED), w_high, part_high, input_precision="ieee")
             squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)
@@ -291,7 +297,7 @@ def ingest_kernel(
     if HAS_BIAS:
         low += tl.load(bias + outputs).to(tl.float32)[None, :]
         high += tl.load(bias + outputs + HALF).to(tl.float32)[None, :]
-    if pool < NUM_LAYERS:  # V is neither normed nor turned
+    if pool < NUM_LAYERS:  # V has neither norm nor rope
         if HAS_K_NORM:
             scale = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / HEAD_DIM + epsilon)[:, None]
             low *= scale * tl.load(k_norm + pool * HEAD_DIM + half).to(tl.float32)[None, :]

@@ -1,4 +1,4 @@
-"""What both drafters need of SGLang: a loaded draft model, its KV pool, and forwards of it."""
+"""Shared by both drafters: a draft model loaded by SGLang, its KV pool and its forwards."""
 
 from __future__ import annotations
 
@@ -17,46 +17,49 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from whiflash_sglang.startup.checkpoints import DrafterSpec
 
 Plan = Callable[[ForwardBatch, int], None]
-"""Tells attention of a forward. The number: how many more entries are cached by then than when drafting began."""
+"""Plans attention for a forward. The int is the number of entries cached since drafting began."""
 
 
 class DraftRunner(NamedTuple):
-    """A draft model as SGLang runs it, and the target's parts that it borrows."""
+    """A draft model in SGLang, and the target model that it borrows parts of."""
 
     spec: DrafterSpec
     worker: Any  # TpModelWorker
     algorithm: Any  # CustomSpecAlgo
     target_model: torch.nn.Module
-    graph_sizes: tuple[int, ...] = ()  # batch sizes to capture drafts at; none: they run eagerly
+    graph_sizes: tuple[int, ...] = ()  # batch sizes to capture drafts at; empty: run eagerly
 
     @property
     def model(self) -> Any:
+        """The draft model."""
         return self.worker.model_runner.model
 
     @property
     def attention(self) -> Any:
+        """The draft model's attention backend."""
         return self.worker.model_runner.attn_backend
 
     @property
     def device(self) -> torch.device:
+        """The draft model's device."""
         return torch.device(self.worker.model_runner.device)
 
     def forward(self, block: DraftBlock, plan: Plan) -> Any:
-        """Run the draft model on a block of queries a row; LogitsProcessorOutput, flat over rows.
+        """Run the draft model on a block of queries per row. Returns a LogitsProcessorOutput, flat over rows.
 
-        The queries see the row's first `block.prefix_lens` entries and the block (causally or not, as the model's
-        attention layers say); their own KV is written to `block.kv_slots`.
+        The queries see the row's first `block.prefix_lens` entries and the block (causal or not, depending on the
+        model). Their own KV is written to `block.kv_slots`.
         """
         batch = self.batch(block)
         plan(batch, block.ahead)
-        # The model itself, not `ModelRunner.forward`: there a forward of one layer spends half its time on hooks for
-        # experts, profilers and input buffers, none of which concern a drafter.
+        # Bypass `ModelRunner.forward`, whose overhead (hooks for experts, profilers, input buffers) would take half
+        # the time of a one-layer forward.
         with forward_context(ForwardContext(attn_backend=self.attention)):
             return self.model(block.input_ids, block.positions, batch, input_embeds=block.input_embeds)
 
     def batch(self, block: DraftBlock) -> ForwardBatch:
-        """The block as SGLang's models and attention backends want it, lengths on the host excepted."""
-        # The mode that every attention backend implements as "a few queries behind a cached prefix".
+        """Convert a block to SGLang's ForwardBatch, without host lengths (see `tell_lens`)."""
+        # All attention backends support this mode: a few queries after a cached prefix.
         return ForwardBatch(
             forward_mode=ForwardMode.TARGET_VERIFY,
             batch_size=len(block.slots),
@@ -72,7 +75,7 @@ class DraftRunner(NamedTuple):
         )
 
     def eager_plan(self, lens: Sequence[int]) -> Plan:
-        """Plans each forward when it is run; `lens` [rows]: entries that are cached as drafting begins."""
+        """A plan for eager forwards; `lens` [rows]: entries cached before drafting."""
 
         def plan(batch: ForwardBatch, ahead: int) -> None:
             tell_lens(batch, [length + ahead for length in lens])
@@ -89,33 +92,33 @@ class DraftRunner(NamedTuple):
 
 
 def tell_lens(batch: ForwardBatch, lens: Sequence[int]) -> None:
-    """The lengths [rows] of a batch's prefixes, for what plans on the host."""
+    """Set the prefix lengths [rows] on the host, for attention backends that plan there."""
     batch.seq_lens_cpu = torch.tensor(lens, dtype=torch.int64)
     batch.seq_lens_sum = sum(lens)
 
 
-HEAD_ROWS = 1024  # 48 rows of a block of 16 are 720; logits of so many take 0.3 GB with a vocabulary of 152k
+HEAD_ROWS = 1024  # 48 rows with blocks of 16 need 720; their logits take 0.3 GB with a vocabulary of 152k
 
 
 class TargetHead:
-    """The target's head for a drafter that has none of its own: the best token for each hidden state.
+    """The target's LM head for drafters without one: greedy tokens from hidden states.
 
-    With tensor parallelism each rank holds the rows of some tokens, `first` and those behind it. Of every rank's best
-    the highest wins, and of equals the lowest token, as without ranks.
+    With tensor parallelism each rank holds the rows of consecutive tokens, starting at `first`. The highest logit over
+    all ranks wins; ties go to the lowest token id, as without ranks. Raises ValueError if a rank would hold no tokens.
     """
 
     def __init__(self, target_model: torch.nn.Module, vocab_size: int):
         head = target_model.lm_head
         self.group = get_tp_group()
         self.first = head.shard_indices.org_vocab_start_index
-        num_rows = min(head.shard_indices.org_vocab_end_index, vocab_size) - self.first  # the others only fill up
+        num_rows = min(head.shard_indices.org_vocab_end_index, vocab_size) - self.first  # without padding rows
         if num_rows < 1:
-            size, mend = self.group.world_size, "use a smaller --tp-size"
-            raise ValueError(f"--tp-size {size}: a rank would hold none of the {vocab_size} tokens of the head; {mend}")
+            size, fix = self.group.world_size, "use a smaller --tp-size"
+            raise ValueError(f"--tp-size {size}: a rank would hold none of the head's {vocab_size} tokens; {fix}")
         self.weight = head.weight[:num_rows]
 
     def best(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Token ids [...] for hidden states [..., hidden]. Logits are made for `HEAD_ROWS` of them at a time."""
+        """Token ids [...] for hidden states [..., hidden], computed in chunks of `HEAD_ROWS`."""
         if hidden[..., 0].numel() > HEAD_ROWS:
             parts = hidden.reshape(-1, hidden.shape[-1]).split(HEAD_ROWS)
             return torch.cat([self.best(part) for part in parts]).view(hidden.shape[:-1])
@@ -129,7 +132,7 @@ class TargetHead:
 
 
 class DraftBlock(NamedTuple):
-    """`size` queries for each row, flat over rows."""
+    """`size` queries per row, flat over rows."""
 
     size: int
     slots: torch.Tensor  # [rows] int64, request slots
@@ -137,20 +140,20 @@ class DraftBlock(NamedTuple):
     positions: torch.Tensor  # [rows * size] int64
     kv_slots: torch.Tensor  # [rows * size] int64
     prefix_lens: torch.Tensor  # [rows] int64, cached entries that the block attends to
-    ahead: int  # of these, how many more than when drafting began
-    input_embeds: torch.Tensor | None = None  # [rows * size, hidden], for models without an embedding of their own
+    ahead: int  # of these, entries cached since drafting began
+    input_embeds: torch.Tensor | None = None  # [rows * size, hidden], for models without their own embedding
     hidden_states: torch.Tensor | None = None  # [rows * size, hidden], EAGLE-3's features
 
 
 @dataclass
 class BlockInfo(DFlashVerifyInput):
-    """SGLang's description of a linear chain of queries, with the features that its EAGLE-3 model looks for there."""
+    """SGLang's `spec_info` for a linear chain of queries, with the features that its EAGLE-3 model expects there."""
 
     hidden_states: torch.Tensor | None = None
 
 
 def columns_of(layer_ids: tuple[int, ...], captured: tuple[int, ...], hidden_size: int) -> torch.Tensor | None:
-    """Columns of the captured features [captures * hidden] that belong to `layer_ids`, in their order; None: all.
+    """Columns of the captured features [captures * hidden] for `layer_ids`, in their order; None if that is all.
 
     captured (1, 9, 17), hidden 2, layer_ids (1, 17) -> columns 0 1 4 5
     """
@@ -166,14 +169,15 @@ def select_columns(features: torch.Tensor, columns: torch.Tensor | None) -> torc
 
 
 def kv_rows(spec: DrafterSpec, qkv: torch.nn.Module, q_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The K and V rows of a fused QKV projection's weight and bias, as views."""
+    """Views of the K and V rows of a fused QKV projection's weight and bias. Raises ValueError if it is quantized."""
     if qkv.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
-            f"the drafter {spec.path} is quantized ({qkv.weight.dtype}), and its K and V cannot be projected alone: "
-            "serve a drafter in bfloat16, with --speculative-draft-model-quantization unquant beside --quantization"
+            f"the drafter {spec.path} is quantized ({qkv.weight.dtype}), so K and V cannot be projected separately: "
+            "use a bfloat16 drafter, and with --quantization also --speculative-draft-model-quantization unquant"
         )
     return qkv.weight[q_size:], None if qkv.bias is None else qkv.bias[q_size:]
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight.T + bias for x [..., width], weight [out, width]."""
     return F.linear(x, weight, bias)

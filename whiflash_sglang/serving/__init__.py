@@ -1,4 +1,4 @@
-"""What runs in the scheduler's process around a round: the worker, the verify forward, ranks, figures.
+"""The scheduler-side runtime around a round: worker, verify forward, tensor-parallel ranks, metrics.
 
 May import `core`, `routing`, `drafters`, `startup` and `bridge`.
 """

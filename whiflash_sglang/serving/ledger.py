@@ -1,13 +1,13 @@
-"""What the server knows of each running request beside its tokens, by request slot, and what its rounds came to.
+"""Per-request records (span, context, hints, trace) by request slot, and round counts by span and context.
 
-    ledger.begin(slot, record)              a request's prompt is prefilled: its context, its hints, its span
-    rows = ledger.stand(rows)               before a round: every row with its `Standing`
-    ledger.count(rows, result, signals)     after it: spans move on, rounds and tokens are counted
+    ledger.begin(slot, record)              after a request's prefill
+    rows = ledger.stand(rows)               before a round: adds each row's `Standing`
+    ledger.count(rows, result, signals)     after a round: updates spans, counts rounds and tokens
 
-A round counts for the span in which it began, all of its tokens with it: that is what a router knows when it chooses,
-and so tokens / rounds of a span is the acceptance length that the choice led to there.
+A round, with all its tokens, counts for the span in which it began, because that is what the router knows when it
+chooses. Tokens / rounds of a span is therefore the acceptance length of that choice.
 
-Everything is on the host and in plain Python: for some tens of rows this is quicker than tensors.
+Plain Python on the host, which is faster than tensors for a few dozen rows.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from whiflash_sglang.core.types import HostRows, RoundResult, Standing
 from whiflash_sglang.routing.priors import Priors
 
 NOBODY = "none"  # a row that was not drafted for
-MAX_TRACED_ROUNDS = 1024  # of a request; what comes later is counted only
+MAX_TRACED_ROUNDS = 1024  # per request; later rounds are only counted
 
 Counts = dict[tuple[str, ...], list[int]]
 """Key -> [rounds, tokens]."""
 Signals = Mapping[str, Sequence[float]]
-"""What a router decided by, by kind (`entropy` in nats, `score` in AL): a number for each row."""
+"""The router's inputs by kind (`entropy` in nats, `score` in AL), one number per row."""
 
 
 @runtime_checkable
 class Explains(Protocol):
-    """A router that can say what it will decide by."""
+    """A router that can report its inputs."""
 
     def signals(self, slots: Sequence[int]) -> Signals:
-        """By kind: a number for each of the request slots, [rows]."""
+        """Kind -> one number per request slot, [rows]."""
         ...
 
 
@@ -43,18 +43,19 @@ class Trace:
     """Every round of one request, as token ids."""
 
     def __init__(self) -> None:
-        self.first: int | None = None  # what the prefill gave
+        self.first: int | None = None  # token sampled by the prefill
         self.rounds: list[dict[str, Any]] = []
         self.left_out = 0
 
     def begin(self, token: int, span: str) -> None:
-        """A prefill gave `token`; after a retraction it goes on where the text stood."""
+        """Record the token that a prefill sampled. After a retraction it is added as a round without drafts."""
         if self.first is None:
             self.first = token
         else:
             self.add({"drafter": NOBODY, "drafts": [], "accepted": 0, "tokens": [token], "span": span}, {}, 0)
 
     def add(self, entry: dict[str, Any], signals: Signals, row: int) -> None:
+        """Append a round with the signals of `row`, up to `MAX_TRACED_ROUNDS`."""
         if len(self.rounds) >= MAX_TRACED_ROUNDS:
             self.left_out += 1
             return
@@ -63,6 +64,7 @@ class Trace:
         self.rounds.append(entry)
 
     def figures(self) -> dict[str, Any]:
+        """The trace as plain data."""
         return {"first": self.first, "trace": self.rounds, "trace_rounds_left_out": self.left_out}
 
 
@@ -78,7 +80,7 @@ class Record:
         self.move(place)
 
     def move(self, place: Place) -> None:
-        """The text has grown, up to `place`."""
+        """Update the standing after the text has grown up to `place`."""
         self.place = place
         hints, kind, tool = self.hints, self.context.kind, self.hints.tool or self.context.tool
         prior = 0.0 if self.priors is None else self.priors.bias(kind, place.span, tool)
@@ -97,7 +99,7 @@ class Record:
 
 
 class Ledger:
-    """Records of running requests, and the sums of all requests that have been."""
+    """Records of running requests, and counts over all requests since startup."""
 
     def __init__(self, reader: SpanReader, priors: Priors | None = None):
         self.reader = reader
@@ -114,10 +116,10 @@ class Ledger:
         sampled: int | None,
         trace: Trace | None,
     ) -> Record:
-        """A request whose text so far is `prompt` and `output`, and the token `sampled` by its prefill.
+        """Create the record of a prefilled request from its token ids.
 
-        `output`: what it had when it was retracted. None is sampled while chunks of the prompt are still to come, and
-        nothing is read then: the last chunk's call reads all of it.
+        `output` is non-empty after a retraction. `sampled` is None for all but the last chunk of a chunked prefill;
+        the text is read only then.
         """
         if sampled is None:
             return Record(hints, context or Context(), Place(hints.span or ANSWER, ""), trace, self.priors)
@@ -132,10 +134,11 @@ class Ledger:
         return Record(hints, known, place, trace, self.priors)
 
     def begin(self, slot: int, record: Record) -> None:
+        """Store a request's record in its slot."""
         self.records[slot] = record
 
     def stand(self, rows: HostRows) -> HostRows:
-        """The rows with where each request stands. Those that want no drafts may not be drafted for."""
+        """Return the rows with their standings. Requests with the hint `route=off` are not draftable."""
         standings = [self.records[slot].standing for slot in rows.slots]
         draftable = rows.draftable
         if any(standing.route == OFF for standing in standings):
@@ -144,12 +147,12 @@ class Ledger:
         return rows._replace(standings=standings, draftable=draftable)
 
     def signals(self, rows: HostRows, router: object) -> Signals:
-        """What the router will decide by; nothing where no request of the batch is traced."""
+        """The router's inputs; empty if no request of the batch is traced."""
         traced = any(self.records[slot].trace is not None for slot in rows.slots)
         return router.signals(rows.slots) if traced and isinstance(router, Explains) else {}
 
     def count(self, rows: HostRows, result: RoundResult, signals: Signals) -> None:
-        """A round has been: texts grow, and their rounds are counted where they began."""
+        """Count a round for the span in which it began, and move spans forward."""
         names = drafter_by_row(result.plan)
         for row, (slot, committed) in enumerate(zip(rows.slots, result.committed, strict=True)):
             record, drafter = self.records[slot], names.get(row, NOBODY)
@@ -165,7 +168,7 @@ class Ledger:
                     "span": standing.span,
                 }
                 added = standing.prior + standing.asked_prior
-                if added and "score" in signals:  # a score in nats has no use for it
+                if added and "score" in signals:  # entropy thresholds in nats do not use priors
                     entry["prior"] = round(added, 4)
                 record.trace.add(entry, signals, row)
             place = self.reader.follow(record.place, committed)
@@ -175,7 +178,7 @@ class Ledger:
                 record.move(place)
 
     def snapshot(self) -> dict[str, Any]:
-        """Sums as plain data: numbers, and dicts of them."""
+        """Counts as nested dicts of numbers."""
         by_span: Counts = {}
         by_context: Counts = {}
         for (kind, span, drafter), (rounds, tokens) in self.counts.items():
@@ -201,7 +204,7 @@ def _figures(count: Iterable[int]) -> dict[str, int]:
 
 
 def _summed(counts: Counts) -> dict[str, dict[str, int]]:
-    """By the first part of the key."""
+    """Sum by the first part of the key."""
     sums: Counts = {}
     for (first, *_), (rounds, tokens) in counts.items():
         _add(sums, (first,), tokens, rounds)
@@ -209,7 +212,7 @@ def _summed(counts: Counts) -> dict[str, dict[str, int]]:
 
 
 def _nested(counts: Counts) -> dict[str, dict[str, dict[str, int]]]:
-    """By the first part of the key, then by the second."""
+    """Nest by the first, then the second part of the key."""
     result: dict[str, dict[str, dict[str, int]]] = {}
     for (first, second), count in counts.items():
         result.setdefault(first, {})[second] = _figures(count)

@@ -1,8 +1,8 @@
-"""What rounds did and what they cost, counted as they happen: in total since the server started, and by request.
+"""Counters and timings of rounds, in total since startup and per request.
 
-`Totals.snapshot()` is what `GET /server_info` shows under `internal_states[0].whiflash`, and what the replay reads;
-`Totals.request(slot)` is what a request's `meta_info["whiflash"]` shows. `Metrics` puts the totals beside SGLang's own
-Prometheus metrics.
+`Totals.snapshot()` is shown by `GET /server_info` under `internal_states[0].whiflash` and read by the replay.
+`Totals.request(slot)` is a request's `meta_info["whiflash"]`. `Metrics` exports the totals to Prometheus, next to
+SGLang's own metrics.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ STEPS = (
     "round",
     "between",
 )
-"""`commit` keeps the features of the window for all drafters.
+"""`commit` stores the features of the window for all drafters.
 
-`read` is the round's one copy to the host, and a prefill's. On a device that runs asynchronously it is where the host
-waits: the time of all steps before stands there, and what stands at these is launch time.
+`read` is the single copy to the host per round or prefill. On an asynchronous device the host waits there, so `read`
+contains the compute time of the steps before it, and those contain launch time only.
 
-`spans` follows the texts and counts by span. Half of it stands within `round`, which ends before the counting.
+`spans` tracks spans and counts. Half of it is part of `round`, which ends before the counting.
 
-`between` is from the end of a round to the beginning of the next, where no prefill came between: our counting, and
-SGLang's own work on results, requests and the next batch. A device has nothing to do meanwhile.
+`between` is the time from one round to the next without a prefill in between: our counting, and SGLang's work on
+results, requests and the next batch. The device is idle during it.
 """
 
 FIELDS = 9
@@ -51,10 +51,10 @@ ROUNDS, DRAFTED, ACCEPTED, SWITCHES, INGESTED, INGESTIONS, MISSED, CATCH_UPS, CA
 
 
 class NotDrafted:
-    """The share of rows that could have been drafted for and were not, over about the last `ROWS`.
+    """The share of draftable rows that went without drafts, over about the last `ROWS` rows.
 
-    A router that weighs costs leaves drafts out where they do not pay. It is worth a warning where that is nearly
-    always so: the drafters do not know the text, or the costs are wrong.
+    A cost-aware router skips drafting where it does not pay off. If that is nearly always, a warning is due: the
+    drafters do not fit the text, or the costs are wrong.
     """
 
     ROWS, MUCH, EVERY_S = 1024, 0.9, 600.0
@@ -65,14 +65,14 @@ class NotDrafted:
         self.next_warning = 0.0
 
     def count(self, num_rows: int, num_drafted: int) -> None:
-        """A round in which `num_rows` rows could have been drafted for."""
+        """Count a round with `num_rows` draftable rows."""
         if num_rows:
             self.rows += num_rows
             weight = min(1.0, num_rows / min(self.ROWS, self.rows))
             self.share += weight * (1 - num_drafted / num_rows - self.share)
 
     def is_due(self) -> bool:
-        """Whether a warning is, which is then counted as given."""
+        """Whether to warn now. True at most once per `EVERY_S` seconds."""
         if self.share < self.MUCH or self.rows < self.ROWS or time.monotonic() < self.next_warning:
             return False
         self.next_warning = time.monotonic() + self.EVERY_S
@@ -80,9 +80,9 @@ class NotDrafted:
 
     def __str__(self) -> str:
         return (
-            f"{self.share:.0%} of the last {self.ROWS} rows were not drafted for: drafts of this text are not accepted "
-            "often enough to pay for their time. GET /whiflash/stats shows acceptance by span, and what rounds are "
-            "expected to cost (round_ms)"
+            f"{self.share:.0%} of the last {self.ROWS} rows were not drafted for: too few drafts of this text are "
+            "accepted to pay for their time. See GET /whiflash/stats for acceptance by span and expected round costs "
+            "(round_ms)"
         )
 
 
@@ -91,9 +91,9 @@ Table = list[list[float]]
 
 
 class Totals:
-    """Counters of each running request and of all that have been, and the time spent in each step of a round.
+    """Counters per running request and in total, and the time spent in each step of a round.
 
-    Everything is on the host and in plain Python: for some tens of rows this is quicker than tensors.
+    Plain Python on the host, which is faster than tensors for a few dozen rows.
     """
 
     def __init__(
@@ -107,20 +107,20 @@ class Totals:
         self.ledger = Ledger(SpanReader(Markers(), {}) if reader is None else reader, priors)
         self.seconds = dict.fromkeys(STEPS, 0.0)
         self.steps = 0
-        self.round_ended: float | None = None  # when the last step did, if it was a round
+        self.round_ended: float | None = None  # time.perf_counter(), if the last step was a round
         self.health = Health()  # of the round's drafters
-        self.pool: dict[str, int] = {}  # KV tokens; each stands in the target's pool and in that of every drafter
-        self.costs: RoundCosts | None = None  # of a router that weighs them
+        self.pool: dict[str, int] = {}  # KV tokens; each has an entry in the pools of the target and every drafter
+        self.costs: RoundCosts | None = None  # of a cost-aware router
         self.prior_share: PriorShare | None = None  # of a router with priors
         self.not_drafted = NotDrafted()
-        self.sums = self._blank()  # of all requests that have been
-        self.running = [self._blank() for _ in range(num_slots)]  # by request slot, of its newest request
-        self.longest = [0] * num_slots  # backlog that a drafter found waiting
+        self.sums = self._blank()  # over all requests
+        self.running = [self._blank() for _ in range(num_slots)]  # by request slot, of its latest request
+        self.longest = [0] * num_slots  # longest backlog at a catch-up, in tokens
         self.longest_ever = 0
         self.last_choice: list[str | None] = [None] * num_slots
 
     def start(self, slots: Sequence[int]) -> None:
-        """A request begins in each of these slots, or goes on with its prompt: it has had no round."""
+        """Reset the slots of newly prefilled requests."""
         self.round_ended = None
         for slot in slots:
             self.running[slot] = self._blank()
@@ -142,7 +142,7 @@ class Totals:
         self.count_catch_ups(result.catch_ups)
 
     def count_catch_ups(self, catch_ups: Mapping[str, CatchUp]) -> None:
-        """Add passes that brought drafters up to date; a pass's time is shared by the tokens of its requests."""
+        """Add catch-up passes. A pass's time is divided among its requests by tokens."""
         for name, (slots, lens, missed, seconds) in catch_ups.items():
             each = seconds / sum(lens)
             for slot, length, late in zip(slots, lens, missed, strict=True):
@@ -161,7 +161,7 @@ class Totals:
 
     @contextmanager
     def timed_round(self) -> Iterator[None]:
-        """Add the wall time of the block to `round`, and what has passed since the round before to `between`."""
+        """Add the wall time of the block to `round`, and the time since the previous round to `between`."""
         if self.round_ended is not None:
             self.seconds["between"] += time.perf_counter() - self.round_ended
         with self.timed("round"):
@@ -169,7 +169,7 @@ class Totals:
         self.round_ended = time.perf_counter()
 
     def snapshot(self) -> dict[str, Any]:
-        """Totals as plain data: counts of rows, `seconds` by step, `steps` = rounds of whole batches."""
+        """Totals as plain data. `rounds` count rows, `steps` count batches, `seconds` are by step."""
         return {
             **self._figures(self.sums, self.longest_ever),
             "steps": self.steps,
@@ -192,7 +192,7 @@ class Totals:
         return [[0] * FIELDS for _ in self.names]
 
     def _add(self, slot: int, name: str, first: int, figures: Sequence[float]) -> None:
-        """Add `figures` to the fields from `first` on, of the request in `slot` and of all."""
+        """Add `figures` to the fields from `first` on, for the request in `slot` and in total."""
         drafter = self.names.index(name)
         for table in (self.sums, self.running[slot]):
             counts = table[drafter]
@@ -200,10 +200,10 @@ class Totals:
                 counts[field] += figure
 
     def _figures(self, table: Table, longest: int) -> dict[str, Any]:
-        """Plain data of `table`.
+        """`table` as plain data.
 
-        A drafter that goes on ingests the last round's tokens. `catch_up` counts only what an idle one had missed
-        before, a pass for each request. `backlog_mean` is of what a drafter found waiting, either way.
+        An active drafter ingests the last round's tokens in every round. `catch_up` counts only what an idle drafter
+        had missed before that, with one pass per request. `backlog_mean` covers both.
         """
 
         def by_drafter(field: int) -> dict[str, int]:
@@ -230,9 +230,9 @@ class Totals:
 
 
 class RequestFigures:
-    """A request's figures as SGLang's per-token `customized_info`: nothing until it has ended, then one element.
+    """A request's figures as SGLang's per-token `customized_info`: empty until it has ended, then one element.
 
-    SGLang slices this by the tokens that it is about to send, the last time when the request has ended.
+    SGLang slices this by the tokens it is about to send, last after the request has ended.
     """
 
     def __init__(self, totals: Totals, request: Any, asked: Asked):
@@ -242,15 +242,15 @@ class RequestFigures:
         self.trace = Trace() if asked.hints.trace else None
 
     def begin(self, sampled: int | None) -> None:
-        """The request is prefilled, with a chunk of its prompt (nothing is `sampled`) or the last of it; after a
-        retraction once more."""
+        """Start recording after a prefill, also after each chunk and after a retraction. `sampled` is None for all but
+        the last chunk."""
         ledger, request = self.totals.ledger, self.request
         self.slot = int(request.req_pool_idx)
         self.record = ledger.record(*self.asked, request.origin_input_ids, request.output_ids, sampled, self.trace)
         ledger.begin(self.slot, self.record)
 
     def __getitem__(self, tokens: slice) -> list[dict[str, Any]]:
-        # The slot has been given back by then, but its figures stand until its next request's prefill.
+        # The slot is already released, but its figures stay until its next request's prefill.
         if not self.request.finished():
             return []
         names = self.totals.names[:-1]
@@ -260,12 +260,12 @@ class RequestFigures:
 
 
 class Metrics:
-    """The totals as Prometheus metrics `whiflash_*`, which `/metrics` shows beside SGLang's own."""
+    """The totals as Prometheus metrics `whiflash_*`, shown by SGLang's `/metrics`."""
 
     INTERVAL_S = 1.0
 
     def __init__(self, totals: Totals, labels: Mapping[str, str]):
-        # Imported late: SGLang has to set the folder for metrics of several processes first.
+        # Lazy: SGLang must first set the folder for multi-process metrics.
         from prometheus_client import Counter, Gauge
 
         self.totals = totals
@@ -278,37 +278,42 @@ class Metrics:
             "drafted_tokens": ("Draft tokens proposed.", "drafter"),
             "accepted_tokens": ("Draft tokens accepted.", "drafter"),
             "ingested_tokens": ("Tokens ingested by a drafter while decoding.", "drafter"),
-            "failed_drafts": ("Rounds of a request whose drafts held NaN or infinities.", "drafter"),
-            "catch_up_tokens": ("Those of them that it had missed while it was idle.", None),
-            "catch_up_passes": ("Times that a drafter caught up with a request.", None),
-            "catch_up_seconds": ("Wall time of catching up.", None),
-            "switches": ("Rounds of a request with another drafter than the one before.", None),
-            "step_seconds": ("Wall time by step of a round; prefill steps too.", "step"),
+            "failed_drafts": ("Request rounds with NaN or infinity in the drafts.", "drafter"),
+            "catch_up_tokens": ("Ingested tokens that an idle drafter had missed.", None),
+            "catch_up_passes": ("Catch-ups of a drafter with a request.", None),
+            "catch_up_seconds": ("Wall time of catch-up passes.", None),
+            "switches": ("Request rounds whose drafter differs from the round before.", None),
+            "step_seconds": ("Wall time by step of a round, including prefill steps.", "step"),
             "span_rounds": ("Decode rounds of requests by the span in which they began.", "span"),
             "span_tokens": ("Tokens committed by these rounds.", "span"),
-            "context_rounds": ("Decode rounds of requests by what their prompts ended with.", "context_kind"),
+            "context_rounds": (
+                "Decode rounds of requests by what their prompts end with.",
+                "context_kind",
+            ),
             "context_tokens": ("Tokens committed by these rounds.", "context_kind"),
         }
         self.counters = {
             key: Counter(f"whiflash_{key}", text, [*names, *([label] if label else [])])
             for key, (text, label) in counters.items()
         }
-        self.longest = Gauge("whiflash_backlog_max_tokens", "Longest backlog that a drafter found waiting.", names)
+        self.longest = Gauge("whiflash_backlog_max_tokens", "Longest backlog of a drafter at a catch-up.", names)
         self.pool = Gauge(
-            "whiflash_kv_pool_tokens", "KV tokens of the pool, and lost to draft pools.", [*names, "kind"]
+            "whiflash_kv_pool_tokens", "KV tokens in the pool, and lost to draft pools.", [*names, "kind"]
         )
         self.not_drafted = Gauge(
-            "whiflash_not_drafted_share", "Share of the last rows that went without drafts as these did not pay.", names
+            "whiflash_not_drafted_share", "Share of recent rows for which drafting did not pay off.", names
         )
         self.wrong = Gauge(
-            "whiflash_round_costs_wrong", "Times that a round took twice or half of what the start had measured.", names
+            "whiflash_round_costs_wrong",
+            "Rounds that took twice or half the time measured at startup.",
+            names,
         )
         self.off = Gauge(
             "whiflash_drafter_switched_off",
-            "1: produced NaN for several requests and is not used.",
+            "1 if the drafter is switched off after producing NaN for several requests.",
             [*names, "drafter"],
         )
-        # Every series is there from the start: a rate over one that comes with its first count lacks that count.
+        # Create every series at startup: a series that appears with its first count would lose that count in rates.
         known = {"drafter": totals.names, "step": STEPS, "span": SPANS, "context_kind": CONTEXT_KINDS, None: [None]}
         for key, (_, label) in counters.items():
             for value in known[label]:
@@ -316,7 +321,7 @@ class Metrics:
         self.write(totals.snapshot())
 
     def update(self, at_once: bool = False) -> None:
-        """Bring the metrics up to the totals: at most once in a while, and `at_once` where no round may follow."""
+        """Update the metrics, at most once per `INTERVAL_S`, or `at_once` if no round may follow."""
         now = time.monotonic()
         if now < self.next_update and not at_once:
             return
@@ -324,6 +329,7 @@ class Metrics:
         self.write(self.totals.snapshot())
 
     def write(self, figures: Mapping[str, Any]) -> None:
+        """Set the metrics to `Totals.snapshot()` figures."""
         by_label = {
             "rounds": figures["rounds_by_drafter"],
             "drafted_tokens": figures["drafted_by_drafter"],

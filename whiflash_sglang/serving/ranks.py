@@ -1,21 +1,20 @@
-"""Several processes that serve one model (`--tp-size`): what the first one decides, all of them do.
+"""Tensor-parallel ranks (`--tp-size`): rank 0 decides, the others follow.
 
-Every rank holds a part of each layer and runs the same rounds. A rank that drafted with another drafter, or committed
-another token, would run a forward of another shape, and the ranks would wait for each other for ever. What ranks
-compute together (a layer's output, logits) is the same on all of them to the last bit. What each finds out by itself
-need not be: the time that a round took, a coin, the last bit of a product. So at three places of a round the first
-rank's word counts, and what the others found is dropped:
+Every rank holds a shard of each layer and runs the same rounds. If ranks disagreed on a drafter or a committed token,
+their forwards would differ in shape and deadlock. Collective results (layer outputs, logits) are bitwise equal on all
+ranks, but local results may differ: round times, random choices, the last bit of a product. Rank 0's result is
+therefore broadcast at three points of a round:
 
-    SharedRouter     the plan. Only the first rank's router looks at anything and learns; the others are not asked
-    SharedDrafter    drafts, and whether a drafter's arithmetic has failed
+    SharedRouter     the plan; only rank 0's router routes and learns
+    SharedDrafter    drafts, and whether they are finite
     SharedTarget     the target's choice at every position, greedy or sampled
 
-    ranks.share(decode_round)                   puts them into a round; nothing with one process
-    ranks.first(run)                            measurements: everyone gets the first rank's
-    ranks.same(tokens)                          a tensor: everyone gets the first rank's
+    ranks.share(decode_round)                   wraps router, drafters and target; a no-op with one rank
+    ranks.first(run)                            returns rank 0's measurements on every rank
+    ranks.same(tokens)                          returns rank 0's tensor on every rank
 
-`digests` shows whether it holds: each rank sums up the rounds that it has done (requests, drafters, committed tokens),
-and the sums are compared. `corrected` counts tokens that a rank would have chosen otherwise; it should stay 0.
+`digests` verifies this: each rank hashes its rounds (requests, drafters, committed tokens), and the hashes are
+compared. `corrected` counts tokens on which a rank disagreed with rank 0; it should stay 0.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from whiflash_sglang.serving.ledger import Explains
 
 
 class Ranks:
-    """The ranks of one model, seen from one of them.
+    """The ranks of one model, as seen by this rank.
 
-    `device_group` carries tensors of the model's device, `host_group` those of the host. Without groups: one process.
+    `device_group` and `host_group` are torch.distributed groups for device and host tensors. Without groups: one rank.
     """
 
     def __init__(self, device_group: Any = None, host_group: Any = None):
@@ -44,15 +43,16 @@ class Ranks:
         self.host_group = host_group
         self.size = 1 if host_group is None else dist.get_world_size(host_group)
         self.rank = 0 if host_group is None else dist.get_rank(host_group)
-        self.corrected: int | torch.Tensor = 0  # tokens of this rank that were not the first one's
-        self.digest = 0  # of the rounds so far
+        self.corrected: int | torch.Tensor = 0  # tokens on which this rank disagreed with rank 0
+        self.digest = 0  # hash of the rounds so far
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def share(self, decode_round: DecodeRound) -> None:
-        """Let the first rank's word count in a round that has just been put together."""
+        """Wrap a new round's router, drafters and target so that rank 0 decides."""
         if self.size == 1:
             return
         names = tuple(decode_round.drafters)
@@ -61,16 +61,16 @@ class Ranks:
         decode_round.target = SharedTarget(decode_round.target, self)
 
     def same(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The first rank's `tokens`, of the same shape on every rank."""
+        """Broadcast rank 0's `tokens`; the shape must be the same on every rank."""
         if self.size == 1:
             return tokens
         shared = tokens.contiguous().clone()
         dist.broadcast(shared, group=self.device_group, group_src=0)
-        self.corrected = self.corrected + (shared != tokens).sum()  # read when somebody asks: no wait for a device
+        self.corrected = self.corrected + (shared != tokens).sum()  # stays on the device until `snapshot`
         return shared
 
     def first(self, run: Callable[..., tuple[float, ...]]) -> Callable[..., tuple[float, ...]]:
-        """`run` on every rank, with the first rank's numbers as the result on all of them."""
+        """Wrap `run` so that it runs on every rank and returns rank 0's numbers."""
         if self.size == 1:
             return run
 
@@ -87,7 +87,7 @@ class Ranks:
         self.digest = zlib.crc32(repr(done).encode(), self.digest)
 
     def snapshot(self) -> dict[str, Any]:
-        """Plain data; every rank must ask at the same time. Numbers of each rank, the first one's first."""
+        """Digests and corrections of all ranks, as plain data. A collective: all ranks must call it together."""
         if self.size == 1:
             return {"size": 1}
         own = torch.tensor([self.digest, int(self.corrected)], dtype=torch.int64)
@@ -98,16 +98,17 @@ class Ranks:
 
 
 class SharedRouter(Router):
-    """The plan of the first rank's `inner`; `names`: the drafters, in the same order on every rank."""
+    """Broadcasts the plan of rank 0's router. `names`: the drafters, in the same order on every rank."""
 
     def __init__(self, inner: Router, ranks: Ranks, names: tuple[str, ...]):
         self.inner = inner
         self.ranks = ranks
         self.names = names
-        self.shared_probe: Probe | None = None  # of the plan that was routed last
+        self.shared_probe: Probe | None = None  # for the last plan
 
     def route(self, rows: HostRows) -> Plan:
-        # [rows + 2]: each row's index into names, or -1 if it is not drafted for; drafter and row of the probe, or -1.
+        """Rank 0's plan, broadcast with its probe."""
+        # [rows + 2]: each row's index into names, or -1 without drafts; then the probe's drafter and row, or -1.
         choice = torch.full((len(rows.slots) + 2,), -1, dtype=torch.int64)
         if self.ranks.is_first:
             plan = self.inner.route(rows)
@@ -118,30 +119,33 @@ class SharedRouter(Router):
         dist.broadcast(choice, group=self.ranks.host_group, group_src=0)
         *chosen, drafter, row = choice.tolist()
         self.shared_probe = Probe(self.names[drafter], row) if drafter >= 0 else None
-        # The first rank reads it too: drafters draft, and ranks exchange what they compute, in the order of the plan.
+        # Rank 0 decodes it too: drafters run, and communicate, in the order of the plan.
         return plan_of({row: self.names[index] for row, index in enumerate(chosen) if index >= 0})
 
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
+        """Rank 0's probe for the last plan."""
         return self.shared_probe
 
     def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor | None:
+        """Signals on rank 0, None on the others."""
         return self.inner.observe(logits, hidden, at) if self.ranks.is_first else None
 
     def keep(self, slots: Sequence[int], signals: Sequence[Sequence[float]]) -> None:
-        self.inner.keep(slots, signals)  # on the first rank: the others observe nothing
+        self.inner.keep(slots, signals)  # only called on rank 0; the others observe nothing
 
     def learn(self, rows: HostRows, result: RoundResult, ms: float) -> None:
+        """Count the round for the digest; learn on rank 0."""
         self.ranks.count(rows, result)
         if self.ranks.is_first:
             self.inner.learn(rows, result, ms)
 
     def signals(self, slots: Sequence[int]) -> Mapping[str, Sequence[float]]:
-        """What the first rank decides by; the others' figures of a request are not shown to anybody."""
+        """The router's inputs on rank 0; empty on the others, whose figures are not reported."""
         return self.inner.signals(slots) if self.ranks.is_first and isinstance(self.inner, Explains) else {}
 
 
 class SharedDrafter(Drafter):
-    """Drafts of the first rank."""
+    """Broadcasts rank 0's drafts."""
 
     def __init__(self, inner: Drafter, ranks: Ranks):
         self.inner = inner
@@ -153,13 +157,13 @@ class SharedDrafter(Drafter):
 
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
         tokens, finite = self.inner.draft(rows, last)
-        # One message: the tokens of each row, and whether they can be trusted.
+        # One message: each row's tokens and whether they are finite.
         packed = self.ranks.same(torch.cat([tokens.to(torch.int64), finite[:, None].to(torch.int64)], dim=1))
         return Drafts(packed[:, :-1], packed[:, -1] != 0)
 
 
 class SharedTarget(Target):
-    """Choices of the first rank."""
+    """Broadcasts rank 0's choices."""
 
     def __init__(self, inner: Target, ranks: Ranks):
         self.inner = inner
@@ -171,7 +175,7 @@ class SharedTarget(Target):
 
 
 def tp_ranks() -> Ranks:
-    """The processes among which `--tp-size` has divided the model that this one serves a part of."""
+    """The ranks of SGLang's tensor-parallel group."""
     from sglang.srt.distributed import get_tp_group
 
     group = get_tp_group()

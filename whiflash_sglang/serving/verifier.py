@@ -1,6 +1,6 @@
-"""The target behind one door: rows and a proposal in, the target's choices and features out.
+"""The verify forward: rows and a proposal in, the target's choices and features out.
 
-The only code that fills SGLang's batch for a verify forward, and the only one that samples.
+The only code that prepares SGLang's batch for a verify forward, and the only code that samples.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from whiflash_sglang.serving.verify_graphs import VerifyWidth
 
 
 class SGLangTarget:
-    """Verifies on an SGLang target worker. `bind` names the batch that the next call is about.
+    """Verifies with an SGLang target worker. `bind` sets the batch for the next call.
 
-    `feature_size` is captures * hidden: what a forward returns behind these columns are the final hidden states.
-    `widths`: what windows of each width are verified with.
+    `feature_size` is captures * hidden; the columns after it are the final hidden states. `widths`: attention backend
+    and CUDA graphs by verify width.
     """
 
     def __init__(self, worker: Any, feature_size: int, widths: Mapping[int, VerifyWidth]):
@@ -35,15 +35,17 @@ class SGLangTarget:
         self.widths = widths
         self.batch: Any = None
         self.said = Said()
-        self.logprobs: LogitsProcessorOutput | None = None  # of the last verify, where the batch wants them
+        self.logprobs: LogitsProcessorOutput | None = None  # of the last verify, if requested
 
     def bind(self, batch: Any) -> None:
+        """Set SGLang's batch for the next `verify`."""
         self.batch = batch
         self.logprobs = None
 
     def verify(self, rows: Rows, proposal: Proposal) -> Verified:
+        """See `Target.verify`."""
         num_rows, width = proposal.tokens.shape
-        # Before the forward: masks are made on the host, along the drafts, while the target computes.
+        # Before the forward, so that the host computes grammar masks while the target runs.
         tree = GrammarTree.from_linear_chain(proposal.tokens) if self.batch.has_grammar else None
         logits_output = self.forward(rows, proposal.tokens)
         logits = logits_output.next_token_logits.view(num_rows, width, -1)
@@ -52,7 +54,7 @@ class SGLangTarget:
         return Verified(self.predict(logits, positions, proposal.tokens, tree), logits, features, hidden)
 
     def split(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Captured features and final hidden states of what a forward returned, [..., captures * hidden + hidden]."""
+        """Split `states` [..., captures * hidden + hidden] into captured features and final hidden states."""
         return states[..., : self.feature_size], states[..., self.feature_size :]
 
     def forward(self, rows: Rows, tokens: torch.Tensor) -> LogitsProcessorOutput:
@@ -60,7 +62,7 @@ class SGLangTarget:
         batch, width = self.batch, tokens.shape[1]
         positions = rows.prefix_lens[:, None] + torch.arange(width, device=tokens.device)
         batch.out_cache_loc = rows.kv_slots[:, 1 : 1 + width].reshape(-1)
-        # Host mirrors of the lengths count the window too, as attention backends plan with them.
+        # Attention backends plan with the host's lengths, which must include the window.
         committed = batch.seq_lens_cpu
         batch.seq_lens_cpu = committed + width
         batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
@@ -76,10 +78,10 @@ class SGLangTarget:
     def predict(
         self, logits: torch.Tensor, positions: torch.Tensor, window: torch.Tensor, tree: GrammarTree | None = None
     ) -> torch.Tensor:
-        """The target's choice at every position of the window, as SGLang would make it there; [rows, width] int64.
+        """The target's choice at every window position, sampled as SGLang would; [rows, width] int64.
 
-        `logits` [rows, width, vocab], `positions` and `window` [rows, width] of the tokens that the logits follow;
-        `tree` as `adjust` takes it.
+        `logits` [rows, width, vocab]; `positions` and `window` [rows, width] of the tokens before the choices; `tree`:
+        see `adjust`.
         """
         batch, sampling = self.batch, self.batch.sampling_info
         logits = adjust(logits, window, batch, tree, self.said)
@@ -99,10 +101,9 @@ class SGLangTarget:
 
 
 def process_first(logits: torch.Tensor, sampling: Any) -> torch.Tensor:
-    """A copy of `logits` [rows, width, vocab] whose first column has been through the requests' own processors.
+    """A copy of `logits` [rows, width, vocab] with custom logit processors applied to the first column.
 
-    They are code of the operator's that may look at anything, so rows with one are not drafted for (see `draftable`)
-    and their other columns are not used.
+    Processors are arbitrary code, so their rows are not drafted for (see `draftable`) and use no other columns.
     """
     logits = logits.clone()
     first = logits[:, 0].clone()
@@ -112,34 +113,34 @@ def process_first(logits: torch.Tensor, sampling: Any) -> torch.Tensor:
 
 
 def log_probabilities(batch: Any, logits: torch.Tensor, tokens: torch.Tensor) -> LogitsProcessorOutput:
-    """What SGLang is to return of log probabilities: for every column of the window, as for a chain all of which was
-    accepted. It takes as many of a row as were."""
+    """Logprobs of `tokens` [rows, width] from `logits` [rows, width, vocab], at every window column. SGLang uses the
+    accepted ones."""
     num_rows, width = tokens.shape
     output = LogitsProcessorOutput(next_token_logits=logits.reshape(num_rows * width, -1))
     every_column = torch.arange(num_rows * width, device=tokens.device).view(num_rows, width)
     compute_spec_v2_logprobs(batch, output, tokens.reshape(-1), every_column, width - 1)
-    output.next_token_logits = None  # large, and of no use to the host
+    output.next_token_logits = None  # large, and unused on the host
     all_as_tensors(output)
     return output
 
 
 def all_as_tensors(output: LogitsProcessorOutput) -> None:
-    """SGLang reads the log probabilities of certain tokens as tensors, and has empty lists for the requests of a batch
-    that ask for none: that would end the scheduler."""
+    """Convert token-id logprobs to tensors. SGLang leaves empty lists for requests without them, then crashes when it
+    reads them as tensors."""
     values = output.next_token_token_ids_logprobs_val
     if values is not None:
         output.next_token_token_ids_logprobs_val = [torch.as_tensor(value) for value in values]
 
 
 def draftable(batch: Any) -> list[bool] | None:
-    """Of each row [rows] whether its logits can be adjusted at every column; None: all of them can be."""
+    """Per row [rows], whether it can be drafted for (no custom logit processor). None if all can."""
     if not batch.sampling_info.has_custom_logit_processor:
         return None
     return [request.custom_logit_processor is None for request in batch.reqs]
 
 
 def repeat_sampling(sampling: Any, width: int) -> Any:
-    """SGLang's sampling parameters with each row repeated for every column of its window."""
+    """SGLang's sampling parameters with each row repeated `width` times."""
     repeated = copy.copy(sampling)
     for name in ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed"):
         value = getattr(sampling, name)

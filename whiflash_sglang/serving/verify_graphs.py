@@ -1,10 +1,9 @@
-"""Verify widths: what SGLang's target needs to verify windows of each width that rounds have.
+"""Attention backends and CUDA graphs of the target, one set per verify width.
 
-SGLang verifies windows of one width, which its attention backends may have fixed when they were made (FlashAttention
-does) and its CUDA graphs have in any case. Rounds have several: of a DFlash block, of an EAGLE-3 chain, and of the
-anchor alone where nobody drafts. So each gets an attention backend and a family of graphs of its own at start, made as
-SGLang's adaptive EAGLE makes them, and is put in place while a window of that width is verified. Nothing is captured
-while requests are served.
+SGLang verifies a single width, which is fixed in its CUDA graphs and in some attention backends (FlashAttention). Our
+rounds have several: a DFlash block, an EAGLE-3 chain, and the anchor alone without drafts. Each width gets its own
+backend and graphs at startup, built as SGLang's adaptive EAGLE builds them, and they are swapped in for each verify.
+Nothing is captured while serving.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from sglang.srt.runtime_context import get_context, get_spec
 
 
 class VerifyWidth(NamedTuple):
-    """What windows of one width are verified with."""
+    """Attention backend and graphs for windows of one width."""
 
     attention: Any  # AttentionBackend
-    graphs: Any  # DecodeCudaGraphRunner; None where SGLang captures none
+    graphs: Any  # DecodeCudaGraphRunner, or None without CUDA graphs
 
     @contextmanager
     def in_place(self, target_runner: Any) -> Iterator[None]:
-        """While this lasts, the target's forwards are those of this width."""
+        """Context in which the target's forwards use this width."""
         others = target_runner.attn_backend, target_runner.decode_cuda_graph_runner
         target_runner.attn_backend, target_runner.decode_cuda_graph_runner = self
         try:
@@ -34,23 +33,23 @@ class VerifyWidth(NamedTuple):
 
 
 def verify_widths(target_runner: Any, widths: Iterable[int]) -> Mapping[int, VerifyWidth]:
-    """By width. Of the one that the server was started with, what SGLang has made already."""
+    """Width -> backend and graphs. For the server's own width, reuses what SGLang has already created."""
     own = VerifyWidth(target_runner.attn_backend, target_runner.decode_cuda_graph_runner)
     made = {get_spec().speculative_num_draft_tokens: own}
-    for width in sorted({*widths} - {*made}, reverse=True):  # smaller ones find room in the larger ones' memory
+    for width in sorted({*widths} - {*made}, reverse=True):  # smaller graphs reuse the memory of larger ones
         made[width] = _make(target_runner, width)
     return made
 
 
 def graph_sizes(target_runner: Any) -> tuple[int, ...]:
-    """Batch sizes that SGLang has captured the target's windows at; drafts are captured at the same."""
+    """Batch sizes of SGLang's captured graphs; empty without CUDA graphs. Drafts are captured at the same sizes."""
     graphs = target_runner.decode_cuda_graph_runner
     return () if graphs is None else tuple(graphs.capture_bs)
 
 
 @contextmanager
 def made_for(width: int) -> Iterator[None]:
-    """What SGLang makes while this lasts, it makes for forwards of `width` queries a request."""
+    """Context in which SGLang creates backends and graphs for `width` queries per request."""
     with get_context().preserve_config():
         get_context().override("whiflash.width", speculative_num_draft_tokens=width)
         yield
@@ -61,7 +60,7 @@ def _make(target_runner: Any, width: int) -> VerifyWidth:
         attention = target_runner._get_attention_backend(init_new_workspace=True)
         graphs = None
         if target_runner.decode_cuda_graph_runner is not None:
-            # Here, as it imports what a server without graphs never needs.
+            # Lazy: not needed without CUDA graphs.
             from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
 
             graphs = DecodeCudaGraphRunner(target_runner, attn_backend=attention, speculative_num_draft_tokens=width)

@@ -1,8 +1,8 @@
-"""The WHIFLASH speculative worker: SGLang's calls in, rounds out. No algorithm lives here.
+"""The WHIFLASH speculative worker: translates SGLang's calls into rounds. Contains no algorithm.
 
-SGLang's scheduler calls `forward_batch_generation` with a prefill batch (whole prompts or chunks of them) or with a
-decode batch (one round). What survives between calls is the bonus token and the length, in `batch.spec_info`; features
-and routing statistics belong to drafters and router, keyed by request slot.
+SGLang's scheduler calls `forward_batch_generation` with a prefill batch (whole prompts or chunks) or a decode batch
+(one round). Bonus tokens and lengths survive between calls in `batch.spec_info`. Features and routing state belong to
+drafters and router, by request slot.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 
 class WhiFlashWorker(BaseSpecWorker):
-    """Holds the target worker and one draft worker for each drafter; built by SGLang's scheduler."""
+    """Holds the target worker and one draft worker per drafter. Created by SGLang's scheduler."""
 
     def __init__(self, server_args: Any, gpu_id: int, ps: Any, nccl_port: int, target_worker: Any):
         super().__init__()
@@ -74,7 +74,7 @@ class WhiFlashWorker(BaseSpecWorker):
         for name, spec in self.specs.items():
             self.say(f"loading drafter {name} {spec.path}")
             self.runners[name] = build_draft_runner(spec, server_args, gpu_id, ps, nccl_port, target_worker)
-        # SGLang asks for "the" draft worker when it reports memory; the first drafter's stands for both.
+        # SGLang's memory report needs a single draft worker; use the first.
         self._draft_worker = next(iter(self.runners.values())).worker
         self.server_args = server_args
         self.ranks = tp_ranks()
@@ -82,13 +82,14 @@ class WhiFlashWorker(BaseSpecWorker):
         self.shows_metrics = server_args.enable_metrics and ps.tp_rank == 0
 
     def say(self, doing: str) -> None:
-        """Of several ranks the first one tells what they do."""
+        """Print progress, on rank 0 only."""
         if self.show_start_block:
             progress.say(doing)
 
     def alloc_memory_pool(
         self, memory_pool_config: Any = None, req_to_token_pool: Any = None, token_to_kv_pool_allocator: Any = None
     ) -> None:
+        """Allocate the drafters' KV pools. Raises ConfigError if memory is short."""
         check_memory(self.config, self.specs, self._target_worker.model_runner, req_to_token_pool)
         for runner in self.runners.values():
             runner.worker.alloc_memory_pool(
@@ -100,23 +101,25 @@ class WhiFlashWorker(BaseSpecWorker):
         self.token_to_kv_pool_allocator = token_to_kv_pool_allocator
 
     def init_attention_backends(self) -> None:
+        """Create each drafter's attention backend for its number of queries."""
         for runner in self.runners.values():
             with made_for(runner.spec.num_queries):
                 runner.worker.init_attention_backends()
 
     def init_cuda_graphs(self) -> None:
+        """Initialize graph capture, then assemble the round. SGLang's last call before serving."""
         target_runner = self._target_worker.model_runner
         sizes = graph_sizes(target_runner)
         if sizes:
             self.say("capturing CUDA graphs")
         for name, runner in self.runners.items():
-            # What SGLang would capture is a forward of one kind of drafter; ours are captured with their drafts.
+            # SGLang would capture a single draft forward; ours are captured as a whole (drafters/graphs.py).
             runner.worker.init_cuda_graphs(capture_decode_cuda_graph=False)
             self.runners[name] = runner._replace(graph_sizes=sizes)
         self.assemble()
 
     def assemble(self) -> None:
-        """The last step of start-up: everything is allocated, so the round can be put together."""
+        """Build the round, once everything is allocated."""
         kv_table = self.req_to_token_pool.req_to_token
         captured = captured_layers(self.specs.values())
         reader = span_reader(self.server_args, self._target_worker)
@@ -155,7 +158,7 @@ class WhiFlashWorker(BaseSpecWorker):
             print_start_block(self.config, self.specs, self._target_worker, self.runners, self.target.widths, router)
 
     def cost_table(self, widths: dict[str, int]) -> RoundCosts:
-        """A table for as many rows and as long contexts as this server has room for, within reason."""
+        """An empty cost table, with batch sizes and contexts limited to what fits into the pool."""
         pool = self._target_worker.model_runner.max_total_num_tokens
         max_rows = self.server_args.max_running_requests or self.req_to_token_pool.size
         rows = max(1, min(max_rows, BATCH_SIZES[-1], pool // (2 * self.max_width)))
@@ -164,7 +167,7 @@ class WhiFlashWorker(BaseSpecWorker):
         return RoundCosts(widths, places(rows, BATCH_SIZES), contexts)
 
     def measure_costs(self, costs: RoundCosts) -> str:
-        """Fill the cost table, on KV slots that no request holds yet; how it went, in words."""
+        """Fill the cost table by running rounds on free KV slots. Returns a summary for the start block."""
         kv_table = self.req_to_token_pool.req_to_token
 
         def make_rows(num_rows: int, context: int) -> Rows:
@@ -183,14 +186,17 @@ class WhiFlashWorker(BaseSpecWorker):
         return f"costs of rounds measured in {time.perf_counter() - began:.1f} s{doubt}"
 
     def show_progress(self, share: float) -> None:
-        """One line for each third of measuring costs that is done."""
+        """Print a line for each third of the cost measurement."""
         thirds = int(3 * share)
         if thirds > self.thirds_shown:
             self.thirds_shown = thirds
-            self.say(f"measuring what rounds cost: {100 * thirds // 3}%")
+            self.say(f"measuring round costs: {100 * thirds // 3}%")
 
     def check_costs(self, costs: RoundCosts, measured: Measured) -> str:
-        """Keep the costs of a quiet machine for later starts; take theirs, or the calibration's, on a busy one."""
+        """Cache costs measured on an idle machine. On a busy one, adopt cached costs or the calibration's.
+
+        Returns a note for the start block, empty if the measurement was undisturbed.
+        """
         identity = self.learned.identity or Identity.of(
             self.server_args.model_path, self.config.draft_paths, self.config.eagle_steps
         )
@@ -210,28 +216,31 @@ class WhiFlashWorker(BaseSpecWorker):
             return ""
         calibration = self.learned.calibration
         tables = {
-            "an earlier start's": load_table(cache_file(key)),
-            "the calibration's": None if calibration is None else calibration.costs_ms,
+            "an earlier start": load_table(cache_file(key)),
+            "the calibration": None if calibration is None else calibration.costs_ms,
         }
-        source, table = next(((name, table) for name, table in tables.items() if table), ("nobody's", None))
+        source, table = next(((name, table) for name, table in tables.items() if table), (None, None))
         if table is not None:
             costs.adopt(table)
         costs.disturbed = measured.disturbed
+        used = "the disturbed measurement" if source is None else f"the shape of {source}"
         logger.warning(
-            "WHIFLASH: round costs could not be measured well: %s. They have %s shape, and serving corrects them.",
+            "WHIFLASH: round costs were measured on a busy machine: %s. Starting with %s; serving corrects them.",
             measured.disturbed,
-            source,
+            used,
         )
-        return f" on a busy machine, with {source} shape"
+        return f" on a busy machine, using {used}"
 
     @property
     def spec_v2_attn_backends(self) -> tuple[Any, ...]:
+        """Attention backends of target and drafters."""
         workers = [self._target_worker, *(runner.worker for runner in self.runners.values())]
         return tuple(worker.model_runner.attn_backend for worker in workers)
 
     def forward_batch_generation(
         self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None
     ) -> GenerationBatchResult:
+        """Run one scheduler step: a prefill, an idle step or a decode round."""
         with torch.inference_mode():
             if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
                 return self.prefill(batch)
@@ -240,7 +249,7 @@ class WhiFlashWorker(BaseSpecWorker):
             return self.decode(batch)
 
     def prefill(self, batch: Any) -> GenerationBatchResult:
-        """Run the target over the prompts and bring every drafter up to date, so that the slots may be shared."""
+        """Run the target over the prompts and let every drafter ingest them, so that the radix tree may share them."""
         penalize_next(batch)
         with self.totals.timed("prefill"):
             result = self._target_worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.FULL)
@@ -252,23 +261,23 @@ class WhiFlashWorker(BaseSpecWorker):
         self.totals.start(prefill.slots)
         self.begin_records(batch, sampled)
         all_as_tensors(logits_output)
-        logits_output.hidden_states = None  # large, and of no use to the host
+        logits_output.hidden_states = None  # large, and unused on the host
         result.new_seq_lens = batch.seq_lens
         result.next_draft_input = draft_input(bonus_tokens=result.next_token_ids, new_seq_lens=batch.seq_lens)
-        result.next_token_ids = torch.tensor(sampled)  # SGLang reads it on the host, where it is already
+        result.next_token_ids = torch.tensor(sampled)  # already on the host, where SGLang reads it
         return result
 
     def begin_records(self, batch: Any, sampled: list[int]) -> None:
-        """What is known of each prefilled request; it is shown in the request's meta_info when it has ended."""
+        """Start the record of each prefilled request, which ends up in its meta_info."""
         for row, request in enumerate(batch.reqs):
-            if request.customized_info is None:  # else it has had a chunk of its prompt, or was retracted
+            if request.customized_info is None:  # else this is a later chunk, or follows a retraction
                 figures = RequestFigures(self.totals, request, asked(request, self.config))
                 request.customized_info = {"whiflash": figures}
             is_whole = prompt_token(request, batch.prefix_lens[row] + batch.extend_lens[row]) is None
             request.customized_info["whiflash"].begin(sampled[row] if is_whole else None)
 
     def decode(self, batch: Any) -> GenerationBatchResult:
-        """One round for every request of the batch."""
+        """Run one round for the batch."""
         began = time.perf_counter()
         with self.totals.timed_round():
             self.target.bind(batch)
@@ -295,11 +304,11 @@ class WhiFlashWorker(BaseSpecWorker):
         return batch_result(rows, result, [text.num_tokens for text in kept], self.target.logprobs)
 
     def tell_switched_off(self, name: str) -> None:
-        """A drafter's arithmetic has failed several requests."""
+        """Log that a drafter was switched off because of NaN or infinite values."""
         off = self.round.health.tried_at
         logger.error(
             "WHIFLASH: drafter %s (%s) produced NaN or infinite values for several requests and is switched off; "
-            "requests go on with %s. The text is not affected. It is tried again after %d rounds. "
+            "requests continue with %s. The text is not affected. The drafter is retried after %d rounds. "
             "Check the checkpoint and its dtype.",
             name,
             self.specs[name].path,
@@ -308,19 +317,18 @@ class WhiFlashWorker(BaseSpecWorker):
         )
 
     def prepare_for_kv_cache_release(self, request: Any) -> None:
-        """SGLang calls this when a request has ended, just before its KV slots go into the radix tree.
+        """Called by SGLang when a request has ended, just before its KV slots go into the radix tree.
 
-        The tree may hold tokens of the answer only: what was accepted in the same round behind a stop or the last
-        allowed token is cut off, as no next turn would ever match it.
+        Cuts off tokens that were accepted after a stop or the last allowed token: no later prompt would match them.
         """
         length = len(request.origin_input_ids) + len(request.output_ids_through_stop)
         request.kv_committed_len = min(request.kv_committed_len, length)
         slot = int(request.req_pool_idx)
-        if self.round.lags(slot, request.kv_committed_len):  # its end was not to be foreseen
+        if self.round.lags(slot, request.kv_committed_len):  # its end was not foreseen in `decode`
             self.finish([slot], [request.kv_committed_len])
 
     def finish(self, slots: Sequence[int], lens: Sequence[int]) -> None:
-        """Bring the drafters up to date with requests that end, all of a round's in one pass."""
+        """Let the drafters catch up with ending requests, in one pass. `lens`: committed positions by slot."""
         if not slots:
             return
         with self.totals.timed("catch_up"):
@@ -328,26 +336,20 @@ class WhiFlashWorker(BaseSpecWorker):
         self.totals.count_catch_ups(catch_ups)
 
     def priors_document(self) -> dict[str, Any] | None:
-        """What a file of this server's priors would hold (`priors.py`); None without priors."""
+        """This server's learned priors in the format of a priors file (`priors.py`); None without priors."""
         priors, identity = self.learned.priors, self.learned.identity
         if priors is None or identity is None:
             return None
         return document({self.config.router: priors}, identity)
 
     def update_weights_from_disk(self, recv_req: Any) -> tuple[bool, str]:
-        """The target has new weights, and the drafters keep theirs: the request names one checkpoint, the target's.
-
-        Drafts are still verified by the target, so that the text is its own; fewer of them may be accepted.
-        """
-        return (
-            True,
-            "The target's weights were updated; WHIFLASH's drafters keep theirs, and may be accepted less often.",
-        )
+        """Keep the drafters' weights when the target's change. Output stays exact, but acceptance may drop."""
+        return True, "The target's weights were updated; WHIFLASH's drafters keep theirs, so acceptance may drop."
 
     update_weights_from_ipc = update_weights_from_disk
 
     def idle(self, batch: Any) -> GenerationBatchResult:
-        """A rank without requests in a data-parallel step."""
+        """Step of a data-parallel rank without requests."""
         empty = torch.empty(0, dtype=torch.int64, device=batch.device)
         return GenerationBatchResult(
             next_token_ids=empty,
@@ -359,7 +361,7 @@ class WhiFlashWorker(BaseSpecWorker):
 
 
 def describe_router(config: WhiFlashConfig, router: Router) -> str:
-    """The start block's line: the policy, and what it decides by."""
+    """The router's line in the start block."""
     if isinstance(router, TrialRouter):
         return f"{describe_router(config, router.inner)}, priors {config.priors}"
     if isinstance(router, ThresholdRouter):
@@ -368,7 +370,7 @@ def describe_router(config: WhiFlashConfig, router: Router) -> str:
 
 
 def decode_rows(batch: Any, req_to_token: torch.Tensor, max_width: int) -> Rows:
-    """The decode batch as rows. SGLang has reserved KV slots for the whole window already."""
+    """Convert a decode batch to rows. SGLang has already reserved KV slots for the whole window."""
     slots = batch.req_pool_indices.to(torch.int64)
     prefix_lens = batch.seq_lens.to(torch.int64)
     window = torch.arange(-1, max_width, device=slots.device)  # from the last committed position on
@@ -378,17 +380,17 @@ def decode_rows(batch: Any, req_to_token: torch.Tensor, max_width: int) -> Rows:
 
 
 def request_slots(batch: Any) -> list[int]:
-    """The rows' request slots, as the host knows them."""
+    """The rows' request slots, from the host."""
     return [int(request.req_pool_idx) for request in batch.reqs]
 
 
 def prefill_positions(
     batch: Any, features: torch.Tensor, hidden: torch.Tensor, next_token_ids: torch.Tensor
 ) -> Prefill:
-    """What the drafters ingest after a prefill: every position that this batch computed, flat over requests.
+    """All positions of a prefill batch, flat over requests, for the drafters to ingest.
 
-    `features` [tokens, captures * hidden], `hidden` [tokens, hidden]. The token after the last position of a request
-    is the one just sampled, or, where a long prompt is prefilled in chunks, the next one of the prompt.
+    `features` [tokens, captures * hidden], `hidden` [tokens, hidden], `next_token_ids` [requests]. The token after a
+    request's last position is the sampled one or, in a chunked prefill, the prompt's next token.
     """
     device = features.device
     spans = [range(start, start + count) for start, count in zip(batch.prefix_lens, batch.extend_lens, strict=True)]
@@ -415,14 +417,14 @@ def prefill_positions(
 
 
 def batch_result(rows: Rows, result: RoundResult, kept: Sequence[int], logprobs: Any) -> GenerationBatchResult:
-    """A round as SGLang wants it: one stride for all rows, `accept_lens` with the bonus token.
+    """Convert a round's result to SGLang's format: one stride for all rows, `accept_lens` including the bonus token.
 
-    `kept` [rows]: how many tokens belong to each request's text; what was accepted behind its end is left out.
+    `kept` [rows]: committed tokens up to each request's end.
     """
     bonus = [tokens[count - 1] for tokens, count in zip(result.committed, kept, strict=True)]
     new_lens = [length + count for length, count in zip(rows.host.prefix_lens, kept, strict=True)]
     state = to_device((bonus, new_lens), rows.slots.device)  # one copy to the device
-    # What the scheduler reads on the host is there already; it copies what is not.
+    # Host tensors where the scheduler reads on the host; it would copy device tensors.
     return GenerationBatchResult(
         logits_output=logprobs,
         next_token_ids=result.tokens.view(-1),

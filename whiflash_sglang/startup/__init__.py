@@ -1,4 +1,4 @@
-"""What is read and refused before a model is loaded: flags, checkpoints, ports, memory.
+"""Checks that run before a model is loaded: flags, checkpoints, ports, memory.
 
-Imports `core.errors`. Imports neither torch nor SGLang, so a refusal takes a second or two.
+Imports `core.errors` but neither torch nor SGLang, so an error appears within a second or two.
 """

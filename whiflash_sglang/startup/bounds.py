@@ -1,9 +1,9 @@
-"""Which numbers SGLang's flags take: looked at before anything is imported or loaded.
+"""Bounds of SGLang's numeric flags, checked before anything is imported or loaded.
 
-    check(given)        # flag -> values, from the command line as text or as SGLang's parser reads it
+    check(given)        # flag -> values, as text from the command line or as SGLang's parser returns them
 
-SGLang judges few of them itself. The others fail after minutes of loading, with a traceback that names no flag, or are
-taken without a word. Every numeric flag of its parser is in the table; a test walks the parser.
+SGLang validates few of them. The rest fail after minutes of loading with a traceback that names no flag, or are
+silently accepted. The table covers every numeric flag of SGLang's parser; a test enforces that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)(k|M|G|T|Ki|Mi|Gi|Ti)")
 
 
 class Bound(NamedTuple):
-    """The numbers from `low` to `high`; without the ends where it is `open`."""
+    """Numbers from `low` to `high`, inclusive unless `open`."""
 
     low: float
     high: float = math.inf
@@ -44,7 +44,7 @@ class Bound(NamedTuple):
         )
 
     def number(self, value: object) -> float:
-        """`value` as a number; ValueError where it is none, is not whole, or lies outside."""
+        """Parse `value`. Raises ValueError if it is not a number, not whole, or out of bounds."""
         text = str(value).strip()
         if self.suffixes and (match := _SIZE.fullmatch(text)):
             text = str(int(Decimal(match[1]) * _MULTIPLES[match[2]]))
@@ -128,7 +128,7 @@ BOUNDS: Mapping[str, Bound] = {flag: bound for bound, flags in _FLAGS.items() fo
 
 
 def check(given: Mapping[str, Sequence[object]]) -> None:
-    """Raise for the first flag whose value is no number that it takes. `given`: the values of each flag."""
+    """Raise ConfigError for the first value out of bounds. `given`: flag -> its values."""
     for flag, values in given.items():
         if flag in BOUNDS and not values:
             raise ConfigError(flag, None, "has no value", f"give {BOUNDS[flag]}")
@@ -147,9 +147,9 @@ def check(given: Mapping[str, Sequence[object]]) -> None:
 
 
 def number(flag: str, value: object) -> float:
-    """A flag's value as a number within its bound."""
+    """Parse a flag's value. Raises ConfigError if it is out of bounds."""
     bound = BOUNDS[flag]
     try:
         return bound.number(value)
     except (ValueError, OverflowError):
-        raise ConfigError(flag, value, f"must be {bound}", "give such a number, or leave the flag out") from None
+        raise ConfigError(flag, value, f"must be {bound}", "correct the value or drop the flag") from None

@@ -1,14 +1,14 @@
-"""Read and judge checkpoints before anything is loaded: `config.json` and the headers of the safetensors files.
+"""Validate checkpoints before anything is loaded, from `config.json` and the safetensors headers.
 
     target = load_target_spec("models/target")
-    spec = load_drafter_spec("models/dflash", "df", target)     # CheckpointError names flag, value and mend
+    spec = load_drafter_spec("models/dflash", "df", target)     # CheckpointError names flag, value and fix
 
-SGLang's loaders skip tensors that they do not know and leave parameters that they do not find as they are, so that a
-drafter made for another target would start and then be wrong at every token. What is required is therefore checked
-here: sizes against the target, captured layers, every tensor's presence and shape, and the draft vocabulary's map.
+SGLang's loaders skip unknown tensors and leave missing parameters uninitialized. A drafter made for another target
+would therefore load, and then be wrong at every token. This module checks sizes against the target, captured layers,
+the presence and shape of every tensor, and the draft vocabulary map (d2t).
 
-Layer ids mean "output of target layer id", counted from 0. SGLang captures on the way into layer id + 1, so the last
-layer's output cannot be had.
+A layer id means "output of target layer id", counted from 0. SGLang captures at the input of layer id + 1, so the last
+layer's output is not available.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What drafters depend on."""
+    """The target's sizes that drafters depend on."""
 
     path: str
     hidden_size: int
@@ -63,36 +63,38 @@ class DrafterSpec:
     target_hidden_size: int
     vocab_size: int  # the target's
     draft_vocab_size: int  # rows of the drafter's head; the target's vocabulary for DFlash
-    layer_ids: tuple[int, ...]  # captured target layers, in the order of the columns of the drafter's `fc`
+    layer_ids: tuple[int, ...]  # captured target layers, in the column order of the drafter's `fc`
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    block_size: int | None  # DFlash: tokens of a block, the anchor included
+    block_size: int | None  # DFlash: tokens per block, including the anchor
     mask_token_id: int | None  # DFlash
 
     @property
     def num_queries(self) -> int:
-        """Queries that a forward of the drafter has for each request: a block, or a step of a chain."""
+        """Queries per request in one draft forward: a whole block (DFlash) or one chain step (EAGLE-3)."""
         return self.block_size or 1
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with its parsed config, and the flag that named it."""
+    """A checkpoint folder, its parsed config, and the flag that named it."""
 
     flag: str
     path: Path
     config: Mapping[str, Any]
 
-    def error(self, problem: str, mend: str) -> CheckpointError:
-        return CheckpointError(self.flag, self.path, problem, mend)
+    def error(self, problem: str, fix: str) -> CheckpointError:
+        """An error that names this checkpoint's flag and path."""
+        return CheckpointError(self.flag, self.path, problem, fix)
 
     def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
-        """A required whole number of `config.json`; a default makes it optional."""
+        """Read an integer from `config.json`; required unless there is a default. Raises CheckpointError."""
         value = self.config.get(name)
         return self.check_integer(name, default if value is None else value, minimum)
 
     def check_integer(self, name: str, value: object, minimum: int = 1) -> int:
+        """Return `value` if it is an integer >= `minimum`, else raise CheckpointError."""
         if value is None:
             raise self.error(f"config.json has no `{name}`", _WHOLE_CHECKPOINT)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -101,7 +103,8 @@ class Checkpoint:
 
 
 def load_target_spec(path: str) -> TargetSpec:
-    """Read the target's sizes, if it is one that is served. `path` is a local folder (see `hub.resolve`)."""
+    """Read the target's sizes. Raises CheckpointError for an unsupported model. `path`: a local folder
+    (see `hub.resolve`)."""
     checkpoint = open_checkpoint(FLAG_TARGET, path)
     problem = targets.refusal(checkpoint.config)
     if problem is not None:
@@ -116,12 +119,12 @@ def load_target_spec(path: str) -> TargetSpec:
 
 
 def check_weights(flag: str, path: str, needed: bool = False) -> None:
-    """Refuse weights that are cut, broken or not all there; and, if they are `needed`, a folder without any."""
+    """Raise CheckpointError for truncated, corrupt or missing weight files; if `needed`, also if there are none."""
     (read_headers if needed else check_files)(flag, Path(path))
 
 
 def load_drafter_spec(path: str, kind: str, target: TargetSpec) -> DrafterSpec:
-    """Read a drafter of `kind` "df" or "e3" and check that it fits `target`."""
+    """Read a drafter of `kind` "df" or "e3". Raises CheckpointError if it does not fit `target`."""
     checkpoint, spec = _read_drafter(path, kind, target)
     tensors = read_headers(checkpoint.flag, checkpoint.path)
     {"df": _check_dflash_tensors, "e3": _check_eagle3_tensors}[kind](checkpoint, spec, tensors)
@@ -129,12 +132,12 @@ def load_drafter_spec(path: str, kind: str, target: TargetSpec) -> DrafterSpec:
 
 
 def drafter_tensors(path: str, kind: str, target: TargetSpec) -> dict[str, Shape]:
-    """Name and shape of every tensor that a drafter with the `config.json` in `path` must have; reads no weights."""
+    """Name -> shape of every tensor that the drafter in `path` must have, from its `config.json` alone."""
     return {"df": _dflash_tensors, "e3": _eagle3_tensors}[kind](*_read_drafter(path, kind, target))
 
 
 def _read_drafter(path: str, kind: str, target: TargetSpec) -> tuple[Checkpoint, DrafterSpec]:
-    """What `config.json` says of a drafter, checked against `target`."""
+    """Read a drafter's `config.json` and check it against `target`."""
     checkpoint = open_checkpoint(DRAFTER_FLAGS[kind], path)
     spec = {"df": _dflash_spec, "e3": _eagle3_spec}[kind](checkpoint, target)
     _check_sizes(checkpoint, spec, target)
@@ -142,11 +145,11 @@ def _read_drafter(path: str, kind: str, target: TargetSpec) -> tuple[Checkpoint,
 
 
 def check_ranks(flag: str, path: str, num_ranks: int) -> None:
-    """Raise where a model cannot be divided among `num_ranks` processes: each gets whole heads, and an equal part of
-    the MLP. A KV head may be on several ranks."""
+    """Raise CheckpointError if `num_ranks` ranks cannot split the model into whole heads and equal MLP shards. KV
+    heads may be replicated."""
     checkpoint = open_checkpoint(flag, path)
     heads = checkpoint.integer("num_attention_heads")
-    mlp = checkpoint.integer("intermediate_size", default=num_ranks)  # experts have sizes of their own
+    mlp = checkpoint.integer("intermediate_size", default=num_ranks)  # optional: MoE experts have their own size
     kv_heads = checkpoint.integer("num_key_value_heads", default=heads)
     if heads % num_ranks or mlp % num_ranks or (kv_heads % num_ranks and num_ranks % kv_heads):
         sizes = f"{heads} heads, {kv_heads} KV heads and an MLP of {mlp}"
@@ -154,6 +157,7 @@ def check_ranks(flag: str, path: str, num_ranks: int) -> None:
 
 
 def open_checkpoint(flag: str, path: str) -> Checkpoint:
+    """Open a local folder that has a `config.json`. Raises CheckpointError."""
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(flag, path, "no such folder", "give a folder that holds a checkpoint, or a hub id")
@@ -175,7 +179,7 @@ def _dflash_spec(checkpoint: Checkpoint, target: TargetSpec) -> DrafterSpec:
     vocab_size = checkpoint.integer("vocab_size")
     mask_token_id = checkpoint.check_integer("dflash_config.mask_token_id", dflash.get("mask_token_id"), minimum=0)
     if mask_token_id >= vocab_size:
-        problem = f"config.json: mask_token_id {mask_token_id} lies outside the vocabulary of {vocab_size}"
+        problem = f"config.json: mask_token_id {mask_token_id} is outside the vocabulary of {vocab_size}"
         raise checkpoint.error(problem, _OTHER_DRAFTER)
     return DrafterSpec(
         kind="df",
@@ -193,10 +197,10 @@ def _eagle3_spec(checkpoint: Checkpoint, target: TargetSpec) -> DrafterSpec:
     name = "eagle_config.eagle_aux_hidden_state_layer_ids"
     layer_ids = eagle.get("eagle_aux_hidden_state_layer_ids")
     if layer_ids is None:
-        # Published EAGLE-3 drafters without a list were trained on an early, a middle and a late layer.
+        # Published EAGLE-3 drafters without a list use an early, a middle and a late layer.
         name, layer_ids = f"{name} (default)", [1, target.num_layers // 2 - 1, target.num_layers - 4]
     if checkpoint.integer("num_hidden_layers", default=1) != 1:
-        problem = f"has {checkpoint.integer('num_hidden_layers')} layers; KV-only ingestion is exact for one only"
+        problem = f"has {checkpoint.integer('num_hidden_layers')} layers; KV-only ingestion is exact for one layer only"
         raise checkpoint.error(problem, "use an EAGLE-3 drafter with one layer")
     return DrafterSpec(
         kind="e3",
@@ -294,7 +298,7 @@ def _check_eagle3_tensors(checkpoint: Checkpoint, spec: DrafterSpec, tensors: Ma
         expected["t2d"] = (spec.vocab_size,)
     _check_shapes(checkpoint, expected, tensors)
     if "lm_head.weight" in tensors and checkpoint.config.get("tie_word_embeddings"):
-        problem = "config.json: tie_word_embeddings is true, so that SGLang would ignore the drafter's lm_head.weight"
+        problem = "config.json: tie_word_embeddings is true, so SGLang would ignore the drafter's lm_head.weight"
         raise checkpoint.error(problem, "set it to false")
     if "d2t" in tensors:
         _check_draft_vocabulary(checkpoint, spec, tensors["d2t"])
@@ -320,7 +324,7 @@ def _eagle3_tensors(checkpoint: Checkpoint, spec: DrafterSpec) -> dict[str, Shap
 
 
 def _published_eagle3_name(name: str) -> str:
-    """The published name of a tensor; SGLang reads a second spelling of some."""
+    """The published name of a tensor. SGLang accepts a second spelling of some."""
     name = re.sub(r"^layers\.0\.", "midlayer.", name.removeprefix("model."))
     for index, old in enumerate(("low", "mid", "high")):
         name = name.replace(f"aux_norm_{old}.", f"fc_norm.{index}.")
@@ -356,7 +360,7 @@ def _check_shapes(checkpoint: Checkpoint, expected: Mapping[str, Shape], tensors
 
 
 def _check_draft_vocabulary(checkpoint: Checkpoint, spec: DrafterSpec, info: TensorInfo) -> None:
-    """Target id = draft id + d2t[draft id]; an id outside the vocabulary would crash or misread the embedding."""
+    """Target id = draft id + d2t[draft id]. An id outside the vocabulary would read out of bounds in the embedding."""
     for draft_id, offset in enumerate(read_integers(checkpoint.flag, info)):
         if not 0 <= draft_id + offset < spec.vocab_size:
             problem = f"d2t[{draft_id}] = {offset} points outside the vocabulary of {spec.vocab_size}"

@@ -1,7 +1,6 @@
-"""The command line as it was typed: flags and their values, without SGLang's parser, whose import takes many seconds.
+"""Read flags and values from the raw command line, without SGLang's parser, which takes many seconds to import.
 
-What is refused for the flags alone is refused from here; SGLang's own parser reads the same line later, and finds what
-was abbreviated.
+Checks that need only the flags run on this. SGLang's parser reads the same line later and resolves abbreviations.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ NAMES: Mapping[str, str] = {
     "--moe-dp-size": "--moe-data-parallel-size",
     "--grpc-http-sidecar-port": "--smg-http-sidecar-port",
 }
-"""SGLang's second names of flags that our tables know by their first, and three that everybody abbreviates."""
+"""Aliases that SGLang accepts -> the names that our tables use."""
 
 
 def read(argv: Sequence[str]) -> dict[str, list[str]]:
-    """The values of each flag: none of a switch, and the last ones where a flag is given twice, as argparse has it."""
+    """Flag -> values: empty for a switch, the last occurrence for a repeated flag (as argparse does)."""
     given: dict[str, list[str]] = {}
     values: list[str] = []
     for token in argv:
@@ -39,6 +38,6 @@ def read(argv: Sequence[str]) -> dict[str, list[str]]:
 
 
 def last(given: Mapping[str, Sequence[str]], flag: str) -> str | None:
-    """The value of a flag that takes one; None: not given."""
+    """The value of a flag that takes one, or None if it was not given."""
     values = given.get(flag)
     return values[-1] if values else None

@@ -1,5 +1,6 @@
-"""What a GPU must be able to do before anything is loaded on it: run the attention that rounds are made of, at the
-models' head sizes, and hold the target's KV beside a pool for every drafter. Pure: sizes in, refusals out.
+"""GPU checks before anything is loaded: supported attention backend and head sizes, and room for all KV pools.
+
+Pure functions of sizes.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ HEAD_SIZES: Mapping[str, Sequence[int]] = {
     "flashinfer": (64, 128, 256),
     "fa3": range(8, 257, 8),
 }
-"""What each attention backend has kernels for."""
+"""Head sizes that each attention backend has kernels for."""
 
 FLAG_FRACTION = "--mem-fraction-static"
 FLAG_POOL = "--max-total-tokens"
 FLAG_RUNNING = "--max-running-requests"
 FLAG_GRAPHS = "--cuda-graph-max-bs"
-MAX_RUNNING = 48  # requests where nothing is said, as with SGLang's own DFLASH: rings and graphs grow with them
+MAX_RUNNING = 48  # default number of requests, as for SGLang's DFLASH; rings and graphs grow with it
 GIB = 2**30
 
 
@@ -34,66 +35,66 @@ _DEVICES = ("nvidia*", "kfd", "dri/render*", "dxg", "accel*", "davinci*", "haban
 
 
 def surely_none() -> bool:
-    """Whether this machine has no accelerator, as far as that is known without torch: no device file of any, and
-    SGLang's own CPU engine (see `cpu.activate`) was not asked for."""
+    """Whether this machine has no accelerator, judged without torch by device files. False if SGLang's own CPU engine
+    is requested (see `cpu.activate`)."""
     own_engine = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
     return not own_engine and sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _DEVICES)
 
 
 def check_attention(backends: Iterable[str], target: TargetSpec, drafters: Iterable[DrafterSpec]) -> None:
-    """Refuse an attention backend that rounds are not made for (ConfigError), and a model with heads of a size that it
-    has no kernel for (CheckpointError)."""
+    """Raise ConfigError for an unsupported attention backend, CheckpointError for a head size without a kernel."""
     specs = list(drafters)
     heads = [(FLAG_TARGET, target.path, target.head_dim)]
     heads += [(DRAFTER_FLAGS[spec.kind], spec.path, spec.head_dim) for spec in specs]
     for backend in backends:
         if backend not in CUDA_BACKENDS:
-            problem = "verify windows and blocks have not been tried with it"
+            problem = "verify windows and blocks have not been tested with it"
             raise ConfigError(FLAG_ATTENTION, backend, problem, f"use {' or '.join(CUDA_BACKENDS)}")
         for flag, path, size in heads:
             if size not in HEAD_SIZES[backend]:
                 others = [name for name in CUDA_BACKENDS if size in HEAD_SIZES[name]]
-                mend = f"use {FLAG_ATTENTION} {' or '.join(others)}" if others else "serve another model"
-                raise CheckpointError(flag, path, f"its heads of size {size} are none that {backend} has", mend)
+                fix = f"use {FLAG_ATTENTION} {' or '.join(others)}" if others else "serve another model"
+                raise CheckpointError(flag, path, f"head size {size} is not supported by {backend}", fix)
 
 
 class Memory(NamedTuple):
-    """What KV has to be held in, by SGLang's reckoning."""
+    """Device memory for weights and KV, as SGLang accounts for it."""
 
-    total: int  # bytes of the device
-    fraction: float  # of it, for weights and KV
-    weights: int  # bytes, of target and drafters
+    total: int  # bytes
+    fraction: float  # share of `total` for weights and KV
+    weights: int  # bytes, target and drafters
 
 
 def kv_bytes(spec: TargetSpec | DrafterSpec, element_size: int, num_ranks: int = 1) -> int:
-    """Bytes of K and V of one token; each of `num_ranks` processes holds a part of the heads, or one at least."""
+    """Bytes of K and V per token on one of `num_ranks` ranks. Every rank holds at least one KV head."""
     return 2 * spec.num_layers * max(1, spec.num_kv_heads // num_ranks) * spec.head_dim * element_size
 
 
 def check_room(memory: Memory, token_bytes: int, num_tokens: int) -> None:
-    """Refuse where KV of `num_tokens` tokens, of `token_bytes` in all pools, does not fit beside the weights."""
+    """Raise ConfigError if KV of `num_tokens` tokens (`token_bytes` each, over all pools) and the weights do not
+    fit."""
     room = int(memory.total * memory.fraction) - memory.weights
     needed = num_tokens * token_bytes
     if needed > room:
         problem = (
-            f"of {memory.total / GIB:.1f} GiB that leaves {max(0, room) / GIB:.2f} beside the weights of target and "
-            f"drafters ({memory.weights / GIB:.1f}), and one window of KV in every pool takes {needed / GIB:.2f}"
+            f"of {memory.total / GIB:.1f} GiB, {max(0, room) / GIB:.2f} are left after the weights of target and "
+            f"drafters ({memory.weights / GIB:.1f}), but one window of KV in every pool takes {needed / GIB:.2f}"
         )
-        mend = f"raise it, load one drafter ({FLAG_DRAFTERS} df or e3), or use --tp-size"
-        raise ConfigError(FLAG_FRACTION, memory.fraction, problem, mend)
+        fix = f"raise it, load one drafter ({FLAG_DRAFTERS} df or e3), or use --tp-size"
+        raise ConfigError(FLAG_FRACTION, memory.fraction, problem, fix)
 
 
 class Need(NamedTuple):
-    """What takes memory of a GPU besides weights and the target's KV."""
+    """GPU memory needed in addition to weights and the target's KV."""
 
     what: str
     size: int  # bytes
-    flag: str  # which says how much of it there is, in proportion
+    flag: str  # `size` is proportional to this flag's value
     value: int
 
 
 def ring_bytes(num_requests: int, backlog: int, feature_bytes: int) -> int:
-    """Bytes of the features (`feature_bytes` each, of all captured layers) and tokens that wait for drafters."""
+    """Bytes of the backlog ring: features (`feature_bytes` per token, all captured layers) and token ids."""
     return num_requests * backlog * (feature_bytes + 8)
 
 
@@ -105,8 +106,8 @@ def graph_bytes(
     vocab_size: int,
     context: int,
 ) -> int:
-    """Bytes that CUDA graphs keep at least, for batches of `sizes`: of verify `widths` the outputs, `features` bytes a
-    position, and one buffer of logits; of every width KV indices for requests of `context` tokens."""
+    """Lower bound of the bytes that CUDA graphs for batch `sizes` keep: outputs of the verify `widths` (`features`
+    bytes per position), one logits buffer, and per width the KV indices of requests with `context` tokens."""
     if not sizes:
         return 0
     verified, largest = [*widths], max(sizes)
@@ -116,10 +117,10 @@ def graph_bytes(
 
 
 def check_needs(free: int, needs: Sequence[Need]) -> None:
-    """Refuse where `needs` do not fit into `free` bytes, with the flag of the largest.
+    """Raise ConfigError, naming the flag of the largest need, if `needs` do not fit into `free` bytes.
 
-    SGLang sizes the target's pool by its own estimate, which knows neither two drafters nor rings nor several widths of
-    graphs. Where that was too high, allocating would fail with a message about tensors.
+    SGLang's estimate of the target's pool ignores second drafters, rings and multiple graph widths. If it is too high,
+    allocation would fail with a bare out-of-memory error.
     """
     needed = sum(need.size for need in needs)
     if needed <= free:
@@ -127,7 +128,7 @@ def check_needs(free: int, needs: Sequence[Need]) -> None:
     most = max(needs, key=lambda need: need.size)
     fits = most.value * (free - needed + most.size) // most.size
     takes = ", ".join(f"{need.what} {need.size / GIB:.2f}" for need in needs if need.size)
-    problem = f"besides weights and the target's KV there is room for {free / GIB:.2f} GiB, and these take: {takes}"
+    problem = f"{free / GIB:.2f} GiB are left after weights and the target's KV, but these take: {takes}"
     give = f"give {most.flag} {fits} or less, or " if fits > 0 else ""
     raise ConfigError(
         most.flag, most.value, problem, f"{give}lower {FLAG_FRACTION}, or load one drafter ({FLAG_DRAFTERS} df or e3)"

@@ -1,6 +1,6 @@
-"""A checkpoint's folder from what a flag says: a local folder as it is, a hub id through the hub's own cache.
+"""Resolve a checkpoint flag to a local folder: hub ids are downloaded into the hub's cache.
 
-Only configuration, tokenizer text and safetensors are fetched: nothing that could run code when it is loaded.
+Downloads configs, tokenizer files and safetensors only, nothing that could run code when loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 def resolve(
     flag: str, path: str, *, revision: str | None = None, cache_dir: str | None = None, patterns: Sequence[str]
 ) -> str:
-    """The local folder of checkpoint `path`, fetched if it is a hub id that is not in the cache yet."""
+    """Return the local folder of `path`, downloading a hub id that is not cached. Raises CheckpointError."""
     if path and Path(path).is_dir():
         return path
     if not _HUB_ID.fullmatch(path):
@@ -33,7 +33,7 @@ def resolve(
         folder = snapshot_download(path, revision=revision, cache_dir=cache_dir, allow_patterns=list(patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError) as error:
         reason = str(error).strip().splitlines()[0]
-        problem = f"no such folder, and the hub did not give it ({type(error).__name__}: {reason})"
-        mend = "check the name, download it where there is a network, or give a local folder"
-        raise CheckpointError(flag, path, problem, mend) from error
+        problem = f"no such folder, and the hub download failed ({type(error).__name__}: {reason})"
+        fix = "check the name and the network, or give a local folder"
+        raise CheckpointError(flag, path, problem, fix) from error
     return str(folder)

@@ -1,4 +1,4 @@
-"""Whether the server can listen where it is told to: tried before minutes of loading, not after them."""
+"""Check that the server can listen on its addresses, before minutes of loading."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ EVERYWHERE = ""
 
 
 def check(given: Mapping[str, Sequence[str]]) -> None:
-    """Raise where an address that the server would listen on is not this machine's, or a port is in use.
+    """Raise ConfigError if an address is not local or a port is in use.
 
-    Ports that SGLang chooses itself are free ones. All are held until the last one is tried, so that two flags that
-    name the same port are found too.
+    Ports that SGLang picks itself are free. All sockets stay open until the last check, to catch two flags with the
+    same port.
     """
     host = last(given, FLAG_HOST) or DEFAULT_HOST
     wanted = [(FLAG_PORT, host, last(given, FLAG_PORT) or DEFAULT_PORT)]
@@ -39,7 +39,7 @@ def _port_of(address: str) -> str:
     try:
         return f"{BOUNDS[FLAG_PORT].number(port):.0f}"
     except ValueError:
-        raise ConfigError(FLAG_RENDEZVOUS, address, "names no port from 1 to 65535", "give HOST:PORT") from None
+        raise ConfigError(FLAG_RENDEZVOUS, address, "has no port from 1 to 65535", "give HOST:PORT") from None
 
 
 def _listen(flag: str, host: str, port: int, held: contextlib.ExitStack) -> None:
@@ -47,8 +47,8 @@ def _listen(flag: str, host: str, port: int, held: contextlib.ExitStack) -> None
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        mend = "give an address of this machine, 127.0.0.1 or 0.0.0.0"
-        raise ConfigError(FLAG_HOST, host, f"is no known address ({error.strerror})", mend) from error
+        fix = "give an address of this machine, 127.0.0.1 or 0.0.0.0"
+        raise ConfigError(FLAG_HOST, host, f"cannot be resolved ({error.strerror})", fix) from error
     problems = []
     for family, kind, protocol, _, address in found:
         try:
@@ -61,13 +61,12 @@ def _listen(flag: str, host: str, port: int, held: contextlib.ExitStack) -> None
         except OSError as error:
             problems.append(error)
     if in_use := [error for error in problems if error.errno == errno.EADDRINUSE]:
-        mend = "stop what listens there, or give another port"
-        raise ConfigError(flag, port, f"is in use on {host or 'this machine'}", mend) from in_use[0]
+        fix = "stop the process that uses it, or give another port"
+        raise ConfigError(flag, port, f"is in use on {host or 'this machine'}", fix) from in_use[0]
     if len(problems) < len(found):
-        return  # a host's second address, of a family that this machine does not have
+        return  # e.g. an IPv6 address on a machine without IPv6
     if problems[0].errno == errno.EADDRNOTAVAIL:
-        mend = "give an address of this machine, 127.0.0.1 or 0.0.0.0"
-        raise ConfigError(FLAG_HOST, host, "is no address of this machine", mend) from problems[0]
-    raise ConfigError(flag, port, f"cannot be listened on ({problems[0].strerror})", "give another port") from problems[
-        0
-    ]
+        fix = "give an address of this machine, 127.0.0.1 or 0.0.0.0"
+        raise ConfigError(FLAG_HOST, host, "is not an address of this machine", fix) from problems[0]
+    problem = f"cannot be bound ({problems[0].strerror})"
+    raise ConfigError(flag, port, problem, "give another port") from problems[0]

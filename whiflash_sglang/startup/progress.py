@@ -1,6 +1,6 @@
-"""What the server is doing while it starts, one line each, from whichever of its processes does it.
+"""Startup progress, one line per step, from any process of the server.
 
-Printed, not logged: SGLang's log level is `warning` unless the operator says otherwise.
+Printed, not logged, because our default log level is `warning`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ ASK_EVERY = 0.5  # seconds
 
 
 def say(doing: str) -> None:
+    """Print one progress line with a timestamp."""
     print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] WHIFLASH: {doing}", flush=True)
 
 
 def say_when_ready(server_args: Any, request: str) -> None:
-    """Wait until the server answers, then say so, and how to ask it something (`request`)."""
+    """Wait until the server responds, then print that it is ready, with an example `request`."""
     import httpx
 
     url = f"{server_args.url()}/model_info"
     with httpx.Client(verify=server_args.ssl_verify(), timeout=5, trust_env=False) as client:
         while not _answers(client, url):
             time.sleep(ASK_EVERY)
-    say(f"ready; ask it something:\n  {request}")
+    say(f"ready; try a request:\n  {request}")
 
 
 def _answers(client: httpx.Client, url: str) -> bool:
     import httpx
 
     try:
-        return client.get(url).status_code in (200, 401)  # 401: it wants its API key
+        return client.get(url).status_code in (200, 401)  # 401: needs the API key
     except httpx.TransportError:
         return False

@@ -1,13 +1,13 @@
-"""SGLang's flags that WHIFLASH refuses at start, as one table: the flag, why, and what to do instead.
+"""SGLang's flags that WHIFLASH rejects at startup, as tables of flag, reason and fix.
 
-    python -m whiflash_sglang.startup.refusals     # the table as it stands in docs/limits.md
+    python -m whiflash_sglang.startup.refusals     # print the tables of docs/limits.md
 
-A flag is in the table where WHIFLASH would ignore it, break it, or lose with it what makes drafting worth while without
-a word. `refuse` looks at flags as they were given, before SGLang has resolved any of them, so that nothing is first
-downgraded; and before a checkpoint is fetched or loaded. `--whiflash-router off` serves SGLang as it is and refuses
-nothing here. On a CPU, with or without WHIFLASH, `CPU_REFUSALS` holds as well: what has no CPU implementation here; on
-a GPU `CUDA_REFUSALS`, with WHIFLASH: what rounds are not made for. (What SGLang chooses where nothing is given, head
-sizes and memory are judged in `accelerator.py`.)
+A flag is listed if WHIFLASH would ignore it, break it, or silently lose the benefit of drafting. `refuse` checks flags
+as given, before SGLang resolves them and before checkpoints are downloaded or loaded.
+
+REFUSALS        with WHIFLASH; not with `--whiflash-router off`
+CPU_REFUSALS    on a CPU, with and without WHIFLASH
+CUDA_REFUSALS   on a GPU, with WHIFLASH; `gpu_memory.py` checks head sizes, memory and SGLang's default backends
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ CUDA_BACKENDS = ("triton", "flashinfer", "fa3")
 
 
 class Given(NamedTuple):
-    """A flag's value, and the value that it has where nobody gives it."""
+    """A flag's value and its default."""
 
     value: object
     default: object
 
 
 class Refusal(NamedTuple):
-    """A flag that is refused with any value but its default and those in `fine`."""
+    """A flag that is rejected unless its value is the default or in `fine`."""
 
     flag: str
     reason: str
-    mend: str
+    fix: str
     fine: tuple[object, ...] = ()
 
 
 def typed(given: Mapping[str, Sequence[str]]) -> dict[str, Given]:
-    """Flags as they were typed (`command_line.read`), with the defaults that SGLang's parser would tell."""
+    """Flags from the raw command line (`command_line.read`), with the defaults of SGLang's parser."""
     return {flag: Given(_value(values, DEFAULTS.get(flag)), DEFAULTS.get(flag)) for flag, values in given.items()}
 
 
 def _value(values: Sequence[str], default: object) -> object:
-    """What SGLang's parser would make of them: a switch, several, or one of the default's type."""
+    """Parse values as SGLang's parser would: a switch, a list, or one value of the default's type."""
     if len(values) != 1:
         return list(values) or True
     try:
@@ -56,22 +56,22 @@ def _value(values: Sequence[str], default: object) -> object:
 
 
 def refuse(table: Iterable[Refusal], given: Mapping[str, Given]) -> None:
-    """Raise for the first flag of the table that was given. One that `given` does not know, SGLang does not have."""
+    """Raise ConfigError for the first flag of the table that was given a value that is not allowed."""
     for row in table:
         value, default = given.get(row.flag, Given(None, None))
         if value != default and value not in row.fine:
-            raise ConfigError(row.flag, None if value is True else value, row.reason, row.mend)
+            raise ConfigError(row.flag, None if value is True else value, row.reason, row.fix)
 
 
-def _rows(flags: str, reason: str, mend: str, fine: tuple[object, ...] = ()) -> tuple[Refusal, ...]:
-    """One row for each of the flags, which are set apart by blanks."""
-    return tuple(Refusal(flag, reason, mend, fine) for flag in flags.split())
+def _rows(flags: str, reason: str, fix: str, fine: tuple[object, ...] = ()) -> tuple[Refusal, ...]:
+    """One row per flag in `flags`, separated by spaces."""
+    return tuple(Refusal(flag, reason, fix, fine) for flag in flags.split())
 
 
 WITHOUT = f"leave it out, or serve with {FLAG_ROUTER} off"
 
 REFUSALS: tuple[Refusal, ...] = (
-    # Said by our own flags
+    # Replaced by our own flags
     *_rows("--speculative-num-steps", "has no effect with WHIFLASH", f"use {FLAG_STEPS}"),
     *_rows("--speculative-eagle-topk", "has no effect with WHIFLASH", f"use {FLAG_STEPS} (a chain has no branches)"),
     *_rows(
@@ -81,29 +81,29 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     *_rows(
         "--speculative-adaptive --speculative-adaptive-config",
-        "changes the number of drafts of SGLang's own EAGLE; has no effect with WHIFLASH",
-        f"use {FLAG_ROUTER} with --whiflash-objective tokens_per_ms, which also chooses rounds without drafts",
+        "has no effect with WHIFLASH: it adapts the draft length of SGLang's own EAGLE",
+        f"use {FLAG_ROUTER} with --whiflash-objective tokens_per_ms, which can also skip drafting",
     ),
     # SGLang's other algorithms
     *_rows(
         "--speculative-accept-threshold-single --speculative-accept-threshold-acc --speculative-use-rejection-sampling",
-        "WHIFLASH keeps a draft where it is the target's own choice, and knows no other rule",
+        "WHIFLASH accepts a draft only if it equals the target's own choice",
         "leave it out",
     ),
     *_rows(
         "--speculative-token-map",
-        "has no effect with WHIFLASH: EAGLE-3 checkpoints bring their own map (d2t)",
+        "has no effect with WHIFLASH: EAGLE-3 checkpoints contain their own map (d2t)",
         "leave it out",
     ),
     *_rows(
         "--speculative-draft-window-size",
-        "drafters of WHIFLASH attend to the whole context: their KV shares the target's slots",
-        "leave it out; --whiflash-max-backlog says how far a drafter may lag behind",
+        "WHIFLASH's drafters attend to the whole context, in the target's KV slots",
+        "leave it out; --whiflash-max-backlog limits a drafter's backlog",
     ),
     *_rows(
         "--speculative-draft-model-quantization",
-        "drafters are served as their checkpoints are: K and V are projected without the rest of the layer",
-        "leave it out or say `unquant`",
+        "drafters are not quantized: K and V are projected without the rest of the layer",
+        "leave it out or use `unquant`",
         fine=("unquant",),
     ),
     *_rows(
@@ -123,15 +123,15 @@ REFUSALS: tuple[Refusal, ...] = (
         "belongs to another speculative algorithm",
         "leave it out, or use `python -m sglang.launch_server` with that algorithm",
     ),
-    # How the work is divided
+    # Parallelism and scheduling
     *_rows(
         "--pipeline-parallel-size --enable-dynamic-chunking",
-        "the drafters need features of layers that other stages hold",
+        "the drafters need features of layers that are on other stages",
         "use --tensor-parallel-size",
     ),
     *_rows(
         "--enable-dp-attention",
-        "ranks would run rounds of different shapes, and wait for each other for ever",
+        "ranks would run rounds of different shapes and deadlock",
         "use --data-parallel-size without it",
     ),
     *_rows(
@@ -142,101 +142,101 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     *_rows(
         "--disaggregation-mode --disaggregation-decode-enable-offload-kvcache",
-        "the drafters' KV and features are not carried from a prefill server to a decode server",
-        "leave it out: chunks of prompts (--chunked-prefill-size) keep prefills from holding up decoding",
+        "the drafters' KV and features are not transferred from a prefill server to a decode server",
+        "leave it out; --chunked-prefill-size keeps prefills from stalling decoding",
     ),
     *_rows(
         "--enable-pdmux",
-        "prefills that run in parts beside decoding give the drafters no features",
+        "prefills that are split and run alongside decoding give the drafters no features",
         "leave it out; use --chunked-prefill-size",
     ),
     *_rows(
         "--enable-mixed-chunk",
-        "SGLang mixes prefill and decoding in one step with no speculative algorithm",
+        "SGLang does not mix prefill and decoding in one step with speculative decoding",
         "leave it out; use --chunked-prefill-size",
     ),
     *_rows(
         "--enable-two-batch-overlap --enable-single-batch-overlap",
-        "a verify window is not split over two overlapped halves of a batch",
+        "verify windows do not support overlapping two halves of a batch",
         WITHOUT,
     ),
     *_rows(
         "--use-ray",
-        "WhiFlash's configuration reaches processes through the environment, not Ray's actors",
-        "leave it out, and start one server for each machine",
+        "WhiFlash passes its configuration to processes in the environment, which Ray actors do not inherit",
+        "leave it out, and start one server per machine",
     ),
     *_rows(
         "--grpc-mode --smg-grpc-mode",
-        "hints, the context of chats and /whiflash/... live in the HTTP server",
+        "hints, the context of chats and /whiflash/... are implemented in the HTTP server",
         "leave it out and use the HTTP server",
     ),
     *_rows(
         "--tokenizer-worker-num",
-        "hints, the context of chats and /whiflash/... live in one HTTP process",
-        "leave it at 1; start several servers behind a router for more HTTP processes",
+        "hints, the context of chats and /whiflash/... need a single HTTP process",
+        "leave it at 1; for more HTTP processes start several servers behind a gateway",
     ),
-    # What is served
-    *_rows("--is-embedding", "nothing is decoded in it", WITHOUT),
+    # Models
+    *_rows("--is-embedding", "embedding models do not decode", WITHOUT),
     *_rows(
         "--enable-multimodal --encoder-only --language-only --encoder-urls --encoder-register-urls "
         "--enable-adaptive-dispatch-to-encoder",
-        "drafters are made for text: they embed token ids, which images and sounds do not have",
+        "drafters support text only: they embed token ids, which images and audio do not have",
         WITHOUT,
     ),
     *_rows(
         "--enable-lora --lora-paths --enable-lora-overlap-loading",
-        "the drafters' features are those of the target without adapters",
-        "merge the adapter into the target and serve that",
+        "the drafters expect features of the target without adapters",
+        "merge the adapter into the target and serve the result",
     ),
     *_rows("--dllm-algorithm", "a diffusion model is not decoded token by token", WITHOUT),
-    *_rows("--enable-mis", "scores of several items in one prompt need masks that a verify window has not", WITHOUT),
+    *_rows("--enable-mis", "multi-item scoring needs attention masks that verify windows do not support", WITHOUT),
     *_rows(
         "--model-impl",
-        "only SGLang's own models give the drafters features of inner layers",
+        "only SGLang's own models return the features of inner layers that drafters need",
         "leave it at auto or sglang",
         fine=("sglang",),
     ),
     *_rows(
         "--cpu-offload-gb --offload-group-size",
-        "K and V of the drafters are projected without the layer whose forward would fetch offloaded weights",
+        "the drafters' K and V are projected without the layer forward that would fetch offloaded weights",
         WITHOUT,
     ),
-    # Where KV lives
+    # KV cache
     *_rows(
         "--enable-hierarchical-cache --enable-lmcache --enable-flexkv --enable-hisparse",
-        "KV that comes back from a host or a store comes without the drafters', and drafts would be noise from then on",
+        "KV restored from a host or a store lacks the drafters' KV; their drafts would be noise from then on",
         "leave it out; the radix tree on the device shares KV of target and drafters",
     ),
     *_rows(
         "--radix-cache-backend",
-        "a cache that is not SGLang's own need not know bigram keys, by which EAGLE-3's KV is shared",
+        "EAGLE-3's KV is shared by bigram keys, which other caches may not support",
         "leave it out",
     ),
     *_rows(
         "--enable-streaming-session --enable-session-radix-cache",
-        "EAGLE-3's KV at the end of a turn depends on the token behind it, which changes in a session with own slots",
-        "leave it out and send the whole history: the radix tree finds it",
+        "EAGLE-3's KV at the end of a turn depends on the next token, which changes in a session with its own slots",
+        "leave it out and send the whole history; the radix tree reuses its KV",
     ),
     *_rows(
         "--enable-unified-memory --enable-page-major-kv-layout",
-        "SGLang has it for models without drafters",
+        "SGLang supports it only for models without drafters",
         WITHOUT,
     ),
-    # What is returned
+    # Outputs
     *_rows("--enable-return-hidden-states --return-hidden-states-mode", "rounds do not return hidden states", WITHOUT),
     *_rows(
         "--enable-return-routed-experts --enable-return-indexer-topk",
-        "rounds would return those of whole verify windows, rejected drafts among them",
+        "rounds would return those of whole verify windows, including rejected drafts",
         WITHOUT,
     ),
     *_rows(
         "--rl-on-policy-target",
-        "windows of different widths add in different orders, and which one is verified is the router's choice",
+        "verify widths differ in summation order, and the router picks the width",
         WITHOUT,
     ),
     *_rows(
         "--grammar-backend",
-        "masks for every token of a verify window need a grammar that can step back",
+        "masks for every token of a verify window need a grammar that can roll back",
         "leave it out, or serve with --whiflash-router off",
         fine=("xgrammar", "llguidance", "none"),
     ),
@@ -247,14 +247,14 @@ _ATTENTION = f"{FLAG_ATTENTION} --prefill-attention-backend --decode-attention-b
 CUDA_REFUSALS: tuple[Refusal, ...] = (
     *_rows(
         f"{_ATTENTION} --speculative-draft-attention-backend",
-        "verify windows and blocks have not been tried with it",
+        "verify windows and blocks have not been tested with it",
         f"leave it out or use {', '.join(CUDA_BACKENDS)}",
         fine=CUDA_BACKENDS,
     ),
 )
 
 CPU_REFUSALS: tuple[Refusal, ...] = (
-    *_rows("--device", "there is no such accelerator in this machine", "leave it out or say cpu", fine=("cpu",)),
+    *_rows("--device", "this machine has no such accelerator", "leave it out or use cpu", fine=("cpu",)),
     *_rows(
         f"{_ATTENTION} --speculative-draft-attention-backend",
         "needs an accelerator",
@@ -276,13 +276,13 @@ CPU_REFUSALS: tuple[Refusal, ...] = (
     ),
     *_rows(
         "--enable-torch-compile",
-        "this CPU platform runs uncompiled: compiling takes minutes and gains nothing here",
+        "not supported on this CPU platform: compiling takes minutes and gains nothing here",
         "leave it out",
         fine=(False,),
     ),
 )
 
-# What SGLang's parser has for flags of the tables where nobody gives them; the others have nothing, or are switches.
+# Defaults in SGLang's parser for flags of the tables. All others default to None or are switches.
 DEFAULTS: Mapping[str, int | float | str] = {
     "--speculative-accept-threshold-single": 1.0,
     "--speculative-accept-threshold-acc": 1.0,
@@ -307,13 +307,13 @@ DEFAULTS: Mapping[str, int | float | str] = {
 
 
 def markdown(table: Iterable[Refusal]) -> str:
-    """The table for readers: flags with the same reason and mend share a line."""
+    """Format a table as Markdown; flags with the same reason and fix share a line."""
     lines = ["| flag | why it is refused | instead |", "|---|---|---|"]
-    for (reason, mend, fine), rows in groupby(table, key=lambda row: (row.reason, row.mend, row.fine)):
+    for (reason, fix, fine), rows in groupby(table, key=lambda row: (row.reason, row.fix, row.fine)):
         flags = ", ".join(f"`{row.flag}`" for row in rows)
         values = [f"`{value}`" for value in fine if value is not False]
         but = f" (but {' and '.join(values)})" if values else ""
-        lines.append(f"| {flags}{but} | {reason} | {mend} |")
+        lines.append(f"| {flags}{but} | {reason} | {fix} |")
     return "\n".join(lines)
 
 

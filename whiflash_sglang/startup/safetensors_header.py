@@ -1,7 +1,7 @@
-"""Names, shapes and places of the tensors in a folder of safetensors files, without torch and without their data.
+"""Read tensor names, shapes and offsets from safetensors headers, without torch and without tensor data.
 
-A safetensors file is: 8 bytes little-endian header length, that many bytes of JSON {name: {dtype, shape,
-data_offsets}}, then the data that the offsets count from. Files cut short by an interrupted copy are found here.
+Format: 8 bytes little-endian header length, that many bytes of JSON {name: {dtype, shape, data_offsets}}, then the
+data; offsets are relative to it. Detects files truncated by an interrupted copy. Errors are CheckpointErrors.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ _COPY_AGAIN = "copy or download the file again"
 
 
 class TensorInfo(NamedTuple):
+    """A tensor in a safetensors file."""
+
     file: Path
     dtype: str
     shape: tuple[int, ...]
@@ -30,15 +32,18 @@ class TensorInfo(NamedTuple):
 
 
 def read_headers(flag: str, folder: Path) -> dict[str, TensorInfo]:
-    """Tensor name -> info, over all safetensors files of the folder; there has to be one."""
+    """Tensor name -> info over all safetensors files of the folder. Raises if there are none."""
     if not any(folder.glob("*.safetensors")):
         _refuse_missing_weights(flag, folder)
     return check_files(flag, folder)
 
 
 def check_files(flag: str, folder: Path) -> dict[str, TensorInfo]:
-    """As `read_headers`, of a folder that may have none: refuse a file that is cut or broken, and one that is missing
-    by the index or by the numbers in the others' names. With an index, SGLang loads the files that it names."""
+    """Like `read_headers`, but the folder may have no files.
+
+    Raises for truncated or corrupt files, and for files missing according to the index or to `-00002-of-00003` names.
+    With an index, SGLang loads only the files it lists.
+    """
     files = sorted(folder.glob("*.safetensors"))
     places = _read_index(flag, folder)
     needed = set(places.values()) or {name for file in files for name in _numbered_with(file.name)}
@@ -47,22 +52,22 @@ def check_files(flag: str, folder: Path) -> dict[str, TensorInfo]:
     headers = {file.name: _read_header(flag, file) for file in files if not places or file.name in needed}
     for tensor, name in places.items():
         if tensor not in headers[name]:
-            raise CheckpointError(flag, folder / name, f"lacks {tensor}, which the index has in it", _COPY_AGAIN)
+            raise CheckpointError(flag, folder / name, f"lacks {tensor}, which the index lists", _COPY_AGAIN)
     return {tensor: info for header in headers.values() for tensor, info in header.items()}
 
 
 def weight_bytes(flag: str, folder: Path) -> int:
-    """Bytes of all tensors in the folder."""
+    """Total bytes of all tensors in the folder."""
     return sum(info.end - info.start for info in read_headers(flag, folder).values())
 
 
 def check_file(flag: str, file: Path) -> None:
-    """Refuse a file that is no safetensors file or was cut short."""
+    """Raise if `file` is not a safetensors file or is truncated."""
     _read_header(flag, file)
 
 
 def read_integers(flag: str, info: TensorInfo) -> Sequence[int]:
-    """The values of an integer tensor."""
+    """The values of an int32 or int64 tensor."""
     if info.dtype not in _INTEGER_TYPES:
         raise CheckpointError(flag, info.file, f"d2t has dtype {info.dtype}, not an integer", "store it as int64")
     with info.file.open("rb") as file:
@@ -77,16 +82,16 @@ def read_json(flag: str, file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(flag, file, f"is no JSON ({error})", _COPY_AGAIN) from error
+        raise CheckpointError(flag, file, f"is not JSON ({error})", _COPY_AGAIN) from error
     except OSError as error:
         raise _unreadable(flag, file, error) from error
     if not isinstance(content, dict):
-        raise CheckpointError(flag, file, "is no JSON object", _COPY_AGAIN)
+        raise CheckpointError(flag, file, "is not a JSON object", _COPY_AGAIN)
     return content
 
 
 def _read_index(flag: str, folder: Path) -> dict[str, str]:
-    """Tensor name -> file name by the folder's index; empty without one."""
+    """Tensor name -> file name from the folder's index; empty without an index."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return {}
@@ -97,7 +102,7 @@ def _read_index(flag: str, folder: Path) -> dict[str, str]:
 
 
 def _numbered_with(name: str) -> list[str]:
-    """All names of a checkpoint in parts, by one of them: `model-00002-of-00003.safetensors`."""
+    """All shard names, given one like `model-00002-of-00003.safetensors`; empty for other names."""
     part = re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\.safetensors)", name)
     if part is None:
         return []
@@ -110,7 +115,7 @@ def _unreadable(flag: str, file: Path, error: OSError) -> CheckpointError:
 
 
 def refuse_pickled(flag: str, folder: Path) -> None:
-    """Refuse a folder whose weights are pickles only. With safetensors beside them, SGLang loads those."""
+    """Raise if the folder has only pickled weights. If it also has safetensors, SGLang loads those."""
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickled and not any(folder.glob("*.safetensors")):
         problem = f"its weights are pickled ({pickled[0]}), which can run code when loaded"
@@ -119,8 +124,8 @@ def refuse_pickled(flag: str, folder: Path) -> None:
 
 def _refuse_missing_weights(flag: str, folder: Path) -> None:
     refuse_pickled(flag, folder)
-    mend = "give the folder that holds the weights; pickled ones are not fetched from a hub, convert them first"
-    raise CheckpointError(flag, folder, "has no *.safetensors file", mend)
+    fix = "give the folder with the weights; pickled weights are not downloaded, convert them to safetensors first"
+    raise CheckpointError(flag, folder, "has no *.safetensors file", fix)
 
 
 def _read_header(flag: str, file: Path) -> dict[str, TensorInfo]:
@@ -130,9 +135,10 @@ def _read_header(flag: str, file: Path) -> dict[str, TensorInfo]:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER
             if length >= min(size - 8, _MAX_HEADER):
-                raise CheckpointError(flag, file, f"is no safetensors file or cut short ({size} bytes)", _COPY_AGAIN)
+                problem = f"is truncated or not a safetensors file ({size} bytes)"
+                raise CheckpointError(flag, file, problem, _COPY_AGAIN)
             text = stream.read(length)
-    except OSError as error:  # a link to a file that the hub's cache has lost, a folder
+    except OSError as error:  # e.g. a dangling link into the hub's cache, or a directory
         raise _unreadable(flag, file, error) from error
     data = 8 + length
     try:
@@ -149,8 +155,8 @@ def _read_header(flag: str, file: Path) -> dict[str, TensorInfo]:
         }
         needed = max((info.end for info in tensors.values()), default=data)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        problem = f"has a broken header ({type(error).__name__}: {error})"
+        problem = f"has a corrupt header ({type(error).__name__}: {error})"
         raise CheckpointError(flag, file, problem, _COPY_AGAIN) from error
     if size < needed:
-        raise CheckpointError(flag, file, f"is cut short: {size} of {needed} bytes", _COPY_AGAIN)
+        raise CheckpointError(flag, file, f"is truncated: {size} of {needed} bytes", _COPY_AGAIN)
     return tensors

@@ -1,4 +1,4 @@
-"""Offline work: training of small targets and both kinds of drafters, their evaluation, models without weights.
+"""Offline tools: train small targets, drafters and routers, evaluate them, and create models without weights.
 
-Imports `core`, `routing`, `startup`, `launch_server` and the client package `whiflash_workloads`; nothing of SGLang.
+Imports `core`, `routing`, `startup`, `launch_server` and the client package `whiflash_workloads`, but not SGLang.
 """

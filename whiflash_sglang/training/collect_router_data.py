@@ -1,11 +1,11 @@
-"""Collect what a router is trained and calibrated on: what each drafter would accept at every position.
+"""Collect router data: both drafters' acceptance at every position of the target's replies.
 
     python -m whiflash_sglang.training.collect_router_data --demo --traces TRACE... --out DIR [--base-url URL]
 
-The target continues every recorded history with a greedy reply of its own, which is the text that a server would
-verify; at every position of it both drafters are asked for drafts, on the features of one forward of that text. Traces
-are whatever `whiflash_workloads.replay` reads. With `--base-url` a running server of the same target writes the same
-replies many times faster. An interrupted run is resumed; `router_data.py` describes the files.
+The target continues every recorded history with a greedy reply, as a server would. Both drafters then draft at every
+position of the reply, on the features of a single forward. Traces may have any format of `whiflash_workloads.replay`.
+With `--base-url`, a running server with the same target generates the same replies much faster. Interrupted runs are
+resumed. `router_data.py` describes the files.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ SESSIONS_PER_SHARD = 16
 
 
 def collect(args: argparse.Namespace) -> int:
-    """Write the shards that are missing; the number of sessions."""
+    """Write the missing shards. Returns the number of sessions; raises ConfigError or TraceError."""
     paths = paths_of(args)
     loaded = load_traces(args.traces).sessions[: args.limit]
     sessions = [session for session in loaded if session.turns]
     if not sessions:
-        raise ConfigError("--traces", None, "hold no recorded assistant turn", "give traces of an agent's sessions")
+        raise ConfigError("--traces", None, "contain no recorded assistant turn", "give traces of an agent's sessions")
     num_shards = math.ceil(len(sessions) / SESSIONS_PER_SHARD)
     write_manifest(
         args.out,
@@ -62,12 +62,13 @@ def collect(args: argparse.Namespace) -> int:
 
 
 def records_of(models: Models, sessions: Sequence[Session], args: argparse.Namespace) -> list[Record]:
+    """One record per reply to the sessions' histories."""
     room = models.target.config.max_position_embeddings - args.max_new_tokens
     prompts = [
         prompt
         for session in sessions
         for prompt in prompts_of(plain(session), models.tokenizer)
-        if len(prompt.ids) <= room  # a longer one could not be served either
+        if len(prompt.ids) <= room  # longer prompts cannot be served
     ]
     records = []
     if args.base_url:
@@ -82,12 +83,13 @@ def records_of(models: Models, sessions: Sequence[Session], args: argparse.Names
 
 
 def plain(session: Session) -> dict[str, Any]:
-    """A session as the chat template takes it."""
+    """A session in the chat template's format."""
     messages = [to_openai(message) for message in session.messages]
     return {"session_id": session.session_id, "tools": session.tools or None, "messages": messages}
 
 
 def digest(sessions: Sequence[Session]) -> str:
+    """SHA-256 of the sessions' content."""
     text = "".join(session.model_dump_json() for session in sessions)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -101,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     parser.add_argument("--traces", nargs="+", type=Path, required=True, metavar="TRACE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--base-url", help="a server of the same target, e.g. http://127.0.0.1:30000")
-    parser.add_argument("--limit", type=int, help="the first N sessions only")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="of a reply (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="replies at a time (default: %(default)s)")
+    parser.add_argument("--base-url", help="a server with the same target, e.g. http://127.0.0.1:30000")
+    parser.add_argument("--limit", type=int, help="use only the first N sessions")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="per reply (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="concurrent replies (default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""Losses, loops and files for the two drafters of `drafters.py`."""
+"""Losses, training loops and checkpoint files of the two drafters in `drafters.py`."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ Batches = Iterator[tuple[np.ndarray, np.ndarray]]
 
 EAGLE3_STEPS = 7
 STEP_DECAY = 0.85
-# Each drafter is trained for the round starts that an entropy router gives it: EAGLE-3 where the anchor was an open
-# choice, DFlash for the settled ones. Trained on all of them, DFlash was the better one everywhere (docs/log.md).
+# Each drafter is trained for the round starts that an entropy router assigns to it: EAGLE-3 for anchors above
+# OPEN_NATS, DFlash for those below. Trained on all of them, DFlash was better everywhere (docs/log.md).
 OPEN_NATS = 0.4
-EAGLE3_SETTLED = 0.2  # weight of an anchor that was no open choice
-DFLASH_OPEN = 0.02  # weight of an anchor that was one
+EAGLE3_SETTLED = 0.2  # weight of anchors below OPEN_NATS
+DFLASH_OPEN = 0.02  # weight of anchors above OPEN_NATS
 
 
 def reply_weights(verdict: Verdict) -> torch.Tensor:
-    """Loss weight of each token [rows, n]: what the target says counts, what it is told does not."""
+    """Loss weight of each token [rows, n]: 1 for generated text, 0 for context and padding."""
     return ((verdict.spans != CONTEXT) & (verdict.ids >= 0)).float()
 
 
 def anchor_weights(
     verdict: Verdict, weights: torch.Tensor, settled: float, open_: float, reasoning: float
 ) -> torch.Tensor:
-    """Weight of each position [rows, n] as an anchor, by whether the target was sure of it and what follows it."""
+    """Weight of each position [rows, n] as an anchor, by the target's entropy at its choice and by span."""
     is_open = (verdict.entropy > OPEN_NATS).roll(1, dims=1)  # anchor a was chosen after a - 1
     by_span = torch.where(verdict.spans == REASONING, reasoning, 1.0)
     return shifted(weights, 1) * torch.where(is_open, open_, settled) * by_span
 
 
 def shifted(values: torch.Tensor, by: int) -> torch.Tensor:
-    """`values` [rows, n] at position + by; what would lie behind the end is zero."""
+    """`values` [rows, n] at position + `by`, zero beyond the end."""
     result = torch.zeros_like(values)
     result[:, : values.shape[1] - by] = values[:, by:]
     return result
@@ -52,10 +52,10 @@ def shifted(values: torch.Tensor, by: int) -> torch.Tensor:
 def eagle3_loss(
     model: Eagle3, embed: torch.nn.Module, verdict: Verdict, num_chains: int, reasoning: float = 1.0
 ) -> torch.Tensor:
-    """Cross-entropy with the target's choices, over the steps of chains from random entries.
+    """Cross-entropy with the target's choices, over the steps of chains from random entries (a scalar).
 
     Step k (from 0) of the chain at entry i predicts token i + 2 + k, which the target chooses after token i + 1 + k.
-    It counts while tokens i + 2 .. i + 1 + k are the target's own choices.
+    It has weight only while tokens i + 2 .. i + 1 + k are the target's own choices.
     """
     to_draft = torch.full((model.shape.vocab,), -100, device=verdict.ids.device)
     to_draft[model.draft_tokens] = torch.arange(len(model.draft_tokens), device=verdict.ids.device)
@@ -83,10 +83,10 @@ def dflash_loss(
     num_anchors: int,
     reasoning: float = 1.0,
 ) -> torch.Tensor:
-    """Cross-entropy with the target's choices, over blocks at random anchors.
+    """Cross-entropy with the target's choices, over blocks at random anchors (a scalar).
 
     Entry j (from 0) of the block at anchor a predicts token a + 1 + j, which the target chooses after token a + j. It
-    counts while tokens a + 1 .. a + j are the target's own choices.
+    has weight only while tokens a + 1 .. a + j are the target's own choices.
     """
     weights = reply_weights(verdict)
     starts = anchor_weights(verdict, weights, settled=1.0, open_=DFLASH_OPEN, reasoning=reasoning)
@@ -104,15 +104,16 @@ def dflash_loss(
 
 
 def pick_anchors(weights: torch.Tensor, count: int, block: int) -> torch.Tensor:
-    """Random anchors [rows, count] in proportion to `weights` [rows, n], never so late that a block leaves the text."""
+    """Random anchors [rows, count] in proportion to `weights` [rows, n], at least `block` before the end."""
     usable = weights.clone()
     usable[:, -block:] = 0
     usable[:, 0] = 0
-    usable[usable.sum(1) == 0, 1] = 1.0  # a row with no reply in it gives anchors of weight zero
+    usable[usable.sum(1) == 0, 1] = 1.0  # rows without a reply get anchors of weight zero
     return usable.multinomial(count, replacement=True)
 
 
 def new_eagle3(target: Qwen3ForCausalLM, layer_ids: tuple[int, ...], draft_tokens: torch.Tensor) -> Eagle3:
+    """A new EAGLE-3 drafter, initialized from the target."""
     torch.manual_seed(1)
     model = Eagle3(DrafterShape.of(target.config), layer_ids, draft_tokens).to(target.device)
     model.start_from(target)
@@ -141,6 +142,7 @@ def train_eagle3(
 def new_dflash(
     target: Qwen3ForCausalLM, layer_ids: tuple[int, ...], layers: int, block: int, mask_token: int
 ) -> DFlash:
+    """A new DFlash drafter, initialized from the target."""
     torch.manual_seed(2)
     model = DFlash(DrafterShape.of(target.config), layer_ids, layers, block, mask_token).to(target.device)
     model.start_from(target)
@@ -167,7 +169,7 @@ def train_dflash(
 
 
 def save_eagle3(model: Eagle3, target: Qwen3ForCausalLM, folder: Path) -> None:
-    """Tensors and config of a published EAGLE-3 checkpoint."""
+    """Write a checkpoint in SafeAILab's EAGLE-3 format."""
     draft_tokens = model.draft_tokens.cpu()
     renamed = {}
     for name, value in model.state_dict().items():
@@ -187,7 +189,7 @@ def save_eagle3(model: Eagle3, target: Qwen3ForCausalLM, folder: Path) -> None:
 
 
 def save_dflash(model: DFlash, target: Qwen3ForCausalLM, folder: Path) -> None:
-    """Tensors and config of a published DFlash checkpoint."""
+    """Write a checkpoint in z-lab's DFlash format."""
     tensors = {name: value.to(torch.bfloat16).cpu().contiguous() for name, value in model.state_dict().items()}
     config = _config(model.shape, target) | {
         "architectures": ["DFlashDraftModel"],
@@ -201,12 +203,12 @@ def save_dflash(model: DFlash, target: Qwen3ForCausalLM, folder: Path) -> None:
 
 
 def load_drafters(folder: Path) -> dict[str, Eagle3 | DFlash]:
-    """Both drafters by name, from the folders `eagle3` and `dflash` below `folder`."""
+    """Load both drafters by name, from the subfolders `eagle3` and `dflash`."""
     return {"df": load_dflash(folder / "dflash"), "e3": load_eagle3(folder / "eagle3")}
 
 
 def load_eagle3(folder: Path) -> Eagle3:
-    """A published EAGLE-3 checkpoint, as `save_eagle3` writes it."""
+    """Load a checkpoint in the format of `save_eagle3`."""
     config = json.loads((folder / "config.json").read_text())
     layer_ids = tuple(config["eagle_config"]["eagle_aux_hidden_state_layer_ids"])
     offsets = load_file(folder / "model.safetensors")["d2t"]
@@ -216,7 +218,7 @@ def load_eagle3(folder: Path) -> Eagle3:
 
 
 def load_dflash(folder: Path) -> DFlash:
-    """A published DFlash checkpoint, as `save_dflash` writes it."""
+    """Load a checkpoint in the format of `save_dflash`."""
     config = json.loads((folder / "config.json").read_text())
     options = config["dflash_config"]
     layers, block = config["num_hidden_layers"], config["block_size"]

@@ -1,9 +1,8 @@
-"""Distillation of both drafters from a target, in the published checkpoint formats.
+"""Both drafters as trainable PyTorch modules, and the target's view of recorded texts (`Verdict`).
 
-A drafter is trained for what it will be asked: to guess what the target itself would say next, greedily. The label at a
-position is therefore the target's own choice given the recorded text before it, and counts only as long as the
-recorded text between anchor and label followed the target's choices; behind the first difference a real chain would
-have ended. Both are run on the target's captured features as SGLang captures them: the output of layer id.
+A drafter learns to predict the target's greedy choices. The label at a position is the target's own choice after the
+recorded text before it. It counts only while the recorded text since the anchor follows the target's choices, because a
+real chain ends at the first mismatch. Features are captured as in SGLang: the output of layer id.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from whiflash_sglang.training.layers import MLP, Attention, Rope
 
 @dataclass(frozen=True)
 class DrafterShape:
+    """Sizes of a drafter's layers."""
+
     hidden: int
     heads: int
     kv_heads: int
@@ -33,7 +34,7 @@ class DrafterShape:
 
     @classmethod
     def of(cls, config: Qwen3Config) -> DrafterShape:
-        """Layers as wide as those of a target with this config."""
+        """The same sizes as the target's layers."""
         return cls(
             config.hidden_size,
             config.num_attention_heads,
@@ -46,18 +47,18 @@ class DrafterShape:
 
 
 class Verdict(NamedTuple):
-    """What the target says to a batch of recorded texts, under teacher forcing."""
+    """The target's outputs for a batch of recorded texts, under teacher forcing."""
 
     ids: torch.Tensor  # [rows, n] int64, padding -1
     spans: torch.Tensor  # [rows, n] uint8
     features: torch.Tensor  # [rows, n, layers, hidden], outputs of all layers
     choices: torch.Tensor  # [rows, n] int64; the target's greedy token after position i
     entropy: torch.Tensor  # [rows, n] of the distribution after position i, nats
-    hidden: torch.Tensor  # [rows, n, hidden], final hidden states: what the head reads
+    hidden: torch.Tensor  # [rows, n, hidden], final hidden states (input of the head)
 
     @property
     def follows(self) -> torch.Tensor:
-        """[rows, n] bool: the recorded token at i is what the target chose after i - 1."""
+        """[rows, n] bool: whether the recorded token at i is the target's choice after i - 1."""
         same = torch.zeros_like(self.ids, dtype=torch.bool)
         same[:, 1:] = self.ids[:, 1:] == self.choices[:, :-1]
         return same
@@ -65,7 +66,10 @@ class Verdict(NamedTuple):
 
 @torch.no_grad()
 def judge(target: Qwen3ForCausalLM, ids: np.ndarray, spans: np.ndarray, autocast: bool = True) -> Verdict:
-    """`autocast`: bfloat16 products, which training does not mind; to compare with a float32 server leave it off."""
+    """Run the target on texts `ids` [rows, n] (padding -1) with `spans` [rows, n].
+
+    `autocast`: compute in bfloat16, for training; switch it off to compare with a float32 server.
+    """
     tokens = torch.from_numpy(ids).to(target.device)
     with torch.autocast(target.device.type, torch.bfloat16, enabled=autocast):
         output = target.model(input_ids=tokens.clamp(min=0), output_hidden_states=True)
@@ -95,7 +99,7 @@ class Eagle3(nn.Module):
         self.lm_head = nn.Linear(hidden, len(draft_tokens), bias=False)
 
     def start_from(self, target: Qwen3ForCausalLM) -> None:
-        """Begin as a reader of the last captured layer through the target's own head: saves most of the steps."""
+        """Initialize to read the last captured layer through the target's head, which saves most training steps."""
         hidden = self.shape.hidden
         with torch.no_grad():
             self.lm_head.weight.copy_(target.lm_head.weight[self.draft_tokens])
@@ -106,11 +110,11 @@ class Eagle3(nn.Module):
             self.mlp.down_proj.weight.mul_(0.1)
 
     def chains(self, embed: nn.Module, verdict: Verdict, steps: int, entries: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Logits [rows, chains, draft vocab] of each step of the chains from `entries` [rows, chains]; step k (from 0)
-        of the chain at entry i predicts token i + 2 + k. Recorded tokens stand in for drafted ones.
+        """Yield the logits [rows, chains, draft vocab] of each step of the chains from `entries` [rows, chains].
 
-        The chain at entry i sees the true entries 0 .. i and its own later ones. Only the chains' own positions have
-        queries: of all other entries just K and V are needed.
+        Step k (from 0) of the chain at entry i predicts token i + 2 + k. Recorded tokens are used as drafts (teacher
+        forcing). The chain at entry i sees the true entries 0 .. i and its own later ones; other entries need only K
+        and V.
         """
         n, num = verdict.ids.shape[1], entries.shape[1]
         device = verdict.ids.device
@@ -123,7 +127,7 @@ class Eagle3(nn.Module):
         own = torch.eye(num, dtype=torch.bool, device=device).expand(len(ids), 1, -1, -1)
         state = fused.gather(1, entries[:, :, None].expand(-1, -1, fused.shape[2]))
         for step in range(steps):
-            # Entry i + step is made with token i + step + 1.
+            # Entry i + step reads token i + step + 1.
             tokens = ids.gather(1, (entries + step + 1).clamp(max=n - 1))
             x, positions = self.join(embed(tokens), state), (entries + step)[:, None]
             if step:
@@ -134,11 +138,12 @@ class Eagle3(nn.Module):
             yield self.lm_head(self.norm(state))
 
     def join(self, embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """The attention's input [..., 2 * hidden] from embeddings and features [..., hidden]."""
         return torch.cat([self.input_layernorm(embeds), self.hidden_norm(features)], dim=-1)
 
 
 class DFlash(nn.Module):
-    """A few layers that fill a block of masks in one pass; see drafters/dflash.py."""
+    """A few layers that fill a block of mask tokens in one pass; see drafters/dflash.py."""
 
     def __init__(self, shape: DrafterShape, layer_ids: tuple[int, ...], layers: int, block: int, mask_token: int):
         super().__init__()
@@ -150,7 +155,7 @@ class DFlash(nn.Module):
         self.norm = nn.RMSNorm(hidden, eps=1e-6)
 
     def start_from(self, target: Qwen3ForCausalLM) -> None:
-        """Begin with the target's last layers on its last captured features: saves most of the steps."""
+        """Initialize with the target's last layers on its last captured features, which saves most training steps."""
         hidden = self.shape.hidden
         with torch.no_grad():
             self.fc.weight.mul_(0.2)
@@ -160,8 +165,10 @@ class DFlash(nn.Module):
                 layer.load_state_dict(source.state_dict())
 
     def blocks(self, embed: nn.Module, head: torch.Tensor, verdict: Verdict, anchors: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, anchors, block - 1, vocab] of the blocks at `anchors` [rows, anchors]: positions of the
-        anchor tokens. Entry j predicts the token at anchor + 1 + j. A block sees positions before its anchor."""
+        """Logits [rows, anchors, block - 1, vocab] of the blocks at positions `anchors` [rows, anchors].
+
+        Entry j predicts the token at anchor + 1 + j. A block sees the positions before its anchor.
+        """
         rows, n = verdict.ids.shape
         device = verdict.ids.device
         rope = Rope(self.shape.head_dim, self.shape.theta, device)
@@ -183,6 +190,8 @@ class DFlash(nn.Module):
 
 
 class DFlashLayer(nn.Module):
+    """A decoder layer whose attention also reads the context."""
+
     def __init__(self, shape: DrafterShape):
         super().__init__()
         hidden = shape.hidden
@@ -200,6 +209,7 @@ class DFlashLayer(nn.Module):
         mask: torch.Tensor,
         rope: Rope,
     ) -> torch.Tensor:
+        """`x` [rows, queries, hidden] attends to `context` [rows, n, hidden] and itself, as `mask` allows."""
         normed = self.input_layernorm(x)
         k, v = self.self_attn.keys(normed, positions, rope)
         context_k, context_v = self.self_attn.keys(context, context_positions, rope)

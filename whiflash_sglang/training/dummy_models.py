@@ -1,12 +1,10 @@
-"""Checkpoints without weights: a target and both drafters of any size, as folders that a server accepts and that take
-no disk.
+"""Dummy checkpoints of a target and both drafters of any size, which a server accepts and which take no disk space.
 
     paths = write_models(folder, QWEN3_8B)      # then serve with --load-format dummy
 
-What is written is `config.json`, the tokenizer of the bundled models (ids beyond it only fill up the vocabulary), and
-safetensors files whose header has every tensor's name and shape and whose data is one hole. The launcher judges
-drafters by headers, so that it judges these as it would the real ones; SGLang fills weights with noise and reads no
-file.
+Writes `config.json`, the bundled models' tokenizer (the vocabulary is padded), and sparse safetensors files: full
+headers, and a hole as data. The launcher checks headers, so it checks these like real models. SGLang fills the weights
+with noise and reads no files.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ BYTES = {"BF16": 2, "I64": 8}
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a target and of the drafters beside it, whose layers are as wide as its own."""
+    """Sizes of a target and its drafters, whose layers have the same sizes."""
 
     hidden_size: int
     num_layers: int
@@ -84,7 +82,7 @@ TINY = ModelShape(
 
 
 class Folders(NamedTuple):
-    """Where the three models are."""
+    """Folders of the three models."""
 
     target: Path
     dflash: Path
@@ -92,7 +90,7 @@ class Folders(NamedTuple):
 
 
 def write_models(folder: Path, shape: ModelShape) -> Folders:
-    """Write a target and both drafters of this shape below `folder`."""
+    """Write a target and both drafters of this shape to subfolders of `folder`."""
     folders = Folders(folder / "target", folder / "dflash", folder / "eagle3")
     write_config(folders.target, target_config(shape))
     for name in TOKENIZER_FILES:
@@ -105,18 +103,19 @@ def write_models(folder: Path, shape: ModelShape) -> Folders:
 
 
 def write_drafter(folder: Path, kind: str, config: Mapping[str, Any], target: TargetSpec) -> None:
+    """Write a drafter of `kind` "df" or "e3"."""
     write_config(folder, config)
     write_hollow(folder / "model.safetensors", drafter_tensors(str(folder), kind, target))
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_hollow(file: Path, tensors: Mapping[str, tuple[int, ...]]) -> None:
-    """A safetensors file of these shapes whose data reads as zeros and takes no disk; `d2t` is int64, all else
-    bfloat16."""
+    """Write a sparse safetensors file (name -> shape) whose data reads as zeros. `d2t` is int64, all else bfloat16."""
     header, end = {}, 0
     for name, shape in tensors.items():
         dtype = "I64" if name == "d2t" else "BF16"
@@ -131,6 +130,7 @@ def write_hollow(file: Path, tensors: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def common_config(shape: ModelShape) -> dict[str, Any]:
+    """Fields of `config.json` that all three models share."""
     return {
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
@@ -150,11 +150,13 @@ def common_config(shape: ModelShape) -> dict[str, Any]:
 
 
 def target_config(shape: ModelShape) -> dict[str, Any]:
+    """A Qwen3 config."""
     own = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": shape.num_layers}
     return common_config(shape) | own | {"use_sliding_window": False}
 
 
 def dflash_config(shape: ModelShape) -> dict[str, Any]:
+    """A DFlash config."""
     return common_config(shape) | {
         "architectures": ["DFlashDraftModel"],
         "model_type": "qwen3",
@@ -167,6 +169,7 @@ def dflash_config(shape: ModelShape) -> dict[str, Any]:
 
 
 def eagle3_config(shape: ModelShape) -> dict[str, Any]:
+    """An EAGLE-3 config."""
     captured = {"eagle_aux_hidden_state_layer_ids": list(shape.eagle3_layers), "use_aux_hidden_state": True}
     return common_config(shape) | {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -178,7 +181,7 @@ def eagle3_config(shape: ModelShape) -> dict[str, Any]:
 
 
 def target_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """What a Qwen3 checkpoint of this shape holds."""
+    """Tensor name -> shape of a Qwen3 checkpoint."""
     hidden, mlp = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     layer = {

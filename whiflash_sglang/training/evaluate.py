@@ -1,4 +1,4 @@
-"""What the demo models have learned: tool calls that parse, and acceptance length by drafter and span.
+"""Evaluate the demo models: valid tool calls, and acceptance length by drafter and span.
 
 Both are measured on the target's own greedy replies to recorded histories (`replies.py`).
 """
@@ -16,7 +16,7 @@ from whiflash_sglang.training.text import SPANS
 
 
 def tool_calls(text: str) -> list[dict[str, Any] | None]:
-    """The tool calls in a reply; None for one that is no JSON object with a name and arguments."""
+    """The tool calls in a reply; None for invalid ones (not a JSON object with a name and arguments)."""
     calls: list[dict[str, Any] | None] = []
     for piece in text.split("<tool_call>")[1:]:
         try:
@@ -28,7 +28,7 @@ def tool_calls(text: str) -> list[dict[str, Any] | None]:
 
 
 def call_figures(texts: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Of pairs of a recorded turn and the target's reply: how many tool calls parse, and equal the recorded ones."""
+    """Shares of valid tool calls, and of those equal to the recorded ones. `texts`: pairs (recorded turn, reply)."""
     asked = [(recorded, text) for recorded, text in texts if "<tool_call>" in recorded]
     parsed = [tool_calls(text) for _, text in asked]
     return {
@@ -41,7 +41,7 @@ def call_figures(texts: Sequence[tuple[str, str]]) -> dict[str, float]:
 
 
 def acceptance_figures(replies: Sequence[Positions]) -> dict[str, Any]:
-    """Mean acceptance lengths, every position of the replies taken as the start of a round; also by span."""
+    """Mean acceptance lengths with every position of the replies as a round start, in total and by span."""
     spans, entropy, e3, df = (
         np.concatenate([getattr(reply, field) for reply in replies]) for field in ("span", "entropy", "e3", "df")
     )

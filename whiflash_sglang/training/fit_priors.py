@@ -1,4 +1,4 @@
-"""Priors from replayed replies: at every position it is known what both drafters would have yielded."""
+"""Fit priors to collected replies, in which both drafters' acceptance is known at every position."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from whiflash_sglang.training.walk import by_worth, gather, round_starts, walk
 
 
 def places(records: Sequence[Record]) -> list[Place]:
-    """Where each position [all positions] stands."""
+    """Context kind, span and tool of each position, [all positions]."""
     return [Place(r.context_kind, SPANS[span], r.tool) for r in records for span in r.positions.span]
 
 
 def margin_of(records: Sequence[Record], gain: np.ndarray, ms: Mapping[str, float]) -> float:
-    """What `e3` must gain to be worth its time, in tokens, where rounds are chosen by `gain` [all positions]."""
+    """Tokens that `e3` must gain to be worth its time, if rounds are chosen by `gain` [all positions]."""
     return walk(records, by_worth(records, gain, ms), ms).tokens_per_ms * (ms["e3"] - ms["df"])
 
 
 def fit_priors(records: Sequence[Record], gain: np.ndarray, ms: Mapping[str, float]) -> Priors:
-    """The priors of a score that expects `gain` [all positions], from the positions where rounds begin.
+    """Fit the priors of a score that predicts `gain` [all positions], on the positions where rounds begin.
 
-    One that rounds of both drafters come to is seen once: twice, it would pass for more than it is.
+    A position where rounds of both drafters begin counts once.
     """
     difference = gather(records, "e3").astype(np.float64) - gather(records, "df")
     at = places(records)
@@ -37,5 +37,5 @@ def fit_priors(records: Sequence[Record], gain: np.ndarray, ms: Mapping[str, flo
 
 
 def biases(records: Sequence[Record], priors: Priors) -> np.ndarray:
-    """What `priors` add at every position [all positions]."""
+    """The bias of `priors` at every position, [all positions]."""
     return np.array([priors.bias(*place) for place in places(records)])

@@ -1,16 +1,14 @@
-"""The launcher, except that drafts are accepted and drafters chosen as they were in a recording: for models without
-weights, of which nothing would be accepted and every score would say the same.
+"""The launcher with forced acceptance and routing, drawn from a recording. For benchmarks of models without weights.
 
     WHIFLASH_BENCH_FORCED='{...}' python -m whiflash_sglang.training.forced_server --model-path ... [flags]
 
-The round is the launcher's own; what it computes is computed, and then three things are replaced. How many drafts stand
-is drawn from the lengths recorded for chains of as many drafts. A score is drawn, so that a drafter is chosen as often,
-and kept as long, as recorded; drawing counts as the host's part of a round. And with `synchronize`, the steps of a
-round are timed with the device waited for before and after each, as a launch says nothing of what it costs; the round
-as a whole is then slower than it would be.
+Rounds run as usual, with three replacements. The number of accepted drafts is drawn from recorded lengths of chains of
+the same size. Scores are drawn so that drafters are chosen as often, and switched as often, as recorded; drawing counts
+as host time. With `synchronize`, each step of a round is timed with the device synchronized before and after, which
+slows down the round as a whole.
 
-Nothing of the server knows of this module. SGLang spawns its scheduler where there is a GPU, and a spawned process
-imports the main module anew under the name `__mp_main__`: it is replaced there too.
+The server does not know this module. With a GPU, SGLang spawns its scheduler, and the spawned process imports the main
+module again as `__mp_main__`; the replacements are installed there, too.
 """
 
 from __future__ import annotations
@@ -36,35 +34,37 @@ FOR_E3, FOR_DF = 2.0, -2.0  # scores: nats on either side of the usual threshold
 
 @dataclass(frozen=True)
 class Recording:
-    """What is forced. `acceptance`: number of drafts of a chain -> how often 0, 1, .. of them were accepted."""
+    """The forced distribution. `acceptance`: drafts per chain -> how often 0, 1, .. of them were accepted."""
 
     acceptance: Mapping[int, Sequence[float]]
     e3_share: float  # of rounds
-    switch_rate: float  # share of a request's rounds with another drafter than the one before
+    switch_rate: float  # share of a request's rounds with a different drafter than the round before
     synchronize: bool = False
     seed: int = 0
 
     def to_environ(self) -> dict[str, str]:
+        """Environment variables for the server."""
         return {VARIABLE: json.dumps(asdict(self))}
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Recording:
+        """Inverse of `to_environ`."""
         content = json.loads(environ[VARIABLE])
         content["acceptance"] = {int(drafts): counts for drafts, counts in content["acceptance"].items()}
         return cls(**content)
 
     def table(self) -> list[list[float]]:
-        """Row n: weights of 0, 1, .. accepted drafts of n, nothing beyond n. Without a record nothing is accepted."""
+        """Row n: weights of 0, 1, .. accepted drafts out of n. Without a record for n, nothing is accepted."""
         size = 1 + max(self.acceptance)
         rows = [[1.0] + [0.0] * (size - 1) for _ in range(size)]
         for drafts, counts in self.acceptance.items():
             kept = [*counts[: drafts + 1]]
-            kept[-1] += sum(counts[drafts + 1 :])  # recorded with longer chains: all of this one
+            kept[-1] += sum(counts[drafts + 1 :])  # recorded with longer chains: all accepted
             rows[drafts] = [*kept, *[0.0] * (size - len(kept))]
         return rows
 
     def turns(self) -> tuple[float, float]:
-        """Chances in a round of leaving `e3`, and of leaving `df`: those of a two-state chain in balance."""
+        """Probabilities per round of switching from `e3` and from `df`, as a stationary two-state Markov chain."""
         if not 0 < self.e3_share < 1:  # one drafter in every round
             return 1.0 - self.e3_share, self.e3_share
         leave_e3 = self.switch_rate / (2 * self.e3_share)
@@ -73,7 +73,7 @@ class Recording:
 
 
 class ForcedAcceptance:
-    """In the place of `accept.accept`: its result, with drawn lengths."""
+    """Replaces `accept.accept`: its result with drawn lengths."""
 
     def __init__(self, recording: Recording, accept: Callable[[Proposal, torch.Tensor], Accepted]):
         import torch
@@ -96,7 +96,7 @@ class ForcedAcceptance:
 
 
 class ForcedChoices:
-    """Who drafts next for each request slot."""
+    """Draws the next drafter of each request slot."""
 
     def __init__(self, recording: Recording):
         self.leave_e3, self.leave_df = recording.turns()
@@ -104,7 +104,7 @@ class ForcedChoices:
         self.is_e3: dict[int, bool] = {}  # by request slot
 
     def draw(self, slot: int) -> bool:
-        """Whether `e3` drafts next for the request in `slot`."""
+        """Whether `e3` drafts next for `slot`."""
         was_e3 = self.is_e3.get(slot, False)
         leaves = self.random.random() < (self.leave_e3 if was_e3 else self.leave_df)
         self.is_e3[slot] = was_e3 != leaves
@@ -112,15 +112,15 @@ class ForcedChoices:
 
 
 def forced_run(run: Callable[..., Any], recording: Recording) -> Any:
-    """`DecodeRound.run` that first writes drawn scores over those that the router has of the rows.
+    """Wrap `DecodeRound.run` to overwrite the router's scores with drawn ones before the round.
 
-    Before the round's steps and not in the score's own `observe`, so that drawing does not count as routing.
+    This happens outside `observe`, so that drawing does not count as routing time.
     """
     choices = ForcedChoices(recording)
 
     @functools.wraps(run)
     def draw_and_run(decode_round: Any, rows: Any) -> Any:
-        score = getattr(decode_round.router, "score", None)  # routers that look at nothing have none
+        score = getattr(decode_round.router, "score", None)  # fixed policies have no score
         if score is not None:
             score.keep(rows.host.slots, [[FOR_E3 if choices.draw(slot) else FOR_DF] for slot in rows.host.slots])
         return run(decode_round, rows)
@@ -129,7 +129,7 @@ def forced_run(run: Callable[..., Any], recording: Recording) -> Any:
 
 
 def synchronized(timed: Callable[..., Any], synchronize: Callable[[], None]) -> Any:
-    """`Totals.timed` that waits for the device before and after the step."""
+    """Wrap `Totals.timed` to synchronize the device before and after the step."""
 
     @contextmanager
     def timed_synchronized(totals: Any, step: str) -> Iterator[None]:
@@ -142,7 +142,7 @@ def synchronized(timed: Callable[..., Any], synchronize: Callable[[], None]) -> 
 
 
 def synchronized_ingest(ingest: Callable[..., Any], synchronize: Callable[[], None]) -> Any:
-    """`DecodeRound.ingest` whose `CatchUp.seconds` are those of the device's work."""
+    """Wrap `DecodeRound.ingest` so that `CatchUp.seconds` includes the device's work."""
 
     def ingest_synchronized(decode_round: Any, name: str, slots: Any, committed: Any) -> Any:
         synchronize()
@@ -155,7 +155,7 @@ def synchronized_ingest(ingest: Callable[..., Any], synchronize: Callable[[], No
 
 
 def install(recording: Recording) -> None:
-    """Replace what the module's docstring names, in this process and those that are forked from it."""
+    """Install the replacements in this process and its forked children."""
     import torch
 
     from whiflash_sglang.core import accept, round

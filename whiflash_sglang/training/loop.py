@@ -1,8 +1,7 @@
-"""The training loop that target and drafters share: optimiser, schedule, checkpoints, progress.
+"""The training loop of target and drafters: optimizer, schedule, checkpoints, progress.
 
-Matrices are stepped by Muon, all else by AdamW: on models of a few million parameters that takes about half the steps.
-A run is seeded, prints its loss, and goes on from its last checkpoint when it is started again, as if it had never
-stopped: with the batches that it has not seen, and the random numbers of its next step.
+Matrices use Muon, all other parameters AdamW; on models of a few million parameters this halves the number of steps.
+Runs are seeded and resume exactly from their last checkpoint, with the next batch and random state.
 """
 
 from __future__ import annotations
@@ -21,14 +20,18 @@ Batch = TypeVar("Batch")
 
 
 class Settings(NamedTuple):
+    """Options of a training run."""
+
     steps: int
     learning_rate: float = 3e-3  # AdamW; Muon's is scaled from it
     warmup: int = 40
     save_every: int = 25
-    max_seconds: float = math.inf  # stop early, with the schedule run to its end by time
+    max_seconds: float = math.inf  # stop early; the schedule then ends by time
 
 
 class Result(NamedTuple):
+    """Figures of a training run."""
+
     steps: int
     loss: float  # mean of the last tenth of the steps
     seconds: float
@@ -41,7 +44,7 @@ def train(
     settings: Settings,
     checkpoint: Path,
 ) -> Result:
-    """Minimise `loss_of(batch)` over the trainable parameters of `model`, in place; one step a batch."""
+    """Minimize `loss_of(batch)` over the trainable parameters of `model`, in place, with one step per batch."""
     optimizers = _optimizers(model, settings)
     step, spent, losses = _resume(model, optimizers, checkpoint)
     batches = islice(batches, step, None)

@@ -1,4 +1,4 @@
-"""The models that a router is trained and calibrated for, as PyTorch modules; and the flags that name them."""
+"""Target and drafters as PyTorch modules, for router training and calibration; and their flags."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from whiflash_sglang.training.drafters import DFlash, Eagle3
 
 
 class ModelPaths(NamedTuple):
-    """Local folders, and the length of EAGLE-3's chain."""
+    """Local folders, and EAGLE-3's chain length in tokens."""
 
     target: Path
     dflash: Path
@@ -27,16 +27,19 @@ class ModelPaths(NamedTuple):
     eagle_steps: int
 
     def identity(self) -> Identity:
+        """Identity of these models, for files that belong to them."""
         drafters = {"df": str(self.dflash), "e3": str(self.eagle3)}
         return Identity.of(str(self.target), drafters, self.eagle_steps)
 
     def server_flags(self) -> tuple[str, ...]:
-        """The launcher's flags that serve these models."""
+        """Launcher flags for these models."""
         named = ((FLAG_TARGET, self.target), (FLAG_DFLASH, self.dflash), (FLAG_EAGLE, self.eagle3))
         return (*(f"{flag}={path}" for flag, path in named), f"{FLAG_STEPS}={self.eagle_steps}")
 
 
 class Models(NamedTuple):
+    """Target, tokenizer and drafters, loaded by `load_models`."""
+
     target: PreTrainedModel
     tokenizer: Any
     eagle3: Eagle3
@@ -44,8 +47,8 @@ class Models(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The launcher's own flags for the three models."""
-    parser.add_argument("--demo", action="store_true", help="the bundled models, where no others are named")
+    """Add the launcher's flags for the three models."""
+    parser.add_argument("--demo", action="store_true", help="use the bundled models unless others are given")
     parser.add_argument(FLAG_TARGET, type=Path, help="target, a local folder")
     parser.add_argument(FLAG_DFLASH, type=Path, help="DFlash drafter, a local folder")
     parser.add_argument(FLAG_EAGLE, type=Path, help="EAGLE-3 drafter, a local folder")
@@ -53,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def paths_of(args: argparse.Namespace) -> ModelPaths:
-    """The folders that the flags name, checked to fit each other; raises ConfigError and CheckpointError."""
+    """The given folders. Raises ConfigError if one is missing, CheckpointError if they do not fit together."""
     named = {
         FLAG_TARGET: (args.model_path, "target"),
         FLAG_DFLASH: (args.speculative_draft_model_path, "dflash"),
@@ -72,7 +75,7 @@ def paths_of(args: argparse.Namespace) -> ModelPaths:
 
 
 def load_models(paths: ModelPaths, device: torch.device) -> Models:
-    """All three, frozen, in float32 as the drafters are."""
+    """Load all three models, frozen, in float32."""
     target = AutoModelForCausalLM.from_pretrained(paths.target, dtype=torch.float32).to(device).eval()
     return Models(
         target.requires_grad_(False),

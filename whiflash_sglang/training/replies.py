@@ -1,8 +1,8 @@
-"""The target's own replies to recorded histories, and what both drafters would have made of every position of them.
+"""The target's greedy replies to recorded histories, and both drafters' acceptance at every position of them.
 
-This is what routers are trained, calibrated and measured on. A served text is the target's own choices, so the texts
-are too: recorded histories are continued greedily, and at each position of those replies, taken as the start of a
-round, both drafters are asked for drafts on the features of the one forward that judged the text.
+This is the data for training, calibrating and evaluating routers. Served texts are the target's own choices, so
+recorded histories are continued greedily. At every position of these replies, as a round start, both drafters draft on
+the features of a single forward.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Prompt(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A greedy reply behind a recorded history."""
+    """A greedy reply to a recorded history."""
 
     prompt: Prompt
     example: Example  # history and reply
@@ -45,13 +45,13 @@ class Reply(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """The round starts of one reply: the anchor is token `start + i` of the text, for every i but the last token's."""
+    """The round starts of one reply: position i has token `start + i` as its anchor; the last token has none."""
 
-    hidden: np.ndarray  # [n, hidden] float16, the final hidden state that the anchor was chosen from
-    entropy: np.ndarray  # [n] float32, nats, of the distribution that the anchor was chosen from
-    span: np.ndarray  # [n] uint8, index into text.SPANS: the span that is being drafted
-    df: np.ndarray  # [n] uint8, acceptance length with each drafter, bonus included
-    e3: np.ndarray  # [n] uint8
+    hidden: np.ndarray  # [n, hidden] float16, final hidden state from which the anchor was chosen
+    entropy: np.ndarray  # [n] float32, nats, of the distribution from which the anchor was chosen
+    span: np.ndarray  # [n] uint8, index into text.SPANS, of the drafted tokens
+    df: np.ndarray  # [n] uint8, acceptance length of DFlash, including the bonus token
+    e3: np.ndarray  # [n] uint8, same for EAGLE-3
 
 
 def prompts_of(session: dict[str, Any], tokenizer: Any) -> Iterator[Prompt]:
@@ -72,7 +72,7 @@ def prompts_of(session: dict[str, Any], tokenizer: Any) -> Iterator[Prompt]:
 def greedy_replies(
     target: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int = 220, batch: int = 16
 ) -> list[Reply]:
-    """The target's reply to each prompt, in order; prompts of like length are continued together."""
+    """The target's reply to each prompt, in order. Prompts of similar length are batched."""
     replies: dict[int, Reply] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     for first in range(0, len(order), batch):
@@ -99,25 +99,27 @@ def greedy_replies(
 def served_replies(
     base_url: str, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int = 220, in_flight: int = 8
 ) -> list[Reply]:
-    """The same from a server of the same target, with or without speculation: many times as fast."""
+    """Like `greedy_replies`, from a server with the same target, which is much faster."""
     answers = ask(base_url, [prompt.ids for prompt in prompts], max_new_tokens, in_flight)
     return [reply_of(*pair, tokenizer) for pair in zip(prompts, answers.texts, strict=True)]
 
 
 def reply_of(prompt: Prompt, tokens: list[int], tokenizer: Any) -> Reply:
+    """A reply from its token ids."""
     text = np.array(prompt.ids + tokens, dtype=np.int64)
     return Reply(prompt, Example(text, span_labels(text, tokenizer)))
 
 
 @torch.no_grad()
 def positions(target: PreTrainedModel, eagle3: Eagle3, dflash: DFlash, reply: Reply, steps: int) -> Positions | None:
-    """What a router sees, and what each drafter would accept, at every position of a reply; None: it has too few."""
+    """Router inputs and both drafters' acceptance at every position of a reply; None if it is shorter than two tokens.
+    `steps`: EAGLE-3's chain length."""
     n, start = len(reply.example.ids), reply.start
     if n < start + 2:
         return None
     verdict = judge(target, reply.example.ids[None], reply.example.spans[None], autocast=False)
     anchors = torch.arange(start, n - 1, device=verdict.ids.device)
-    before = slice(start - 1, n - 2)  # the positions that the anchors were chosen at
+    before = slice(start - 1, n - 2)  # positions at which the anchors were chosen
     return Positions(
         hidden=verdict.hidden[0, before].half().cpu().numpy(),
         entropy=verdict.entropy[0, before].cpu().numpy(),
@@ -130,8 +132,8 @@ def positions(target: PreTrainedModel, eagle3: Eagle3, dflash: DFlash, reply: Re
 def eagle3_lengths(
     model: Eagle3, target: PreTrainedModel, verdict: Verdict, anchors: torch.Tensor, steps: int
 ) -> np.ndarray:
-    """Acceptance length of a round at each of `anchors` [n], positions in the one text of `verdict`."""
-    # A chain's tokens equal the recorded ones for as long as they are accepted: teacher forcing is exact here.
+    """Acceptance length [n] of EAGLE-3 rounds at positions `anchors` [n] in the text of `verdict`."""
+    # Accepted tokens equal the recorded ones, so teacher forcing is exact here.
     entries = (anchors - 1)[None]  # a chain starts at the entry before its anchor
     logits = torch.stack(list(model.chains(target.get_input_embeddings(), verdict, steps, entries)), dim=2)[0]
     drafts = model.draft_tokens[logits.argmax(-1)]
@@ -139,13 +141,13 @@ def eagle3_lengths(
 
 
 def dflash_lengths(model: DFlash, target: PreTrainedModel, verdict: Verdict, anchors: torch.Tensor) -> np.ndarray:
-    """As `eagle3_lengths`."""
+    """Like `eagle3_lengths`, for DFlash."""
     logits = model.blocks(target.get_input_embeddings(), target.lm_head.weight, verdict, anchors[None])[0]
     return _lengths(logits.argmax(-1), verdict, anchors)
 
 
 def _lengths(drafts: torch.Tensor, verdict: Verdict, anchors: torch.Tensor) -> np.ndarray:
-    """`drafts` [anchors, k]: token after the anchor first. The text beyond its end accepts nothing."""
+    """Acceptance lengths [anchors] of `drafts` [anchors, k]. Nothing is accepted beyond the end of the text."""
     ids = torch.cat([verdict.ids[0], torch.full((drafts.shape[1],), -1, device=verdict.ids.device)])
     truth = ids[anchors[:, None] + 1 + torch.arange(drafts.shape[1], device=anchors.device)]
     return 1 + (drafts == truth).long().cumprod(dim=1).sum(dim=1).cpu().numpy()

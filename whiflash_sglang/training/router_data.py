@@ -1,13 +1,12 @@
-"""What routers are trained and calibrated on, as files: every position of the target's replies, as a round's start.
+"""Files of router data: every position of the target's replies, as a round start.
 
-A folder with `manifest.json` and shards, each of the replies to some of the sessions in order:
+A folder has `manifest.json` and shards, each with the replies to some of the sessions, in order:
 
-    shard-00000.safetensors    hidden [n, hidden] float16, entropy [n] float32, span, df, e3 [n] uint8, over all replies
-                               one after the other; in its metadata, for each reply: session, message, start, length,
-                               context_kind, tool
+    shard-00000.safetensors    hidden [n, hidden] float16, entropy [n] float32, span, df, e3 [n] uint8, concatenated
+                               over all replies; metadata per reply: session, message, start, length, context_kind, tool
 
-`replies.Positions` says what each is. A shard is written whole or not at all, so that a run that was interrupted goes
-on with the shards that are missing.
+See `replies.Positions` for the fields. Shards are written atomically, so an interrupted run resumes with the missing
+ones.
 """
 
 from __future__ import annotations
@@ -40,11 +39,14 @@ class Record(NamedTuple):
 
     @classmethod
     def of(cls, reply: Reply, positions: Positions) -> Record:
+        """The record of a reply and its positions."""
         prompt = reply.prompt
         return cls(prompt.session, prompt.message, reply.start, prompt.context_kind, prompt.tool, positions)
 
 
 class RouterData(NamedTuple):
+    """The content of a folder."""
+
     manifest: dict[str, Any]
     records: list[Record]
 
@@ -55,11 +57,12 @@ class RouterData(NamedTuple):
 
 
 def shard_path(folder: Path, number: int) -> Path:
+    """File of a shard, counted from 0."""
     return folder / f"shard-{number:05}.safetensors"
 
 
 def write_shard(file: Path, records: Sequence[Record]) -> None:
-    """Write the records of some sessions; of none as well, so that a resumed run knows that they were looked at."""
+    """Write the records of some sessions. May be empty, which marks the shard as done."""
     tensors = {}
     if records:
         tensors = {
@@ -73,17 +76,17 @@ def write_shard(file: Path, records: Sequence[Record]) -> None:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """What the shards were made of. Refuses a folder that was begun with anything else."""
+    """Write the manifest. Raises ConfigError if the folder has a different one."""
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
     file = folder / "manifest.json"
     if file.exists() and json.loads(file.read_text()) != content:
-        raise ConfigError("--out", folder, "holds data of other models, traces or options", "give another folder")
+        raise ConfigError("--out", folder, "contains data of other models, traces or options", "give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load_router_data(folder: Path) -> RouterData:
-    """All records of a folder; raises ConfigError if there is none, or if shards are missing."""
+    """Load all records of a folder. Raises ConfigError if there are none, or if shards are missing."""
     file = folder / "manifest.json"
     if not file.is_file():
         raise ConfigError("--data", folder, "has no manifest.json", _COLLECT)
@@ -94,10 +97,10 @@ def load_router_data(folder: Path) -> RouterData:
     for number in range(manifest["shards"]):
         shard = shard_path(folder, number)
         if not shard.is_file():
-            raise ConfigError("--data", folder, f"{shard.name} is missing", "run the same collection again to go on")
+            raise ConfigError("--data", folder, f"{shard.name} is missing", "run the same collection again")
         records += _read_shard(shard)
     if not records:
-        raise ConfigError("--data", folder, "holds no position", "collect from traces with assistant turns")
+        raise ConfigError("--data", folder, "contains no positions", "collect from traces with assistant turns")
     return RouterData(manifest, records)
 
 

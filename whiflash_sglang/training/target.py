@@ -1,4 +1,4 @@
-"""The demo target, a small, deep Qwen3 that has learned the order desk; or a larger one."""
+"""Train the demo target, a small, deep Qwen3 for the order desk, or a larger one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from whiflash_sglang.training.loop import Result, Settings, train
 from whiflash_sglang.training.text import CONTEXT, VOCAB_SIZE
 
-# Deep and thin: what a token costs on a CPU is layers, not arithmetic, as on a GPU it is memory traffic.
+# Deep and thin: a token's cost on a CPU is then dominated by the number of layers, as on a GPU by memory traffic.
 CONFIG = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 256,
@@ -28,11 +28,11 @@ CONFIG = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
 }
-CONTEXT_WEIGHT = 0.1  # of the loss: what users and tools say is mostly chance, and not for this model to say
+CONTEXT_WEIGHT = 0.1  # loss weight of user and tool messages, which are mostly random and never generated
 
 
 def new_target(seed: int, eos_token_id: int, device: torch.device, **sizes: int) -> Qwen3ForCausalLM:
-    """`sizes` stand in for those of CONFIG."""
+    """A new target; `sizes` override CONFIG."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(**(CONFIG | sizes), eos_token_id=eos_token_id)).to(device)
 
@@ -40,6 +40,7 @@ def new_target(seed: int, eos_token_id: int, device: torch.device, **sizes: int)
 def train_target(
     model: Qwen3ForCausalLM, batches: Iterator[tuple[np.ndarray, np.ndarray]], settings: Settings, checkpoint: Path
 ) -> Result:
+    """Train on `batches` of (ids, spans), [rows, n] each."""
     device = model.device
 
     def loss_of(batch: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
@@ -57,7 +58,7 @@ def train_target(
 
 
 def save_target(model: Qwen3ForCausalLM, folder: Path, eos_token_id: int, pad_token_id: int) -> None:
-    """Config and bfloat16 weights, as published Qwen3 checkpoints have them."""
+    """Write config and bfloat16 weights in the format of published Qwen3 checkpoints."""
     model.to(torch.bfloat16).save_pretrained(folder)
     generation = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, "do_sample": False}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""Traces as token ids: the demo tokenizer, its Qwen-style chat template, and where in a rendered trace which span lies.
+"""Render traces to token ids: the demo tokenizer, its Qwen-style chat template, and span labels.
 
-The template keeps reasoning in the history of every turn, so that a rendered assistant turn has exactly the tokens that
-the model generated and the next turn's prompt extends the last one: what the radix cache holds stays usable.
+The template keeps reasoning in the history. A rendered assistant turn then has exactly the generated tokens, and the
+next prompt extends it, which keeps the radix cache usable.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response
 VOCAB_SIZE = 1280
 DOCUMENTS = (".py", ".rst", ".md")
 DOCUMENT_CHARACTERS = 6000
-# Words with their leading space or sign, single digits, punctuation, line ends, spaces: ids and amounts are then copied
-# digit by digit, as in Qwen's tokenizers.
+# Words with their leading space or sign, single digits, punctuation, line ends, spaces. Digits are separate, so ids and
+# amounts are copied digit by digit, as in Qwen's tokenizers.
 PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 
 CHAT_TEMPLATE = """\
@@ -83,7 +83,7 @@ class Example(NamedTuple):
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE tokenizer over rendered traces; any text can be encoded."""
+    """Train a byte-level BPE tokenizer on rendered traces."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -100,13 +100,13 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # Not special: parsers of reasoning and tool calls have to see them in the decoded text.
+    # Not special, because reasoning and tool-call parsers need them in the decoded text.
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKERS])
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the files that transformers and SGLang load without any code of ours."""
+    """Write the tokenizer files in the format of transformers and SGLang."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -122,7 +122,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def render(session: dict[str, Any], tokenizer: Any) -> Example:
-    """A session through the chat template; `tokenizer` is the saved one, loaded by transformers."""
+    """Render a session with the chat template; `tokenizer`: the saved one, loaded by transformers."""
     messages = [parsed_arguments(message) for message in session["messages"]]
     text = tokenizer.apply_chat_template(messages, tools=session["tools"], tokenize=False)
     ids = np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
@@ -130,7 +130,7 @@ def render(session: dict[str, Any], tokenizer: Any) -> Example:
 
 
 def local_text(count: int, seed: int) -> Iterator[str]:
-    """Python source and documentation that any Python has: `count` files of its library and its packages, at most."""
+    """Texts of up to `count` source and documentation files from Python's standard library and installed packages."""
     folders = {sysconfig.get_paths()[name] for name in ("stdlib", "purelib")}
     files = sorted({file for folder in folders for file in Path(folder).rglob("*") if file.suffix in DOCUMENTS})
     for file in random.Random(seed).sample(files, min(count, len(files))):
@@ -139,13 +139,13 @@ def local_text(count: int, seed: int) -> Iterator[str]:
 
 
 def document(text: str, tokenizer: Any) -> Example:
-    """A text that is all the model's own to say, as one long answer."""
+    """A text as one long answer, all of it to be generated."""
     ids = np.array([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id], dtype=np.int64)
     return Example(ids, np.full(len(ids), ANSWER, dtype=np.uint8))
 
 
 def span_labels(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
-    """Span of every token [tokens]: a state machine over the model's own markers."""
+    """Span of every token, [tokens] uint8, by a state machine over the markers."""
     token = {name: tokenizer.convert_tokens_to_ids(name) for name in (*SPECIAL_TOKENS, *MARKERS)}
     assistant = tokenizer.encode("assistant\n", add_special_tokens=False)
     labels = np.zeros(len(ids), dtype=np.uint8)
@@ -172,9 +172,9 @@ def span_labels(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
 
 
 def batches(examples: list[Example], tokens: int, length: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endless batches of whole sessions, cut to `length`, about `tokens` in all: ids and spans [rows, longest].
+    """Infinite shuffled batches of about `tokens` tokens: ids and spans, [rows, longest] each.
 
-    Sessions of like length share a batch. Padding is -1 in ids.
+    Sessions are cut to `length` tokens; those of similar length share a batch. Padding is -1 in ids.
     """
     rng = np.random.default_rng(seed)
     while True:

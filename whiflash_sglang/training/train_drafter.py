@@ -1,15 +1,14 @@
-"""Train a drafter for a target of your own, on traces of your own agent.
+"""Train a drafter for your own target, on traces of your own agent.
 
     python -m whiflash_sglang.training.train_drafter --kind eagle3 --model-path TARGET --traces TRACE... --out DIR
     python -m whiflash_sglang.training.train_drafter --kind dflash --model-path TARGET --traces TRACE... --out DIR
 
-The drafter is distilled from the target's own choices on the recorded sessions (`distill.py`), starts from the
-target's own layers, and is written in the format in which EAGLE-3 and DFlash drafters are published: a folder for
-`--whiflash-eagle-draft` or `--speculative-draft-model-path`. Seeded; goes on from its last checkpoint when it is
-started again. Traces are whatever `whiflash_workloads.replay` reads: some thousands of sessions for a drafter that is
-worth serving, the same for both drafters. The target's head must be a matrix of its own or tied; a DFlash drafter takes
-the layers of a Qwen3 target (with norms of queries and keys). What it reaches is told by `collect_router_data` and
-`calibrate`.
+The drafter is distilled from the target's choices on the recorded sessions (`distill.py`) and initialized from the
+target's layers. The output folder has the published EAGLE-3 or DFlash format, for `--whiflash-eagle-draft` or
+`--speculative-draft-model-path`. Runs are seeded and resume from their last checkpoint. Traces may have any format of
+`whiflash_workloads.replay`; a useful drafter needs thousands of sessions, the same ones for both drafters. The target
+needs a plain or tied LM head; DFlash needs a Qwen3 target (with q and k norms). Evaluate the result with
+`collect_router_data` and `calibrate`.
 """
 
 from __future__ import annotations
@@ -46,23 +45,23 @@ from whiflash_workloads.schema import TraceError
 
 
 class Recipe(NamedTuple):
-    """What is trained, and for how long."""
+    """Training options of a drafter."""
 
     layers: tuple[int, ...]  # captured layers of the target
     batch_tokens: int
-    length: int  # tokens of a session that are looked at
+    length: int  # max tokens per session
     seed: int
     settings: Settings
     checkpoint: Path
-    start: Path | None = None  # a drafter's folder to go on from, not anew
-    reasoning: float = 1.0  # weight of rounds that begin in reasoning, against all others
+    start: Path | None = None  # folder of a drafter to continue from
+    reasoning: float = 1.0  # relative weight of rounds that begin in reasoning
 
 
 def fit_eagle3(
     target: PreTrainedModel, examples: list[text.Example], recipe: Recipe, draft_vocab: int, out: Path
 ) -> Result:
-    """Train and write an EAGLE-3 drafter whose own vocabulary is the `draft_vocab` most frequent tokens of replies, or
-    that of the drafter that it goes on from."""
+    """Train and write an EAGLE-3 drafter. Its vocabulary is the `draft_vocab` most frequent tokens of replies, or that
+    of the drafter it continues from."""
     if recipe.start is not None:
         model = load_eagle3(recipe.start).to(target.device)
     else:
@@ -85,7 +84,7 @@ def fit_dflash(
     mask_token: int,
     out: Path,
 ) -> Result:
-    """Train and write a DFlash drafter of `depth` layers for blocks of `block` tokens, the anchor included."""
+    """Train and write a DFlash drafter of `depth` layers for blocks of `block` tokens, including the anchor."""
     if recipe.start is not None:
         model = load_dflash(recipe.start).to(target.device)
     else:
@@ -97,28 +96,29 @@ def fit_dflash(
 
 
 def default_layers(kind: str, num_layers: int) -> tuple[int, ...]:
-    """An early, a middle and a late layer for EAGLE-3; five evenly spread ones for DFlash, as published drafters."""
+    """An early, a middle and a late layer for EAGLE-3, five evenly spaced ones for DFlash, as in published drafters."""
     if kind == "eagle3":
         return tuple(sorted({1, num_layers // 2 - 1, num_layers - 4}))
     return tuple(sorted({round(value) for value in np.linspace(1, num_layers - 3, 5)}))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train the drafter; returns its figures. Raises WhiFlashError or TraceError."""
     if args.model_path is None:
         raise ConfigError(FLAG_TARGET, None, "missing", "give the target's folder")
     spec = load_target_spec(str(args.model_path))
     layers = tuple(args.layers) if args.layers else default_layers(args.kind, spec.num_layers)
     if min(layers) < 0 or max(layers) > spec.num_layers - 2:
         problem = f"the target's {spec.num_layers} layers allow 0 to {spec.num_layers - 2}"
-        raise ConfigError("--layers", " ".join(map(str, layers)), problem, "give layers in these bounds")
+        raise ConfigError("--layers", " ".join(map(str, layers)), problem, "give layers within these bounds")
     sessions = [session for session in load_traces(args.traces).sessions if session.turns]
     if not sessions:
-        raise ConfigError("--traces", None, "hold no recorded assistant turn", "give traces of an agent's sessions")
+        raise ConfigError("--traces", None, "contain no recorded assistant turn", "give traces of an agent's sessions")
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)
     mask_token = tokenizer.mask_token_id if args.mask_token is None else args.mask_token
     if args.kind == "dflash" and mask_token is None:
-        mend = "give the id of a token that the target never writes"
-        raise ConfigError("--mask-token", None, "the tokenizer has no mask token", mend)
+        fix = "give the id of a token that the target never generates"
+        raise ConfigError("--mask-token", None, "the tokenizer has no mask token", fix)
     examples = [text.render(plain(session), tokenizer) for session in sessions]
     dtype: torch.dtype | str = torch.float32 if args.device.type == "cpu" else "auto"
     target = AutoModelForCausalLM.from_pretrained(args.model_path, dtype=dtype).to(args.device).eval()
@@ -146,19 +146,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, nargs="+", metavar="ID", help="captured layers of the target")
     parser.add_argument("--draft-vocab", type=int, default=32_000, help="EAGLE-3's vocabulary (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=5, help="layers of a DFlash drafter (default: %(default)s)")
-    parser.add_argument("--block", type=int, default=16, help="tokens of a DFlash block (default: %(default)s)")
+    parser.add_argument("--block", type=int, default=16, help="tokens per DFlash block (default: %(default)s)")
     parser.add_argument("--mask-token", type=int, metavar="ID", help="default: the tokenizer's mask token")
     parser.add_argument("--steps", type=int, default=6_000)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, schedule and all")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time limit; the schedule ends with it")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--length", type=int, default=4096, help="tokens of a session (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=4096, help="max tokens per session (default: %(default)s)")
     parser.add_argument(
         "--reasoning",
         type=float,
         default=1.0,
         metavar="WEIGHT",
-        help="of rounds that begin in reasoning, against all others: each drafter for what it is to draft",
+        help="relative weight of rounds that begin in reasoning (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")

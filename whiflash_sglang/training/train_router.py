@@ -1,11 +1,11 @@
-"""Train a neural router on what `collect_router_data` collected.
+"""Train a neural router on data of `collect_router_data`.
 
     python -m whiflash_sglang.training.train_router --data DIR --out ROUTER [--plots DIR]
 
-Two linear layers with a GELU between them, from the target's final hidden state to how many tokens more the positive
-drafter accepts than the other (WhiFlash, arXiv 2606.07710), by mean squared error; split into training and validation
-by session, stopped when the validation loss no longer falls. `ROUTER` is what `--whiflash-neural-router-path` takes.
-The last line is JSON.
+The router is two linear layers with a GELU. From the target's final hidden state it predicts how many more tokens the
+positive drafter accepts than the other one (WhiFlash, arXiv 2606.07710). Trained with mean squared error, split by
+session, with early stopping on the validation loss. `ROUTER` is for `--whiflash-neural-router-path`. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ THRESHOLDS = tuple(round(0.25 * step - 2, 2) for step in range(17))  # tokens
 
 
 class Fit(NamedTuple):
+    """A trained network and its losses by epoch."""
+
     network: Network
     epochs: int
     train_losses: list[float]
@@ -44,12 +46,12 @@ class Fit(NamedTuple):
 def train(
     data: RouterData, positive: str, width: int, epochs: int, patience: int, seed: int
 ) -> tuple[Fit, list[Record]]:
-    """The network with the lowest validation loss, and the validation records."""
+    """Train; returns the network with the lowest validation loss, and the validation records. Raises ConfigError."""
     training, validation = split(data, seed)
     x, y = tensors(training, positive)
     x_validation, y_validation = tensors(validation, positive)
     torch.manual_seed(seed)
-    # The inputs' scales are part of the first layer once it is trained, so that serving knows nothing of them.
+    # Input normalization is folded into the first layer after training.
     mean, scale = x.mean(0), x.std(0) + 1e-3
     model = torch.nn.Sequential(torch.nn.Linear(x.shape[1], width), torch.nn.GELU(), torch.nn.Linear(width, 1))
     torch.nn.init.zeros_(model[2].weight)
@@ -82,10 +84,10 @@ def _epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Te
 
 
 def split(data: RouterData, seed: int) -> tuple[list[Record], list[Record]]:
-    """Records of the training and of the validation sessions."""
+    """Split the records by session into training and validation. Raises ConfigError for too few sessions."""
     sessions = data.sessions
     if len(sessions) < MIN_SESSIONS:
-        problem = f"{len(sessions)} sessions, and at least {MIN_SESSIONS} are needed to train and validate"
+        problem = f"{len(sessions)} sessions, but at least {MIN_SESSIONS} are needed to train and validate"
         raise ConfigError("--data", None, problem, "collect from more sessions")
     shuffled = np.random.default_rng(seed).permutation(sessions)
     held_back = set(shuffled[: max(2, round(VALIDATION_SHARE * len(sessions)))].tolist())
@@ -94,14 +96,14 @@ def split(data: RouterData, seed: int) -> tuple[list[Record], list[Record]]:
 
 
 def tensors(records: Sequence[Record], positive: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states [n, hidden] and what the positive drafter accepts more [n]."""
+    """Hidden states [n, hidden], and how many more tokens the positive drafter accepts [n]."""
     other = "df" if positive == "e3" else "e3"
     difference = gather(records, positive).astype(np.float32) - gather(records, other).astype(np.float32)
     return torch.from_numpy(gather(records, "hidden")).float(), torch.from_numpy(difference)
 
 
 def metrics_of(fit: Fit, validation: list[Record], positive: str) -> dict[str, Any]:
-    """What the network reaches on the validation sessions; acceptance lengths are of whole walks."""
+    """Validation metrics: loss, explained variance, and simulated acceptance lengths."""
     x, y = tensors(validation, positive)
     predicted = fit.network(x)
     e3_gain = (predicted if positive == "e3" else -predicted).numpy()
@@ -118,7 +120,7 @@ def metrics_of(fit: Fit, validation: list[Record], positive: str) -> dict[str, A
 
 
 def plot(fit: Fit, validation: list[Record], positive: str, table: dict[float, float], file: Path) -> None:
-    """Loss by epoch; predicted against true difference; acceptance length by threshold."""
+    """Plot loss by epoch, predicted vs. true difference, and acceptance length by threshold."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,6 +147,7 @@ def plot(fit: Fit, validation: list[Record], positive: str, table: dict[float, f
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, evaluate and write the router; returns its figures. Raises WhiFlashError."""
     data = load_router_data(args.data)
     kept = set(data.sessions[: args.sessions])
     data = RouterData(data.manifest, [record for record in data.records if record.session in kept])
@@ -175,16 +178,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="what collect_router_data wrote")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="output of collect_router_data")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the router's folder")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="folder of the plots (default: the data's)")
-    parser.add_argument("--sessions", type=int, metavar="N", help="the first N only, to calibrate on the others")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="folder for plots (default: the data's)")
+    parser.add_argument("--sessions", type=int, metavar="N", help="use only the first N; calibrate on the others")
     parser.add_argument("--positive-drafter", choices=("e3", "df"), default="e3")
     parser.add_argument(
-        "--width", type=int, help="of the inner layer (default: an eighth of the target's, at least 64)"
+        "--width", type=int, help="size of the inner layer (default: an eighth of the target's, at least 64)"
     )
-    parser.add_argument("--epochs", type=int, default=60, help="at most (default: %(default)s)")
-    parser.add_argument("--patience", type=int, default=8, help="epochs without a lower loss (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=60, help="maximum (default: %(default)s)")
+    parser.add_argument("--patience", type=int, default=8, help="epochs without improvement (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.plots = args.plots or args.data

@@ -1,8 +1,8 @@
-"""Decode a recorded reply with a policy, on paper: which rounds it would take, and what they would cost.
+"""Simulate decoding of recorded replies with any routing policy: its rounds and their cost.
 
-At every position the acceptance lengths of both drafters are known, so that any policy's rounds follow: a round at
-position i commits what its drafter accepts there, and the next one starts behind it. The rounds are those that a server
-makes (tests/e2e/test_whiflash_server.py), as its greedy text is this one.
+Both drafters' acceptance lengths are known at every position, which determines the rounds of any policy: a round at
+position i commits what its drafter accepts there, and the next round starts after it. They are the same rounds that a
+server runs (tests/e2e/test_whiflash_server.py), because its greedy text is the same.
 """
 
 from __future__ import annotations
@@ -15,28 +15,30 @@ import numpy as np
 from whiflash_sglang.training.router_data import Record
 from whiflash_sglang.training.text import SPANS
 
-EQUAL_COSTS = {"df": 1.0, "e3": 1.0}  # policies are compared by acceptance length
+EQUAL_COSTS = {"df": 1.0, "e3": 1.0}  # compares policies by acceptance length
 
 
 class Walk(NamedTuple):
     """The rounds of all replies, in order."""
 
-    tokens: np.ndarray  # [rounds], committed
+    tokens: np.ndarray  # [rounds], committed tokens
     is_e3: np.ndarray  # [rounds] bool
     ms: np.ndarray  # [rounds]
     span: np.ndarray  # [rounds], index into SPANS, at the round's start
-    position: np.ndarray  # [rounds], index into the positions of all replies, one after the other
+    position: np.ndarray  # [rounds], index into the concatenated positions of all replies
 
     @property
     def acceptance_length(self) -> float:
+        """Mean tokens per round."""
         return float(self.tokens.sum() / len(self.tokens))
 
     @property
     def tokens_per_ms(self) -> float:
+        """Tokens per millisecond."""
         return float(self.tokens.sum() / self.ms.sum())
 
     def by_span(self) -> dict[str, dict[str, float]]:
-        """Acceptance length, tokens per ms and share of `e3`, by the span that a round begins in."""
+        """Acceptance length, tokens per ms and share of `e3`, by the span in which a round begins."""
         result = {}
         for index in np.unique(self.span):
             part = Walk(*(values[self.span == index] for values in self))
@@ -50,9 +52,9 @@ class Walk(NamedTuple):
 
 
 def walk(records: Sequence[Record], to_e3: np.ndarray, ms: Mapping[str, float], lag: int = 0) -> Walk:
-    """The rounds of `records` with `e3` wherever `to_e3` [all positions] says so; `ms`: of a round by drafter.
+    """Simulate `records`, with `e3` where `to_e3` [all positions] is true. `ms`: milliseconds per round by drafter.
 
-    With a `lag` of k rounds a round is decided by what was known when the k-th before it began, or the reply did.
+    `lag`: decide each round with the information of that many rounds before (or of the reply's start).
     """
     tokens, positions, spans, chosen = [], [], [], []
     first = 0
@@ -65,7 +67,7 @@ def walk(records: Sequence[Record], to_e3: np.ndarray, ms: Mapping[str, float], 
             starts.append(i)
             is_e3 = bool(to_e3[first + starts[max(0, len(starts) - 1 - lag)]])
             length = int((found.e3 if is_e3 else found.df)[i])
-            tokens.append(min(length, n - i + 1))  # the reply ends behind its last position
+            tokens.append(min(length, n - i + 1))  # the reply ends after its last position
             positions.append(first + i)
             spans.append(found.span[i])
             chosen.append(is_e3)
@@ -76,16 +78,15 @@ def walk(records: Sequence[Record], to_e3: np.ndarray, ms: Mapping[str, float], 
 
 
 def oracle(records: Sequence[Record], ms: Mapping[str, float]) -> np.ndarray:
-    """The choice of hindsight [all positions]: the drafter of the round with more tokens per millisecond."""
+    """The choice in hindsight, [all positions] bool: `e3` where its round yields more tokens per millisecond."""
     e3, df = (gather(records, name).astype(np.float64) for name in ("e3", "df"))
     return e3 / ms["e3"] > df / ms["df"]
 
 
 def ceiling(records: Sequence[Record], ms: Mapping[str, float]) -> np.ndarray:
-    """The choice [all positions] with which a reply takes the least time of all: what no choice between two drafters
-    beats.
+    """The choice that minimizes a reply's total time, [all positions] bool: an upper bound for any routing policy.
 
-    The oracle looks one round ahead; this knows, from the end backwards, where a round leaves the next one to begin.
+    Computed backwards from the end. Unlike the oracle, which considers one round, it includes where later rounds begin.
     """
     choices = []
     for record in records:
@@ -102,8 +103,10 @@ def ceiling(records: Sequence[Record], ms: Mapping[str, float]) -> np.ndarray:
 
 
 def by_worth(records: Sequence[Record], gain: np.ndarray, ms: Mapping[str, float], steps: int = 12) -> np.ndarray:
-    """The choice of objective tokens_per_ms [all positions], with `gain` [all positions] as what `e3` is expected to
-    accept more: what router/cost_aware.py settles at when its rate has become that of its own rounds."""
+    """The choice of objective tokens_per_ms, [all positions] bool, for a predicted `gain` of `e3` [all positions].
+
+    This is the fixed point of routing/cost_aware.py, whose rate is that of its own rounds.
+    """
     rate = 0.0
     choice = gain > 0
     for _ in range(steps):
@@ -113,13 +116,13 @@ def by_worth(records: Sequence[Record], gain: np.ndarray, ms: Mapping[str, float
 
 
 def lengths_of(records: Sequence[Record]) -> dict[str, float]:
-    """Acceptance length of each drafter alone, over the rounds that it would make. Over all positions it would be
-    larger: long drafts are started from more seldom than they are long."""
+    """Acceptance length of each drafter alone, over its own rounds. The mean over all positions would be larger:
+    long accepted runs contain few round starts."""
     return {name: round(found.acceptance_length, 4) for name, found in _alone(records).items()}
 
 
 def round_starts(records: Sequence[Record]) -> np.ndarray:
-    """The positions [rounds] where rounds of either drafter alone begin; one that both come to counts twice."""
+    """The positions [rounds] where rounds of either drafter alone begin; common ones are listed twice."""
     return np.concatenate([found.position for found in _alone(records).values()])
 
 
@@ -130,13 +133,13 @@ def _alone(records: Sequence[Record]) -> dict[str, Walk]:
 
 
 def gather(records: Sequence[Record], field: str) -> np.ndarray:
-    """One field of `replies.Positions` over all replies, one after the other."""
+    """One field of `replies.Positions`, concatenated over all replies."""
     return np.concatenate([getattr(record.positions, field) for record in records])
 
 
 def best_threshold(
     records: Sequence[Record], score: np.ndarray, candidates: Sequence[float], ms: Mapping[str, float]
 ) -> tuple[float, dict[float, float]]:
-    """The threshold of `score` [all positions] with the most tokens per ms, and those of all candidates."""
+    """The threshold of `score` [all positions] with the most tokens per ms, and a table of all candidates."""
     table = {float(value): round(walk(records, score > value, ms).tokens_per_ms, 5) for value in candidates}
     return max(table, key=table.__getitem__), table

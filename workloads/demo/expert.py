@@ -1,8 +1,8 @@
-"""A scripted expert at the order desk: solves generated tasks with the real tools, and thinks aloud in varied words.
+"""A scripted expert for the order desk: solves generated tasks with the real tools, with varied reasoning texts.
 
-`solve(seed)` plays one session and returns it as a trace: a user asks, the expert thinks, calls tools, answers; in some
-sessions the user asks once more. Wording is drawn afresh in every sentence, so that reasoning is open text, while
-calls and answers copy ids, names and numbers out of tool outputs, so that they are closed.
+`solve(seed)` plays one session and returns it as a trace: the user asks, the expert reasons, calls tools and answers;
+some sessions have follow-up questions. Reasoning sentences are randomized, which makes them hard to predict. Calls and
+answers copy ids, names and numbers from tool outputs, which makes them predictable.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ CLOSERS = [
 
 
 class Session:
-    """A session in the making: messages, the desk behind them, and the dice."""
+    """A session under construction: messages, the desk, and a random generator."""
 
     def __init__(self, seed: int, lexicon: Lexicon = USUAL):
         self.rng = random.Random(f"session-{seed}")
@@ -79,16 +79,19 @@ class Session:
         self.calls = 0
 
     def pick(self, options: list[str], **values: object) -> str:
+        """A random option, formatted with `values`."""
         return self.rng.choice(options).format(**values)
 
     def think(self, *sentences: str) -> str:
+        """Join non-empty sentences."""
         return " ".join(sentence for sentence in sentences if sentence)
 
     def ask(self, text: str) -> None:
+        """Add a user message."""
         self.messages.append({"role": "user", "content": text})
 
     def call(self, reasoning: str, name: str, **arguments: Any) -> dict[str, Any]:
-        """Think, call a tool, record both and the output; the parsed output."""
+        """Record reasoning, a tool call and its output. Returns the parsed output."""
         self.calls += 1
         call_id = f"call_{self.calls}"
         function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
@@ -105,25 +108,29 @@ class Session:
         return json.loads(output)
 
     def answer(self, reasoning: str, text: str) -> None:
+        """Add an answer with its reasoning."""
         self.messages.append({"role": "assistant", "content": text, "reasoning_content": reasoning})
 
     def open(self, goal: str, tool: str) -> str:
+        """Reasoning before the first call."""
         plan = self.pick(BEFORE_CALL, tool=tool) + self.pick(REASONS)
         return self.think(self.pick(OPENERS, goal=goal), self.pick(DOUBTS), plan)
 
     def go_on(self, fact: str, tool: str) -> str:
+        """Reasoning between calls."""
         plan = self.pick(BEFORE_CALL, tool=tool) + self.pick(REASONS)
         return self.think(self.pick(FINDINGS, fact=fact), self.pick(DOUBTS), plan)
 
     def close(self, fact: str) -> str:
+        """Reasoning before the answer."""
         return self.think(self.pick(FINDINGS, fact=fact), self.pick(DOUBTS), self.pick(CLOSERS))
 
     def look_up(self, goal: str, order_id: int) -> dict[str, Any]:
-        """Open with `goal` in mind and look an order up."""
+        """Start with `goal` and look up an order."""
         return self.call(self.open(goal, "lookup_order"), "lookup_order", order_id=order_id)
 
     def order(self) -> dict[str, Any]:
-        """An order of the shop, as the user would have it in mind."""
+        """A random order of the shop."""
         orders = self.desk.rows("SELECT o.*, c.name FROM orders o JOIN customers c ON c.id = o.customer_id")
         return self.rng.choice(orders)
 
@@ -242,12 +249,12 @@ TASKS: list[Callable[[Session], None]] = [
 
 
 def plan(session: Session) -> list[Callable[[Session], None]]:
-    """What the user of a fresh session will ask for, in order."""
+    """The tasks that the user of a session asks for, in order."""
     return session.rng.sample(TASKS, session.rng.choice([1, 1, 2, 2, 3]))
 
 
 def solve(seed: int, lexicon: Lexicon = USUAL) -> dict[str, Any]:
-    """One session as a trace; the same seed and lexicon give the same session."""
+    """One session as a trace. Deterministic for a seed and lexicon."""
     session = Session(seed, lexicon)
     for task in plan(session):
         task(session)

@@ -2,9 +2,8 @@
 
     python -m whiflash_workloads.demo.generate --split heldout --sessions 40 --out workloads/demo/traces/heldout.jsonl
 
-Splits are disjoint ranges of seeds, so a held-out session has a shop, ids and wording that training never saw; `router`
-is for what is learned about the trained models, which know their own training sessions too well, and `priors` for
-trying what was learned.
+Splits are disjoint seed ranges, so held-out sessions have shops, ids and wordings that training never saw. `router` is
+for training routers, because the models know their own training sessions too well; `priors` is for evaluating priors.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ MAX_SESSIONS = 900_000
 
 
 def sessions(split: str, count: int, invented: float = 0.0) -> Iterator[dict[str, Any]]:
-    """The first `count` sessions of a split, in order; a share `invented` of them with made-up names."""
+    """The first `count` sessions of a split, a share `invented` of them with made-up names. Raises ValueError."""
     if not 0 < count <= MAX_SESSIONS:
-        raise ValueError(f"--sessions {count}: use 1 to {MAX_SESSIONS}, so that the splits stay apart")
+        raise ValueError(f"--sessions {count}: use 1 to {MAX_SESSIONS}, to keep the splits disjoint")
     return (_session(FIRST_SEED[split] + i, invented) for i in range(count))
 
 

@@ -1,4 +1,4 @@
-"""The prompts of a session, as a server's chat template renders them. The tokenizer is one of transformers."""
+"""The prompts of a session, rendered by the chat template of a transformers tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def histories(session: dict[str, Any], tokenizer: Any) -> Iterator[tuple[int, list[int]]]:
-    """Index of each assistant message and the token ids of the prompt that asks for it."""
+    """(index, prompt token ids) of each assistant message."""
     messages = [parsed_arguments(message) for message in session["messages"]]
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -17,7 +17,7 @@ def histories(session: dict[str, Any], tokenizer: Any) -> Iterator[tuple[int, li
 
 
 def parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """Tool-call arguments as objects, as servers hand them to the template."""
+    """The message with tool-call arguments as objects, as servers pass them to the template."""
     if not message.get("tool_calls"):
         return message
     calls = []

@@ -1,14 +1,13 @@
-"""Tasks at the order desk, and a judge of how an agent did one: the first question of each held-out session.
+"""Order desk tasks (the first question of each held-out session), and a judge of an agent's answers.
 
     task = heldout_tasks(50)[0]
     desk = task.desk()                       # a fresh shop for the agent to work in
     answer = my_agent(task.question, desk)
     judge(task, desk, answer)                # Verdict(solved=False, why="the answer lacks 2914.7", ...)
 
-The scripted expert does each task in a shop of its own, which gives the truth: what has to stand in the database
-afterwards, every table compared, and the facts that were asked for, which have to stand in the answer as whole words.
-The rest of the answer is free: wording, and what nobody asked for. `exact` is the stricter measure, the expert's own
-answer; its wording is fixed, so an agent that was trained on the expert can have it.
+The scripted expert solves each task in a separate copy of the shop. The database must afterwards equal the expert's,
+and the answer must contain the requested facts as whole words. Wording and additional content are free. `exact` is
+stricter: the answer equals the expert's, whose wording is fixed and can be learned.
 """
 
 from __future__ import annotations
@@ -26,22 +25,25 @@ from whiflash_workloads.demo.world import Desk
 
 @dataclass(frozen=True)
 class Task:
-    """One question, and what is true of it."""
+    """One question, and its ground truth."""
 
     seed: int
-    kind: str  # the expert's name of it
+    kind: str  # name of the expert's function
     question: str
-    facts: tuple[str, ...]  # all of them belong into the answer
-    falsehoods: frozenset[str]  # none of them does
+    facts: tuple[str, ...]  # all must be in the answer
+    falsehoods: frozenset[str]  # none may be in the answer
     state: tuple[str, ...]  # the database afterwards, as SQL
     expert_answer: str
 
     def desk(self) -> Desk:
+        """A fresh shop for this task."""
         return Desk.create(self.seed)
 
 
 @dataclass(frozen=True)
 class Verdict:
+    """Whether a task is solved, and if not, why."""
+
     solved: bool
     why: str  # "" if solved
     exact: bool
@@ -53,7 +55,7 @@ def heldout_tasks(count: int) -> list[Task]:
 
 
 def first_task(seed: int) -> Task:
-    """The first question of session `seed`, as the expert does it."""
+    """The task of session `seed`, solved by the expert."""
     session = Session(seed)
     play = plan(session)[0]
     play(session)
@@ -63,34 +65,35 @@ def first_task(seed: int) -> Task:
 
 
 def judge(task: Task, desk: Desk, answer: str) -> Verdict:
-    """Whether `answer`, and what the agent did to `desk`, solve `task`."""
+    """Judge an agent's `answer` and the resulting state of `desk`."""
     if state_of(desk) != task.state:
-        why = "the database is not what it should be"
+        why = "the database differs from the expected state"
     elif missing := [fact for fact in task.facts if not says(answer, fact)]:
         why = f"the answer lacks {', '.join(missing)}"
     elif wrong := sorted(word for word in task.falsehoods if says(answer, word)):
-        why = f"the answer has {', '.join(wrong)}"
+        why = f"the answer contains {', '.join(wrong)}"
     else:
         why = ""
     return Verdict(not why, why, answer.strip() == task.expert_answer)
 
 
 def says(answer: str, fact: str) -> bool:
-    """Whether `fact` stands in `answer` as words or numbers of its own: 12.5 is neither in 112.5 nor in 12.56."""
+    """Whether `answer` contains `fact` as a whole word or number: 12.5 is neither in 112.5 nor in 12.56."""
     return re.search(rf"(?<![\w.-]){re.escape(fact)}(?!\w|[.-]\w)", answer) is not None
 
 
 def state_of(desk: Desk) -> tuple[str, ...]:
+    """The database as SQL statements."""
     return tuple(desk.db.iterdump())
 
 
-# ---- what is asked for, by kind of task: words that the answer needs, and words that make it wrong
+# ---- ground truth by kind of task: words that the answer must and must not contain
 
 Truth = tuple[tuple[str, ...], frozenset[str]]
 
 
 def _outputs(session: Session) -> list[dict[str, Any]]:
-    """What the tools told the expert, in order."""
+    """The tool outputs, in order."""
     return [json.loads(message["content"]) for message in session.messages if message["role"] == "tool"]
 
 
@@ -123,7 +126,7 @@ def _stock(session: Session) -> Truth:
 
 
 def _open_orders(session: Session) -> Truth:
-    """The customer, and the ids of their orders, no other order's; without any, a "no"."""
+    """The customer and the ids of their orders, or "no" without any; no other order's id."""
     name = re.findall(r"[A-Z]\w+ [A-Z]\w+", session.messages[1]["content"])[-1]
     found = [str(row["id"]) for row in _outputs(session)[0]["rows"]]
     others = {str(row["id"]) for row in session.desk.rows("SELECT id FROM orders")} - set(found)

@@ -1,10 +1,10 @@
-"""The order desk: a small shop on an embedded SQLite database, and the tools an agent works it with.
+"""The order desk: a small shop in an in-memory SQLite database, and an agent's tools for it.
 
-    desk = Desk.create(seed=7)                      # the same seed gives the same shop, byte for byte
+    desk = Desk.create(seed=7)                      # deterministic: the same seed gives the same shop
     desk.call("lookup_order", {"order_id": 1042})   # JSON text, as an agent sees it
 
-Tools really run: queries read the database, `update_order` changes it. A failing call answers {"error": ...}, as tools
-of agents do, and never raises.
+The tools are real: queries read the database, `update_order` modifies it. A failing call returns {"error": ...} and
+never raises.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MONEY = 2  # decimals
 
 
 class Lexicon(NamedTuple):
-    """The proper names that a shop is made of."""
+    """The proper names used in a shop."""
 
     first_names: Sequence[str]
     last_names: Sequence[str]
@@ -41,7 +41,7 @@ class Lexicon(NamedTuple):
 
     @classmethod
     def invented(cls, rng: random.Random) -> Lexicon:
-        """As many names as USUAL has, all made up: whoever learns from such shops has to read names, not know them."""
+        """As many names as USUAL, all made up, so that a model must copy names instead of memorizing them."""
 
         def words(like: Sequence[str]) -> list[str]:
             return ["".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize() for _ in like]
@@ -72,7 +72,7 @@ SYLLABLES = [
 
 
 class Desk:
-    """One shop. Tool calls may come from several threads, as LangGraph's do, and take turns."""
+    """One shop. Tool calls are serialized and may come from several threads, as in LangGraph."""
 
     def __init__(self, connection: sqlite3.Connection):
         self.turn = threading.Lock()
@@ -81,13 +81,14 @@ class Desk:
 
     @classmethod
     def create(cls, seed: int, lexicon: Lexicon = USUAL) -> Desk:
+        """Generate a shop from a seed."""
         desk = cls(sqlite3.connect(":memory:", check_same_thread=False))
         desk.db.executescript(SCHEMA)
         _fill(desk.db, random.Random(f"desk-{seed}"), lexicon)
         return desk
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Run a tool; its result as JSON text."""
+        """Run a tool and return its result as JSON text."""
         if name not in TOOLS:
             return _json({"error": f"unknown tool {name}"})
         try:
@@ -97,10 +98,12 @@ class Desk:
             return _json({"error": str(error)})
 
     def rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+        """Rows of a query, as dicts."""
         return [dict(row) for row in self.db.execute(sql, values)]
 
 
 def lookup_order(desk: Desk, order_id: int) -> dict[str, Any]:
+    """An order with its customer, items and shipment."""
     orders = desk.rows("SELECT * FROM orders WHERE id = ?", order_id)
     if not orders:
         raise ValueError(f"no order {order_id}")
@@ -124,6 +127,7 @@ def lookup_order(desk: Desk, order_id: int) -> dict[str, Any]:
 
 
 def search_customers(desk: Desk, query: str) -> dict[str, Any]:
+    """Up to five customers by part of name or email, with their orders."""
     pattern = f"%{query}%"
     found = desk.rows("SELECT * FROM customers WHERE name LIKE ? OR email LIKE ? ORDER BY id LIMIT 5", pattern, pattern)
     for customer in found:
@@ -134,7 +138,7 @@ def search_customers(desk: Desk, query: str) -> dict[str, Any]:
 
 
 def run_sql(desk: Desk, sql: str) -> dict[str, Any]:
-    """Read only: SQLite itself refuses everything but reading."""
+    """Read-only, enforced by SQLite's authorizer."""
     desk.db.set_authorizer(_only_reading)
     try:
         rows = [dict(row) for row in desk.db.execute(sql).fetchmany(20)]
@@ -144,10 +148,12 @@ def run_sql(desk: Desk, sql: str) -> dict[str, Any]:
 
 
 def calculate(desk: Desk, expression: str) -> dict[str, Any]:
+    """The rounded result of an arithmetic expression."""
     return {"expression": expression, "result": round(_evaluate(ast.parse(expression, mode="eval").body), MONEY)}
 
 
 def check_stock(desk: Desk, sku: str) -> dict[str, Any]:
+    """A row of the products table."""
     found = desk.rows("SELECT * FROM products WHERE sku = ?", sku)
     if not found:
         raise ValueError(f"no product {sku}")
@@ -155,6 +161,7 @@ def check_stock(desk: Desk, sku: str) -> dict[str, Any]:
 
 
 def update_order(desk: Desk, order_id: int, status: str) -> dict[str, Any]:
+    """Set an order's status."""
     if status not in STATUSES:
         raise ValueError(f"unknown status {status}; use one of {', '.join(STATUSES)}")
     before = lookup_order(desk, order_id)["status"]

@@ -1,4 +1,4 @@
-"""Trace formats, one a file, told apart by what a record holds and not by a file's name.
+"""Trace formats, one per module, detected from a record's fields, not from the file name.
 
     ours              {schema_version, session_id, ...}: our own JSON lines (workloads/schema.py)
     openai            {messages, tools}: OpenAI chat messages, also a plain list of messages
@@ -7,8 +7,7 @@
     agentic-trace     {conversations}: SGLang's `bench_serving --dataset-name agentic-trace`
     mooncake          {input_length, ...} or {messages, timestamp, ...}: Mooncake's, AIPerf's `mooncake_trace`
 
-A reader turns the records of one file into sessions, and each record that it cannot read into a TraceError. It is
-imported when a file needs it.
+A reader converts the records of one file to sessions, and invalid records to TraceErrors. Readers are imported lazily.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from whiflash_workloads.schema import Session, TraceError
 
 
 class Record(NamedTuple):
-    """A JSON value of a file; `where` is put before the names of its fields."""
+    """A JSON value of a file. `where` prefixes its field names in errors."""
 
     line: int
     where: str
@@ -37,7 +36,7 @@ MOONCAKE_KEYS = {
 
 
 def format_of(record: dict[str, Any]) -> str | None:
-    """The name of the format that `record`, the first of a file, is in; None if it is in none."""
+    """The format of `record`, the first of a file; None if unknown."""
     keys = record.keys()
     if "schema_version" in keys or {"session_id", "source"} <= keys:
         return "ours"

@@ -2,8 +2,8 @@
 
     {"metadata": {...}, "conversations": [[{"messages": [...], "prompt_tokens": 73821}, {"messages": [...]}, ...], ...]}
 
-A conversation is a list of turns, and a turn holds the new messages of its request only. What the model answered is not
-recorded: the server's own replies stand in the history (`Session.needs_live_history`).
+A conversation is a list of turns, and a turn has only the new messages of its request. Replies are not recorded; the
+server's own replies go into the history (`Session.needs_live_history`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ UNKNOWN_REPLY: Raw = {"role": "assistant", "content": "", "reply_known": False}
 
 
 def read(path: Path, items: Iterable[Item]) -> Iterator[Session | TraceError]:
+    """The reader of this format; see `formats`."""
     for item in items:
         if isinstance(item, TraceError):
             yield item

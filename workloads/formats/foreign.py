@@ -1,7 +1,7 @@
-"""What readers of other people's formats share: places for errors, messages with OpenAI's fields alone, tools seen.
+"""Shared by the readers of foreign formats: error locations, conversion to OpenAI's messages, inferred tools.
 
-Where a format does not record tool schemas, a tool that was called is declared by its name and the arguments seen,
-because a server renders tool calls only with declared tools.
+If a format does not record tool schemas, called tools are declared by name and the arguments seen, because servers
+render tool calls only with declared tools.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Raw = dict[str, Any]
 
 
 class Place(NamedTuple):
-    """A record of a file, and its number among the records that could be read."""
+    """The location of a record: file, line, field prefix, and its index in the file."""
 
     path: Path
     line: int
@@ -27,11 +27,12 @@ class Place(NamedTuple):
     number: int
 
     def error(self, field: str, problem: str) -> TraceError:
-        return TraceError(self.path, self.line, self.where + field, problem, f"mend the record, {SKIP}")
+        """An error at `field` of this record."""
+        return TraceError(self.path, self.line, self.where + field, problem, f"fix the record, {SKIP}")
 
 
 def each(path: Path, items: Iterable[Item], convert: Callable[[Any, Place], Raw]) -> Iterator[Session | TraceError]:
-    """A session of each record, by way of a record of our own."""
+    """Convert each record to our format with `convert`, and parse it as a session."""
     for number, item in enumerate(items):
         try:
             if isinstance(item, TraceError):
@@ -43,14 +44,14 @@ def each(path: Path, items: Iterable[Item], convert: Callable[[Any, Place], Raw]
 
 
 def own_record(name: str, source: str, messages: list[Raw], tools: list[Raw] | None = None) -> Raw:
-    """A record of our own; without `tools` those that were called are declared."""
+    """A record in our format. Without `tools`, they are inferred from the calls."""
     messages = list(map(adapted, messages))
     declared = tools_seen(messages) if tools is None else tools
     return dict(schema_version=SCHEMA_VERSION, session_id=name, source=source, tools=declared, messages=messages)
 
 
 def message(raw: Any, place: Place, field: str, answered: str | None = None) -> Raw:
-    """The parts of a foreign message that a chat completion knows; `answered`: the call that a tool output answers."""
+    """Convert a foreign message to OpenAI's fields. `answered`: the call id of a tool output. Raises TraceError."""
     if not isinstance(raw, dict) or not isinstance(raw.get("role"), str):
         raise place.error(f"{field}.role", "a message needs a role")
     raw = adapted(raw)
@@ -69,22 +70,23 @@ def message(raw: Any, place: Place, field: str, answered: str | None = None) -> 
 
 
 def call(raw: Any, place: Place, field: str) -> Raw:
+    """Convert a foreign tool call. Raises TraceError."""
     try:
         function = {"name": raw["function"]["name"], "arguments": raw["function"]["arguments"]}
         if not isinstance(function["name"], str):
-            raise TypeError("the name is no text")
+            raise TypeError("the name is not a string")
         return {"id": raw["id"], "type": "function", "function": function}
     except (KeyError, TypeError) as error:
         raise place.error(f"{field}.tool_calls", f"a call lacks id, name or arguments ({error})") from error
 
 
 def text(content: Any, place: Place, field: str) -> str | None:
-    """Content as one text: a list of parts is joined."""
+    """Content as one text, with parts joined. Raises TraceError."""
     if content is None or isinstance(content, str):
         return content
     if isinstance(content, list) and all(map(_is_text_part, content)):
         return "".join(part["text"] for part in content)
-    raise place.error(f"{field}.content", "neither text nor a list of text parts")
+    raise place.error(f"{field}.content", "neither a string nor a list of text parts")
 
 
 def _is_text_part(part: Any) -> bool:
@@ -92,7 +94,7 @@ def _is_text_part(part: Any) -> bool:
 
 
 def tools_seen(messages: list[Raw]) -> list[Raw]:
-    """A schema for each tool that was called: its name and the names of the arguments it was given."""
+    """A schema for each called tool, from its name and the argument names seen."""
     seen: dict[str, Raw] = {}
     for function in (function for made in messages for function in _functions(made)):
         seen.setdefault(function["name"], {}).update({key: {} for key in _argument_names(function)})
@@ -103,7 +105,7 @@ def tools_seen(messages: list[Raw]) -> list[Raw]:
 
 
 def _functions(made: Raw) -> list[Raw]:
-    """The functions that a message calls; what is malformed is left to the schema to refuse."""
+    """The functions that a message calls. Malformed calls are skipped; the schema rejects them later."""
     calls = made.get("tool_calls")
     functions = [one.get("function") for one in calls if isinstance(one, dict)] if isinstance(calls, list) else []
     return [one for one in functions if isinstance(one, dict) and isinstance(one.get("name"), str)]
@@ -112,6 +114,6 @@ def _functions(made: Raw) -> list[Raw]:
 def _argument_names(function: Raw) -> list[str]:
     try:
         arguments = json.loads(function["arguments"])
-    except (ValueError, TypeError, KeyError, RecursionError):  # recorded from a model, which may have written anything
+    except (ValueError, TypeError, KeyError, RecursionError):  # model output, may be anything
         return []
     return list(arguments) if isinstance(arguments, dict) else []

@@ -1,17 +1,17 @@
-"""Mooncake's traces, and AIPerf's `mooncake_trace`, which adds sessions and messages. JSON lines, one line a request:
+"""Mooncake's traces, and AIPerf's `mooncake_trace`, which adds sessions and messages. JSON lines, one per request:
 
     {"timestamp": 0, "input_length": 655, "output_length": 52, "hash_ids": [46, 47]}
     {"session_id": "s", "timestamp": 0, "messages": [...], "tools": [...], "output_length": 52, "extra": {...}}
     {"session_id": "s", "delay": 200, "messages": [...]}
 
-Times are milliseconds. Lines of one `session_id` are its turns; a line without is a session of its own. What is asked
-is said by exactly one field: `messages`, the whole history, or with `"message_mode": "delta"` what is new since the
-line before; `text_input`, one user message; `payload`, a whole request body; `input_length`, the number of tokens.
+Times are in milliseconds. Lines with the same `session_id` are the turns of one session; a line without one is a
+separate session. The prompt is in exactly one field: `messages`, the whole history or, with `"message_mode": "delta"`,
+the messages since the line before; `text_input`, one user message; `payload`, a whole request body; `input_length`, the
+number of tokens.
 
-What was answered is not in these files, except where a later line has it in its history: a last reply is not known;
-after deltas or lengths the server's own replies stand in the history. A history that does not extend the line before
-(a shortened context, other tools) begins a session `ID.2`, `ID.3`, ... A delay becomes the duration of the tools whose
-outputs the line brings.
+Replies are known only if a later line has them in its history. The last reply is unknown. After deltas or lengths, the
+server's own replies go into the history. A history that does not extend the line before (a shortened context, other
+tools) begins a session `ID.2`, `ID.3`, ... A delay becomes the duration of the tools whose outputs are in that line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MS = 1000.0
 
 
 class Row(BaseModel):
-    """One line. Fields that AIPerf's workers alone need are not read."""
+    """One line. Fields that only AIPerf's workers need are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,7 +61,7 @@ class Row(BaseModel):
 
 
 class Request(NamedTuple):
-    """A row as a chat completion: its messages are the whole history (`whole`), or what is new."""
+    """A row as a chat completion. `messages` is the whole history (`whole`) or only the new messages."""
 
     place: Place
     row: Row
@@ -72,8 +72,9 @@ class Request(NamedTuple):
 
 
 def read(path: Path, items: Iterable[Item]) -> Iterator[Session | TraceError]:
+    """The reader of this format; see `formats`."""
     sessions: dict[str, list[Request]] = {}
-    refused: dict[str, TraceError] = {}  # a session with a line missing is none
+    refused: dict[str, TraceError] = {}  # one bad line invalidates its session
     for index, item in enumerate(items):
         if isinstance(item, TraceError):
             yield item
@@ -114,7 +115,7 @@ def _request(value: Any, place: Place) -> Request:
 def _payload(place: Place, row: Row, payload: Raw) -> Request:
     messages = payload.get("messages")
     if not isinstance(messages, list) or not messages or not isinstance(payload.get("tools") or [], list):
-        raise place.error("payload.messages", "only chat completions are read: a payload needs a list of messages")
+        raise place.error("payload.messages", "only chat completions are supported: needs a list of messages")
     options = {key: value for key, value in payload.items() if key not in ("messages", "tools", "functions")}
     wires = [checked(raw, place, f"payload.messages.{i}") for i, raw in enumerate(messages)]
     tools, wires = tools_of(payload, wires)
@@ -122,7 +123,7 @@ def _payload(place: Place, row: Row, payload: Raw) -> Request:
 
 
 def _sessions(name: str, requests: list[Request]) -> Iterator[Session | TraceError]:
-    """One session for each stretch of requests in which every one extends the one before."""
+    """One session per run of requests in which each extends the one before."""
     stretches: list[list[Request]] = []
     for request in requests:
         if stretches and _extends(request, stretches[-1][-1]):
@@ -142,7 +143,7 @@ def _extends(request: Request, before: Request) -> bool:
     if request.whole != before.whole:
         return False
     if not request.whole:
-        return not request.tools or request.tools == before.tools  # a delta that names no tools keeps them
+        return not request.tools or request.tools == before.tools  # a delta without tools keeps them
     start = len(before.messages)
     return (
         request.tools == before.tools
@@ -156,7 +157,7 @@ def _record(name: str, requests: list[Request]) -> Raw:
     messages: list[Raw] = []
     for request in requests:
         if request.whole and messages:
-            reply = messages.pop()  # its text stands in this history
+            reply = messages.pop()  # its text is in this history
             new = request.messages[len(messages) :]
             messages.append({**new.pop(0), **_asked(reply)})
         else:

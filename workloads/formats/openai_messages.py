@@ -1,7 +1,7 @@
-"""OpenAI chat messages: a record is {messages, tools}, as for fine-tuning and as a request body; or a list of messages.
+"""OpenAI chat messages: a record is {messages, tools}, as in fine-tuning data and request bodies, or a message list.
 
-Messages and tools (or `functions`) are taken as they are written. `id` or `session_id` names the session, if there is
-one; other fields are not read. Every assistant message that has something before it is a turn.
+Messages and tools (or `functions`) are taken verbatim. `session_id` or `id` names the session; other fields are
+ignored. Every assistant message except a first one is a turn.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ SOURCE = "openai"
 
 
 def read(path: Path, items: Iterable[Item]) -> Iterator[Session | TraceError]:
+    """The reader of this format; see `formats`."""
     return each(path, items, _convert)
 
 
@@ -32,7 +33,7 @@ def _convert(record: Any, place: Place) -> Raw:
 
 
 def checked(raw: Any, place: Place, field: str) -> Raw:
-    """`raw` with none of the fields that we note beside OpenAI's."""
+    """`raw`, if it is an object without our own fields; else raises TraceError."""
     if not isinstance(raw, dict):
         raise place.error(field, "a message is a JSON object")
     if clash := sorted(raw.keys() & NOTED):

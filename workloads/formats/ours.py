@@ -1,4 +1,4 @@
-"""Our own JSON lines (workloads/schema.py): sessions whole, or in parts that are put together here."""
+"""Our own JSON lines (workloads/schema.py): whole sessions, or parts, which are merged here."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from whiflash_workloads.formats import Item, Record
 from whiflash_workloads.schema import SCHEMA_VERSION, SKIP, AssistantMessage, Message, Part, Session, TraceError, parse
 
-NOT_IN_ORDER = f"keep the lines of a session in the order in which they were written, {SKIP}"
+NOT_IN_ORDER = f"keep the lines of a session in their original order, {SKIP}"
 
 
 @dataclass
 class _Growing:
-    """A session whose parts are being read; its place in the output is that of its first part."""
+    """A session whose parts are being read. In the output it has the position of its first part."""
 
     first: Part
     parts: int = 0
@@ -37,6 +37,7 @@ class _Growing:
 
 
 def read(path: Path, items: Iterable[Item]) -> Iterator[Session | TraceError]:
+    """The reader of this format; see `formats`."""
     found: list[Session | TraceError | _Growing] = []
     growing: dict[str, _Growing] = {}
     for item in items:
@@ -61,6 +62,6 @@ def _add(path: Path, item: Record, growing: dict[str, _Growing], found: list[Ses
         found.append(growing[part.session_id])
     expected = growing[part.session_id].parts if part.session_id in growing else 0
     if part.part != expected:
-        problem = f"is {part.part} where part {expected} of session `{part.session_id}` should stand"
+        problem = f"is {part.part}, but the next part of session `{part.session_id}` is {expected}"
         raise TraceError(path, item.line, f"{item.where}part", problem, NOT_IN_ORDER)
     growing[part.session_id].add(part)

@@ -1,7 +1,7 @@
-"""SWE-agent trajectories (`.traj`): `history` are the messages, `trajectory` the steps with their execution times.
+"""SWE-agent trajectories (`.traj`): `history` has the messages, `trajectory` the steps with execution times.
 
-A tool output names its call in `tool_call_ids`. Demonstrations (`is_demo`) stand in the prompt and were not asked for.
-The times of the steps are taken where there is one step for each reply.
+A tool output names its call in `tool_call_ids`. Demonstrations (`is_demo`) are part of the prompt and not turns. Step
+times are used only if there is one step per reply.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from whiflash_workloads.schema import Session, TraceError
 
 
 def read(path: Path, items: Iterable[Item]) -> Iterator[Session | TraceError]:
+    """The reader of this format; see `formats`."""
     return each(path, items, _convert)
 
 
@@ -37,7 +38,7 @@ def _answered(raw: Any) -> str | None:
 
 
 def _note_durations(messages: list[Raw], steps: Any) -> None:
-    """Each tool output gets the execution time of the step whose reply called it."""
+    """Set each tool output's duration to the execution time of its step."""
     seconds = (
         [step.get("execution_time") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
     )

@@ -12,6 +12,7 @@ from whiflash_workloads.schema import Session, TraceError
 
 
 def read(path: Path, items: Iterable[Item]) -> Iterator[Session | TraceError]:
+    """The reader of this format; see `formats`."""
     return each(path, items, _convert)
 
 

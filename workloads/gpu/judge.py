@@ -1,5 +1,5 @@
-"""What the measurements of `scripts/bench_gpu.py` come to: milliseconds by part, speeds by span, the criteria, and a
-page of tables. Pure: counters and times in, plain data out.
+"""Evaluate the measurements of `scripts/bench_gpu.py`: milliseconds by part, speeds by span, criteria, and a Markdown
+page. Pure functions from counters and times to plain data.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from whiflash_workloads.bench import route_share, switching_share
 from whiflash_workloads.report import Totals
 from whiflash_workloads.tokens import Streamed
 
-UPSTREAM = {"fixed:e3": "EAGLE3", "fixed:df": "DFLASH"}  # our policy, and the algorithm of SGLang's that it is held to
+UPSTREAM = {"fixed:e3": "EAGLE3", "fixed:df": "DFLASH"}  # our policy -> SGLang's algorithm to compare with
 ROUTERS = ("entropy", "neural")
 PARTS = {
     "route": ("route",),
@@ -20,9 +20,9 @@ PARTS = {
     "verify": ("verify",),
     "commit": ("commit",),
 }
-"""The parts of a round by the server's steps (`whiflash_sglang/serving/observe.py`); the rest is the host's.
+"""Parts of a round -> the server's steps (`whiflash_sglang/serving/observe.py`). The rest of a round is host time.
 
-`between`, from one round to the next, is no part of either.
+`between`, the time from one round to the next, is not part of a round.
 """
 
 
@@ -30,7 +30,7 @@ PARTS = {
 
 
 def round_figures(counted: Totals) -> dict[str, Any]:
-    """One cell of the table: `ms` of a round by part, the shares that criteria are about, and what was run."""
+    """One table cell from a server's counters: `ms` per round by part, the shares for the criteria, and counts."""
     seconds, steps = counted["seconds"], counted["steps"]
     ms = {part: 1000 * sum(seconds[step] for step in own) / steps for part, own in PARTS.items()}
     whole = 1000 * seconds["round"] / steps
@@ -39,7 +39,7 @@ def round_figures(counted: Totals) -> dict[str, Any]:
         "ms": {part: round(value, 4) for part, value in ms.items()},
         "switching_share": switching_share([counted]),
         "router_share": route_share([counted]),
-        "rows": round(counted["rounds"] / steps, 2),  # on average: requests end one after the other
+        "rows": round(counted["rounds"] / steps, 2),  # mean batch size, as requests end one after the other
         "acceptance_length": round(1 + counted["accepted_drafts"] / counted["rounds"], 3),
         "rounds_by_drafter": counted["rounds_by_drafter"],
         "switches": counted["switches"],
@@ -50,20 +50,21 @@ def round_figures(counted: Totals) -> dict[str, Any]:
 
 
 class Spent(NamedTuple):
-    """Tokens, and the seconds from one arrival to the next that they came with."""
+    """Tokens, and the time that they took in seconds."""
 
     tokens: float = 0.0
     seconds: float = 0.0
 
     def plus(self, tokens: float, seconds: float) -> Spent:
+        """The sum."""
         return Spent(self.tokens + tokens, self.seconds + seconds)
 
 
 def by_span(streamed: Streamed, spans: Sequence[str]) -> dict[str, Spent]:
-    """What each span of a text took; `spans` [tokens]. What came first is the prefill's, and left out.
+    """Tokens and seconds by span of a text; `spans` [tokens]. The first chunk is from the prefill and excluded.
 
-    Tokens that came at once share the time since those before: of 6 tokens after 12 ms, 2 of them reasoning, reasoning
-    has 2 tokens and 4 ms.
+    Tokens of one chunk share the time since the chunk before: of 6 tokens after 12 ms, 2 of them reasoning, reasoning
+    gets 2 tokens and 4 ms.
     """
     found: dict[str, Spent] = {}
     arrivals = streamed.arrivals_s
@@ -89,7 +90,7 @@ def speeds(spent: Iterable[Mapping[str, Spent]]) -> dict[str, float]:
 
 
 def histogram(texts: Iterable[Streamed]) -> list[int]:
-    """How often 0, 1, .. drafts of a round were accepted, over all texts; nothing where the server does not draft."""
+    """How often 0, 1, .. drafts of a round were accepted, over all texts; empty without speculation."""
     counts: list[int] = []
     for text in texts:
         own = text.about.get("spec_correct_drafts_histogram") or []
@@ -100,9 +101,9 @@ def histogram(texts: Iterable[Streamed]) -> list[int]:
 
 
 def acceptance_length(texts: Sequence[Streamed]) -> float | None:
-    """Tokens of a round, over all texts; None where the server does not draft.
+    """Mean tokens per round over all texts; None without speculation.
 
-    Of what the texts hold, as SGLang's own algorithms also count drafts that they accept behind an end.
+    Counted from the texts, because SGLang's own algorithms also count drafts accepted after the end of a text.
     """
     num_rounds = sum(text.about.get("spec_verify_ct", 0) for text in texts)
     num_tokens = sum(len(text.tokens) - 1 for text in texts)  # the first one is the prefill's
@@ -113,10 +114,13 @@ def acceptance_length(texts: Sequence[Streamed]) -> float | None:
 
 
 class Limit(NamedTuple):
+    """A criterion: a lower limit, or an upper one if `at_most`."""
+
     limit: float
     at_most: bool = False
 
     def judge(self, value: float | None) -> dict[str, Any]:
+        """Value, limit and whether it `holds` (None if not measured)."""
         if value is None:
             return {"value": None, "limit": self.limit, "holds": None}
         holds = value <= self.limit if self.at_most else value >= self.limit
@@ -146,15 +150,15 @@ FAULTS = (
     "healthy",
     "same_texts_as_before",
 )
-"""Those checks of `scripts/soak.py` that a run of any length and machine has to pass."""
+"""Checks of `scripts/soak.py` that must pass for any duration and machine."""
 
 
 def criteria(
     shapes: Mapping[str, Any] | None, acceptance: Mapping[str, Any] | None, soak: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Every criterion by name: `value`, `limit`, and whether it `holds`; None where it was not measured.
+    """Every criterion by name: `value`, `limit`, and whether it `holds` (None if not measured).
 
-    Shares of a round are the largest of all batches and contexts. Speeds are of the trained models.
+    Shares of a round are the maximum over batches and contexts. Speeds are from the trained models.
     """
     values = (
         *(_speed_values((acceptance or {}).get("policies", {}))),
@@ -196,7 +200,7 @@ def _round_values(rounds: Mapping[str, Mapping[str, Any]]) -> list[float | None]
 
 
 def _text_values(policies: Mapping[str, Mapping[str, Any]]) -> list[float | None]:
-    """SGLang's own algorithms are measured, not judged."""
+    """Criteria on texts; SGLang's own algorithms are excluded."""
     ours = [figures["texts"] for name, figures in policies.items() if "texts" in figures and name[0].islower()]
     if not ours:
         return [None, None]
@@ -204,7 +208,7 @@ def _text_values(policies: Mapping[str, Mapping[str, Any]]) -> list[float | None
 
 
 def _soak_values(soak: Mapping[str, Any] | None) -> list[float | None]:
-    """A run that ended without a word is one fault. Of the sanitizer's exit status only 0 is good."""
+    """Criteria on the soak test. A run without a result counts as one fault; the sanitizer's exit status must be 0."""
     if soak is None:
         return [None, None]
     checks, status = soak.get("checks"), soak["sanitizer"]
@@ -220,7 +224,7 @@ def _over(a: float | None, b: float | None) -> float | None:
 
 
 def markdown(line: Mapping[str, Any]) -> str:
-    """The JSON line as tables for people."""
+    """The JSON line as a Markdown page."""
     hardware = line["hardware"]
     parts = [f"# GPU benchmark\n\n{hardware.get('gpu') or 'no GPU'}; {hardware['cpu']}; commit {line['commit']}"]
     judged = [
@@ -276,7 +280,7 @@ def _speeds_page(acceptance: Mapping[str, Any]) -> str:
 def _soak_page(soak: Mapping[str, Any]) -> str:
     title = f"## Soak, {soak['models']}, {soak['minutes']:g} minutes"
     if soak.get("checks") is None:
-        return f"{title}\n\nIt ended without a result."
+        return f"{title}\n\nEnded without a result."
     checks = [(name, "yes" if held else "no") for name, held in soak["checks"].items()]
     rounds = ", ".join(f"{count} of {name}" for name, count in soak["rounds_by_drafter"].items())
     return f"{title}\n\n{_table(('check', 'holds'), checks)}\n\n{soak['requests']} requests; rounds: {rounds}."

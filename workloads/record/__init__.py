@@ -1,6 +1,6 @@
-"""Record an agent's chat completions as traces that can be replayed (workloads/schema.py), from inside or from outside.
+"""Record an agent's chat completions as replayable traces (workloads/schema.py).
 
-In the agent's own process, sync and async clients may share one recorder:
+In the agent's process; sync and async clients may share one recorder:
 
     recorder = Recorder("run.jsonl")
     model = ChatOpenAI(
@@ -16,13 +16,13 @@ Any other client, through a reverse proxy on 127.0.0.1:
 
     python -m whiflash_workloads.record --upstream http://127.0.0.1:30000 --port 8000 --out run.jsonl
 
-A session is recognised by the header `X-Session-Affinity`, and by what is asked: a request whose messages extend an
-earlier request and its reply, with the same tools, goes on with that session. A second request that extends the same
-reply is a branch and becomes a session of its own, as does a history that was changed (`ID.2`, `ID.3`, ...).
+Sessions are recognized by the header `X-Session-Affinity` and by content: a request whose messages extend an earlier
+request and its reply, with the same tools, continues that session. A second request that extends the same reply is a
+branch and becomes a new session, and so does a modified history (`ID.2`, `ID.3`, ...).
 
-One line is appended for each whole reply, so that a crash of the process loses the turns in flight and no more. Headers
-are never written, and of a request's body nothing that is named like a credential. What could not be recorded (errors,
-replies that broke off) is counted in the summary with its reason, and never stands in the agent's way.
+One line is appended per complete reply, so a crash loses only the turns in flight. Headers and fields named like
+credentials are never written. Unrecorded requests (errors, incomplete replies) are counted in the summary by reason.
+Recording never disturbs the agent.
 """
 
 from whiflash_workloads.record.recorder import Recorder, RecordError

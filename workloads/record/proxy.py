@@ -1,8 +1,8 @@
-"""A reverse proxy that records: every request goes to the upstream as it came, and every reply back as it comes.
+"""A recording reverse proxy: forwards requests to the upstream unchanged, and replies back as they arrive.
 
-Events are passed on one by one. An upstream that does not answer is a 502 with an error as OpenAI writes it. Only a
-connection that could not be made is tried again: a request that may have been received is never sent twice. When the
-client goes, the upstream's reply is closed too, so that the server stops working at it.
+Events are forwarded one by one. An unreachable upstream is a 502 with an error in OpenAI's format. Only failed
+connection attempts are retried; a request that may have been received is never sent twice. When the client disconnects,
+the upstream's reply is closed too, so the server stops working on it.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from whiflash_workloads.record.reply import EVENT_STREAM
 from whiflash_workloads.record.transport import AsyncRecordingTransport
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD"]
-# Of one connection, not of the message (RFC 9110, 7.6.1). httpx and the server write their own.
+# Connection-level headers (RFC 9110, 7.6.1), which httpx and the server set themselves.
 HOP_BY_HOP = {b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"proxy-connection"}
 CONNECT_SECONDS = 10.0
 CONNECT_RETRIES = 2
-# Servers close idle connections after 5 s (uvicorn's default); a request that meets the end of one would be lost.
+# Below the 5 s after which servers close idle connections (uvicorn's default), to not lose a request to a closing one.
 IDLE_SECONDS = 2.0
 CLIENT_GONE = 499
 
 
 def upstream_transport() -> httpx.AsyncHTTPTransport:
+    """The default transport to the upstream, without connection limits."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS)
     return httpx.AsyncHTTPTransport(retries=CONNECT_RETRIES, limits=limits)
 
 
 def build_app(upstream: httpx.URL, recorder: Recorder, inner: httpx.AsyncBaseTransport | None = None) -> Starlette:
-    """The proxy as an application; `upstream` is without `/v1`, which stands in the clients' paths."""
+    """The proxy application. `upstream` has no `/v1`, which is part of the clients' paths."""
     transport = AsyncRecordingTransport(recorder, inner or upstream_transport())
 
     async def handle(request: Request) -> Response:
@@ -55,13 +56,13 @@ def build_app(upstream: httpx.URL, recorder: Recorder, inner: httpx.AsyncBaseTra
 
 
 def upstream_error(upstream: httpx.URL, error: Exception) -> dict[str, Any]:
-    """As OpenAI writes errors."""
-    said = f"the upstream {shown(upstream)} gave no whole reply ({type(error).__name__}: {error}); is it running?"
+    """An error object in OpenAI's format."""
+    said = f"the upstream {shown(upstream)} sent no complete reply ({type(error).__name__}: {error}); is it running?"
     return {"error": {"message": said, "type": "upstream_error", "param": None, "code": 502}}
 
 
 def shown(url: httpx.URL) -> str:
-    """Without what may be secret in it."""
+    """The URL without credentials and query."""
     return str(url.copy_with(username=None, password=None, query=None)).rstrip("/")
 
 
@@ -71,13 +72,13 @@ async def _outgoing(request: Request, upstream: httpx.URL) -> httpx.Request:
     )
     drop = HOP_BY_HOP | _named_by_connection(request.headers.raw) | {b"host", b"content-length"}
     headers = [(name, value) for name, value in request.headers.raw if name not in drop]
-    timeout = httpx.Timeout(None, connect=CONNECT_SECONDS).as_dict()  # how long to wait for a reply is the client's
+    timeout = httpx.Timeout(None, connect=CONNECT_SECONDS).as_dict()  # the client limits the reply's time
     body = await request.body()
     return httpx.Request(request.method, url, headers=headers, content=body, extensions={"timeout": timeout})
 
 
 async def _answer(transport: httpx.AsyncBaseTransport, outgoing: httpx.Request) -> Response:
-    """Events as they come; anything else as a whole, so that a reply that breaks off can still become an error."""
+    """Forward event streams as they arrive. Buffer other replies, so that an incomplete one can become an error."""
     reply = await transport.handle_async_request(outgoing)
     assert isinstance(reply.stream, httpx.AsyncByteStream)
     if reply.headers.get("content-type", "").startswith(EVENT_STREAM):
@@ -96,7 +97,7 @@ async def _answer(transport: httpx.AsyncBaseTransport, outgoing: httpx.Request) 
 
 
 class _PassedOn(StreamingResponse):
-    """A stream of events, as it comes."""
+    """A forwarded event stream."""
 
     def __init__(self, stream: httpx.AsyncByteStream, status_code: int, upstream: httpx.URL):
         super().__init__(_chunks(stream, upstream), status_code)
@@ -105,7 +106,7 @@ class _PassedOn(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        finally:  # also when the client has gone, which cancels this task
+        finally:  # also if the client disconnects, which cancels this task
             await asyncio.shield(asyncio.ensure_future(self.stream.aclose()))
 
 
@@ -118,11 +119,11 @@ async def _chunks(stream: httpx.AsyncByteStream, upstream: httpx.URL) -> AsyncIt
 
 
 class _ClientGone(Exception):
-    """Nobody waits for the reply any more."""
+    """The client has disconnected."""
 
 
 async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
-    """The result of `work`, which is cancelled when the client goes first."""
+    """The result of `work`. Cancels it and raises _ClientGone if the client disconnects first."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request))
     try:
@@ -142,7 +143,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def _named_by_connection(headers: list[tuple[bytes, bytes]]) -> set[bytes]:
-    """Headers that the message itself says are of the connection."""
+    """Header names listed in `Connection`."""
     values = [value for name, value in headers if name == b"connection"]
     return {token.strip().lower() for value in values for token in value.split(b",")}
 

@@ -1,7 +1,7 @@
-"""Write exchanges (a request and its reply) to a trace file as they end; safe for threads and for async code.
+"""Write exchanges (request and reply) to a trace file as they end. Thread-safe, usable from async code.
 
-`Recorder.begin` finds the session of a request, `Exchange.feed` takes the reply's bytes as they pass, and the exchange
-is written when they are a whole reply. Nothing here raises on the agent's path: what cannot be recorded is counted.
+`Recorder.begin` finds a request's session, `Exchange.feed` collects the reply's bytes, and the exchange is written once
+the reply is complete. Nothing here raises in the agent's path; unrecordable requests are counted.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ SECRET_NAMES = ("apikey", "authorization", "accesstoken", "authtoken", "password
 
 
 class RecordError(ValueError):
-    """A file that cannot be recorded into; the message says what to do."""
+    """A file that cannot be recorded to. The message includes the fix."""
 
 
 class Unrecordable(ValueError):
-    """A request that the trace format does not hold."""
+    """A request that the trace format cannot represent."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What has been recorded so far."""
+    """Counts of what has been recorded so far."""
 
     path: Path
     sessions: int
     turns: int
     unrecorded: dict[str, int]  # reason -> requests
-    passed_on: int  # requests to routes that are not chat completions
+    passed_on: int  # requests to other routes
 
     def __str__(self) -> str:
         lines = [f"recorded {self.turns} turns of {self.sessions} sessions in {self.path}"]
         lines += [f"not recorded: {count} x {reason}" for reason, count in sorted(self.unrecorded.items())]
         if self.passed_on:
-            lines.append(f"passed on: {self.passed_on} requests that are not chat completions")
+            lines.append(f"passed through: {self.passed_on} requests that are not chat completions")
         return "\n".join(lines)
 
 
 class Recorder:
-    """Appends to `path`, which one recorder at a time may hold. Raises RecordError."""
+    """Appends to `path`, which it locks. Raises RecordError."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
@@ -68,7 +68,7 @@ class Recorder:
         self._unrecorded: Counter[str] = Counter()
 
     def begin(self, body: bytes, affinity: str | None) -> Exchange | None:
-        """An exchange for the body of a chat completion; None if it cannot be recorded."""
+        """Start an exchange for a chat completion's body; None if it cannot be recorded."""
         now = time.time()
         try:
             request = _parsed(body)
@@ -81,16 +81,16 @@ class Recorder:
         return Exchange(self, opened, request, now)
 
     def finish(self, exchange: Exchange, reply: Reply) -> None:
-        """Write the exchange; called by it."""
+        """Write the exchange; called by `Exchange`."""
         now = time.time()
         with self._lock:
             session_id, part = self._book.place(exchange.opened)
             record = _part(session_id, part, exchange, reply, now)
             try:
-                Part.model_validate(record)  # what is written can be read
+                Part.model_validate(record)  # ensure that it can be read back
                 _append(self._file, record)
             except (ValidationError, OSError, ValueError) as error:
-                # The session ends here: a later request finds no tip and begins another one with its whole history.
+                # The session ends here: a later request finds no tip and starts a new one with its whole history.
                 self._unrecorded[_reason(error)] += 1
                 log.error("not recorded: a turn of session %s: %s", session_id, error)
                 return
@@ -99,25 +99,28 @@ class Recorder:
             self._sessions += part == 0
 
     def abandon(self, exchange: Exchange, reason: str) -> None:
-        """The exchange came to nothing; called by it."""
+        """Count a failed exchange; called by `Exchange`."""
         with self._lock:
             self._book.release(exchange.opened)
         self.count_unrecorded(reason)
 
     def count_unrecorded(self, reason: str) -> None:
+        """Count a request that is not recorded."""
         with self._lock:
             self._unrecorded[reason] += 1
 
     def count_passed_on(self) -> None:
+        """Count a request that is not a chat completion."""
         with self._lock:
             self._passed_on += 1
 
     def summary(self) -> Summary:
+        """The counts so far."""
         with self._lock:
             return Summary(self.path, self._sessions, self._turns, dict(self._unrecorded), self._passed_on)
 
     def close(self) -> None:
-        """Let go of the file. Exchanges that end later are counted as not recorded."""
+        """Close the file. Exchanges that end later are counted as not recorded."""
         with self._lock:
             if self._file >= 0:
                 os.close(self._file)
@@ -131,7 +134,7 @@ class Recorder:
 
 
 class Exchange:
-    """A request on its way. It ends once: written, or abandoned with a reason."""
+    """A request in flight. Ends exactly once: written, or abandoned with a reason."""
 
     def __init__(self, recorder: Recorder, opened: Opened, request: Raw, requested: float):
         self.opened, self.request, self.requested = opened, request, requested
@@ -142,22 +145,22 @@ class Exchange:
         self._ended = False
 
     def respond(self, headers: httpx.Headers) -> None:
-        """The reply has begun."""
+        """Store the reply's headers."""
         self._headers = {name: headers[name] for name in ("content-type", "content-encoding") if name in headers}
 
     def feed(self, chunk: bytes) -> None:
-        """Bytes of the reply, before the client sees them: at its end a client may ask the next thing at once."""
+        """Add bytes of the reply. Call it before passing them to the client, which may then send its next request."""
         self._chunks.append(chunk)
         self._tail = (self._tail + chunk)[-2 * len(END_OF_STREAM) - len(chunk) :]
         if END_OF_STREAM in self._tail and self._content_type.startswith(EVENT_STREAM):
             self.end()
 
     def end(self) -> None:
-        """No more bytes will come."""
+        """Finish the exchange: parse and write the reply."""
         if self._ended:
             return
         try:
-            # httpx undoes the content encoding, if there is one.
+            # httpx decodes the content encoding, if any.
             body = httpx.Response(200, headers=self._headers, content=b"".join(self._chunks)).content
             reply = read_reply(self._content_type, body)
         except (NotWhole, httpx.DecodingError) as error:
@@ -168,6 +171,7 @@ class Exchange:
         self._recorder.finish(self, reply)
 
     def abandon(self, reason: str) -> None:
+        """End the exchange without recording it."""
         if not self._ended:
             self._ended = True
             self._chunks.clear()
@@ -179,7 +183,8 @@ class Exchange:
 
 
 def without_secrets(value: Any) -> Any:
-    """`value` without the texts, however deep, that are named like credentials. A schema's `password` is no text."""
+    """`value` without strings whose key is named like a credential, at any depth. Other types, such as a schema's
+    `password` object, are kept."""
     if isinstance(value, dict):
         return {key: without_secrets(part) for key, part in value.items() if not _is_secret(key, part)}
     return [without_secrets(part) for part in value] if isinstance(value, list) else value
@@ -202,7 +207,7 @@ def _parsed(body: bytes) -> Raw:
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise Unrecordable("the request has no list of messages")
     if clash := sorted({key for message in messages for key in message} & NOTED):
-        raise Unrecordable(f"a message has the field {clash[0]}, which the trace format uses itself")
+        raise Unrecordable(f"a message has the field {clash[0]}, which is reserved by the trace format")
     return request
 
 
@@ -235,7 +240,7 @@ def _noted(message: Raw, requested: float, duration: float | None) -> Raw:
 
 
 def _append(file: int, record: Raw) -> None:
-    """One write, so that a process that ends leaves whole lines."""
+    """Append a line with a single write, so that a crash leaves only whole lines."""
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
     written = os.write(file, line)
     if written != len(line):
@@ -246,12 +251,12 @@ def _append(file: int, record: Raw) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        return f"the trace format does not hold it ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+        return f"the trace format cannot represent it ({'.'.join(map(str, first['loc']))}: {first['msg']})"
     return f"the file could not be written ({error})"
 
 
 def _open(path: Path) -> tuple[int, set[str]]:
-    """The file, to be appended to by nobody else, and the names of its sessions."""
+    """Open and lock the file for appending; returns it with its session names. Raises RecordError."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)  # prompts may be private
     except OSError as error:
@@ -261,18 +266,18 @@ def _open(path: Path) -> tuple[int, set[str]]:
         return file, _session_ids(path, file)
     except OSError as error:
         os.close(file)
-        raise RecordError(f"{path}: another recorder writes it; share one Recorder, or give another file") from error
+        raise RecordError(f"{path}: is locked by another recorder; share one Recorder, or give another file") from error
     except RecordError:
         os.close(file)
         raise
 
 
 def _session_ids(path: Path, file: int) -> set[str]:
-    """Names that are taken. What a crash left of a last line is cut off."""
+    """The session names in the file. Truncates an incomplete last line left by a crash."""
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
-        log.warning("%s: an unfinished last line is cut off", path)
+        log.warning("%s: truncated an incomplete last line", path)
         os.ftruncate(file, len(whole))
     found = set()
     for number, line in enumerate(whole.splitlines(), start=1):

@@ -1,6 +1,6 @@
-"""The reply of a chat completion, read from the bytes that went over the wire: a JSON document, or server-sent events.
+"""Parse a chat completion's reply from its raw bytes: a JSON document or server-sent events.
 
-Of several choices the first one counts. A reply is whole when the model ended it (`finish_reason`).
+Only the first choice is used. A reply is complete if it has a `finish_reason`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ END_OF_STREAM = b"data: [DONE]"
 
 
 class NotWhole(ValueError):
-    """Bytes that hold no whole reply; the message says why."""
+    """The reply is incomplete or invalid; the message has the reason."""
 
 
 class Reply(NamedTuple):
+    """The assistant message, and its length if the server reported it."""
+
     message: Raw
     output_tokens: int | None
 
 
 def read_reply(content_type: str, body: bytes) -> Reply:
-    """Raises NotWhole."""
+    """Parse a reply. Raises NotWhole."""
     try:
         if content_type.startswith(EVENT_STREAM):
             return _from_events(_events(body))
         return _from_document(json.loads(body))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, NotWhole) else f"cannot be read ({type(error).__name__}: {error})"
+        reason = str(error) if isinstance(error, NotWhole) else f"cannot be parsed ({type(error).__name__}: {error})"
         raise NotWhole(f"the reply {reason}") from error
 
 
@@ -39,7 +41,7 @@ def _from_document(document: Raw) -> Reply:
     choices = document.get("choices")
     if not choices:
         raise NotWhole("has no choices")
-    # Servers fill what does not apply with null; a client that sends the message back mostly leaves it out.
+    # Servers set unused fields to null; most clients omit them when they send the message back.
     given = {key: value for key, value in choices[0]["message"].items() if value is not None or key == "content"}
     return Reply({"role": "assistant", "content": None, **given}, _output_tokens(document))
 
@@ -50,7 +52,7 @@ def _from_events(events: Iterator[Raw]) -> Reply:
     tokens, finished = None, False
     for event in events:
         if "error" in event:
-            raise NotWhole("ended with an error of the server")
+            raise NotWhole("ended with a server error")
         tokens = _output_tokens(event) if event.get("usage") else tokens
         for choice in event.get("choices") or ():
             if choice.get("index", 0) != 0:
@@ -58,7 +60,7 @@ def _from_events(events: Iterator[Raw]) -> Reply:
             finished = finished or choice.get("finish_reason") is not None
             _add(choice.get("delta") or {}, message, calls)
     if not finished:
-        raise NotWhole("broke off")
+        raise NotWhole("is incomplete")
     if calls:
         message["tool_calls"] = [calls[index] for index in sorted(calls)]
         message["content"] = message["content"] or None
@@ -66,7 +68,7 @@ def _from_events(events: Iterator[Raw]) -> Reply:
 
 
 def _add(delta: Raw, message: Raw, calls: dict[int, Raw]) -> None:
-    """Texts come in pieces, and so do the arguments of calls; the rest of a call comes with its first piece."""
+    """Merge a delta. Texts and call arguments arrive in pieces, a call's other fields in its first piece."""
     for key, piece in delta.items():
         if key == "tool_calls":
             for call in piece or ():
@@ -87,7 +89,7 @@ def _add_call(piece: Raw, call: Raw) -> None:
 
 
 def _events(body: bytes) -> Iterator[Raw]:
-    """The JSON of each event up to the end of the stream. An event ends at an empty line, a line with LF or CRLF."""
+    """The JSON of each event up to [DONE]. Events are separated by empty lines, with LF or CRLF."""
     for event in body.replace(b"\r\n", b"\n").split(b"\n\n"):
         lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
         data = b"\n".join(lines)

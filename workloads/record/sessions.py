@@ -1,12 +1,11 @@
-"""Which session a request belongs to: pure bookkeeping, without files, clocks or threads.
+"""Assign requests to sessions: pure bookkeeping, without files, clocks or threads.
 
-Every session has a tip: its last request and reply. A request goes on with a session if its messages are those of the
-tip's request, then the tip's reply as the client sends it back, then more. The request takes the tip with it, so that
-another one that extends the same reply finds none and begins a session of its own: a branch.
+Every session has a tip: its last request and reply. A request continues a session if its messages are the tip's
+request, the tip's reply as the client sends it back, and at least one more. It takes the tip, so a second request that
+extends the same reply finds none and starts a new session: a branch.
 
-A tip that nobody has extended for a day is forgotten, and so are the oldest of more than `MAX_TIPS`: a request that
-comes later begins a session with its whole history. What is kept of a session for good is its name, as names are
-unique in a file.
+Tips are dropped after a day, and the oldest ones beyond `MAX_TIPS`. A later request then starts a new session with its
+whole history. Session names are kept, because they are unique per file.
 """
 
 from __future__ import annotations
@@ -19,27 +18,27 @@ from typing import Any, NamedTuple
 
 Raw = dict[str, Any]
 
-FORGET_AFTER_S = 24 * 3600.0  # time of replies
-MAX_TIPS = 20_000  # each holds a reply: kilobytes
+FORGET_AFTER_S = 24 * 3600.0  # since the tip's reply
+MAX_TIPS = 20_000  # each holds a reply of some kilobytes
 
 
 class Tip(NamedTuple):
-    """Where a session can be gone on with."""
+    """The point from which a session can be continued."""
 
     session_id: str
     parts: int  # written so far
-    reply: Raw  # the message as the server gave it
-    replied: float  # when
+    reply: Raw  # the message as the server sent it
+    replied: float  # Unix time
 
 
 class Opened(NamedTuple):
-    """A request that has found its place."""
+    """A request assigned to a session."""
 
     affinity: str | None
-    tip: Tip | None  # None: it begins a session
-    found_at: bytes  # where the tip stood
-    start: int  # index of the first message that is new to the session; the tip's reply, as sent back, is before it
-    end: bytes  # where the tip of this request will stand
+    tip: Tip | None  # None: starts a new session
+    found_at: bytes  # digest of the tip
+    start: int  # index of the first message new to the session, right after the tip's reply
+    end: bytes  # digest of this request's own tip
 
 
 class SessionBook:
@@ -48,12 +47,12 @@ class SessionBook:
     def __init__(self, taken: Iterable[str] = ()):
         self._taken = set(taken)
         self._next = 1
-        self._tips: OrderedDict[bytes, list[Tip]] = OrderedDict()  # those that were added last are at the end
+        self._tips: OrderedDict[bytes, list[Tip]] = OrderedDict()  # least recently added first
 
     def open(self, affinity: str | None, tools: list[Any], messages: list[Raw]) -> Opened:
-        """The place of a request; the tip that it extends is taken out."""
+        """Find the session that a request continues, and take its tip."""
         digests = _digests(affinity, tools, messages)
-        for i in range(len(messages) - 2, 0, -1):  # something has to follow the reply
+        for i in range(len(messages) - 2, 0, -1):  # at least one message must follow the reply
             if messages[i].get("role") != "assistant":
                 continue
             tips = self._tips.get(digests[i], [])
@@ -66,19 +65,19 @@ class SessionBook:
         return Opened(affinity, None, b"", 0, digests[-1])
 
     def place(self, opened: Opened) -> tuple[str, int]:
-        """Session and part of a request that was answered."""
+        """Session id and part number of an answered request."""
         if opened.tip is not None:
             return opened.tip.session_id, opened.tip.parts
         return self._unused(opened.affinity), 0
 
     def advance(self, opened: Opened, session_id: str, part: int, reply: Raw, replied: float) -> None:
-        """The part has been written: the session can be gone on with from this reply."""
+        """Add the tip of a written part."""
         self._add(opened.end, Tip(session_id, part + 1, reply, replied))
         while len(self._tips) > MAX_TIPS or next(iter(self._tips.values()))[-1].replied < replied - FORGET_AFTER_S:
             self._tips.popitem(last=False)
 
     def release(self, opened: Opened) -> None:
-        """The request came to nothing: its tip can be extended by another one, as by a retry."""
+        """Put back the tip of a failed request, so that a retry can extend it."""
         if opened.tip is not None:
             self._add(opened.found_at, opened.tip)
 
@@ -99,7 +98,7 @@ class SessionBook:
 
 
 def is_reply_sent_back(reply: Raw, sent: Raw) -> bool:
-    """Whether an assistant message of a request is this reply. Clients write JSON anew and drop or strip reasoning."""
+    """Whether an assistant message of a request is this reply. Clients re-serialize JSON and may drop reasoning."""
     calls, sent_calls = (message.get("tool_calls") or [] for message in (reply, sent))
     if calls or sent_calls:
         return _names(calls) == _names(sent_calls)
@@ -108,7 +107,7 @@ def is_reply_sent_back(reply: Raw, sent: Raw) -> bool:
 
 
 def text_of(message: Raw) -> str:
-    """Content as one text, without white space at its edges."""
+    """Content as one stripped text."""
     content = message.get("content") or ""
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
@@ -116,7 +115,7 @@ def text_of(message: Raw) -> str:
 
 
 def as_bytes(value: Any) -> bytes:
-    """JSON in which equal bytes are an equal value with equal order of keys."""
+    """Serialized JSON: equal bytes mean equal values with the same key order."""
     return json.dumps(value).encode()
 
 
@@ -128,7 +127,7 @@ def _names(calls: Any) -> list[tuple[Any, Any]]:
 
 
 def _digests(affinity: str | None, tools: list[Any], messages: list[Raw]) -> list[bytes]:
-    """Of the first i messages, for every i: digests[i] stands before message i."""
+    """digests[i] is the digest of the first i messages."""
     running = hashlib.sha256(as_bytes([affinity, tools]))
     digests = [running.digest()]
     for message in messages:

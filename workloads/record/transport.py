@@ -1,6 +1,6 @@
-"""httpx transports that record what passes: chat completions go into the trace, everything else is passed on.
+"""httpx transports that record chat completions and pass everything else through.
 
-Replies come uncompressed, as the request asks for that; bytes are handed on as they arrive.
+Requests ask for uncompressed replies. Bytes are forwarded as they arrive.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ ROUTE = "/chat/completions"
 
 
 def is_chat_completion(request: httpx.Request) -> bool:
+    """Whether a request is a chat completion."""
     return request.method == "POST" and request.url.path.endswith(ROUTE)
 
 
 class RecordingTransport(httpx.BaseTransport):
-    """For `httpx.Client(transport=...)`. `recorder` may also be the path of a file, which is closed with the client."""
+    """For `httpx.Client(transport=...)`. `recorder` may also be a file path; it is then closed with the client."""
 
     def __init__(self, recorder: Recorder | str | os.PathLike[str], inner: httpx.BaseTransport | None = None):
         self.recorder, self._owned = _recorder(recorder)
@@ -79,7 +80,7 @@ class AsyncRecordingTransport(httpx.AsyncBaseTransport):
 
 
 class _Tapped(httpx.SyncByteStream):
-    """A reply's bytes, of which the exchange sees each before the client does."""
+    """A reply's stream that feeds each chunk to the exchange before the client sees it."""
 
     def __init__(self, inner: httpx.SyncByteStream, exchange: Exchange):
         self.inner, self.exchange = inner, exchange
@@ -95,7 +96,7 @@ class _Tapped(httpx.SyncByteStream):
         self.exchange.end()
 
     def close(self) -> None:
-        self.exchange.end()  # a client may stop reading at the model's last word
+        self.exchange.end()  # clients may stop reading before the end of the stream
         self.inner.close()
 
 
@@ -131,7 +132,7 @@ def _begin(recorder: Recorder, request: httpx.Request) -> Exchange | None:
 def _abandon(exchange: Exchange | None, error: BaseException) -> None:
     if exchange is not None:
         failed = isinstance(error, httpx.HTTPError)
-        exchange.abandon(f"the upstream failed ({type(error).__name__})" if failed else "the client did not wait")
+        exchange.abandon(f"the upstream failed ({type(error).__name__})" if failed else "the client disconnected")
 
 
 def _is_answered(exchange: Exchange, response: httpx.Response) -> bool:

@@ -1,11 +1,11 @@
 "use strict";
-// The token view: one turn under one policy, every token with its round. Everything else of the page needs no script.
+// The token view: one turn under one policy, every token with its round. The rest of the page works without scripts.
 (() => {
   const { turns, names } = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
   const text = at("text"), tip = at("tip"), turnSelect = at("turn"), choice = at("choice");
   const known = new Set(["df", "e3", "none"]);
-  // Of the policy that is looked at, kept from turn to turn; at first the one that changes drafters most.
+  // The selected policy, kept across turns; initially the one with the most drafter switches.
   let label = turns.flatMap((turn) => turn.policies).reduce((a, b) => (b.switches > a.switches ? b : a)).label;
   let tokens = []; // {element, round, title, proposer}; round is -1 for the token of the prefill
   let rounds = [];
@@ -32,7 +32,7 @@
       if (part === "\n") element.append(make("span", "break", "⏎"), "\n");
       else element.append(part);
     }
-    if (!piece) element.append(make("span", "break", "∅")); // a token without text, such as an end mark
+    if (!piece) element.append(make("span", "break", "∅")); // a token without text, such as an end token
     element.tabIndex = -1;
     element.setAttribute("role", "option");
     element.setAttribute("aria-selected", "false");
