@@ -74,12 +74,12 @@ def test_each_draftable_row_has_one_drafter_and_no_other_row_any(name: str, data
         flags = data.draw(st.none() | st.lists(st.booleans(), min_size=len(slots), max_size=len(slots)))
         batch = rows(slots, [lens[slot] for slot in slots], flags)
         plan = router.route(batch)
-        assert set(plan) <= {"df", "e3"}
-        assert all(isinstance(chosen, tuple) and [*chosen] == sorted(chosen) for chosen in plan.values())
-        assert all(plan.values()), "no drafter is called for no row"
-        chosen = sorted(row for chosen in plan.values() for row in chosen)
+        assert len(plan) == len(slots) and set(plan) <= {"df", "e3", None}
+        chosen = [row for row, drafter in enumerate(plan) if drafter is not None]
         expected = [row for row in range(len(slots)) if flags is None or flags[row]]
-        assert chosen == expected or ("costs" in name and not plan), "a batch may go without drafts, but as a whole"
+        assert chosen == expected or ("costs" in name and not any(plan)), (
+            "a batch may go without drafts, but as a whole"
+        )
         n = len(slots)
         tell(router, slots, torch.randn(n, VOCAB), torch.randn(n, HIDDEN), [*range(n)])
         router.learn(batch, outcome(plan, len(slots)), data.draw(st.floats(1, 50), label="ms"))
@@ -95,8 +95,7 @@ def test_a_request_is_routed_the_same_alone_and_among_others(name: str) -> None:
     logits, hidden = torch.randn(3, VOCAB, generator=generator) * 3, torch.randn(3, HIDDEN, generator=generator)
     for _ in range(4):
         plan = together.route(rows(slots, lens, None))
-        of_9 = next(drafter for drafter, index in plan.items() if 1 in index)
-        assert list(alone.route(rows([9], [lens[1]], None))) == [of_9]
+        assert list(alone.route(rows([9], [lens[1]], None))) == [plan[1]]
         tell(together, slots, logits, hidden, [0, 1, 2])
         tell(alone, [9], logits, hidden, [1])
         lens, logits, hidden = [n + 3 for n in lens], logits.roll(1, dims=0), hidden.roll(1, dims=0)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.learned import cost_table
+from whiflash_sglang.core.plan import grouped
 from whiflash_sglang.core.types import HostRows, Plan, Probe, RoundResult, Standing
 from whiflash_sglang.routing.cost_aware import PROBE_EVERY, TRY_AFTER, CostAwareRouter
 from whiflash_sglang.routing.costs import RoundCosts
@@ -40,7 +41,7 @@ def router(gains: list[float], costs: RoundCosts | None = None, base: float = 5.
 
 
 def chosen(plan: Plan) -> dict[str, list[int]]:
-    return {name: [*chosen] for name, chosen in plan.items()}
+    return {name: [*rows] for name, rows in grouped(plan).items()}
 
 
 def result(plan: Plan, committed: list[int], probe: Probe | None = None) -> RoundResult:
@@ -81,10 +82,10 @@ def serve(
         batch = HostRows([*range(num_rows)], [length] * num_rows)
         plan = decided.route(batch)
         probe = decided.probe(batch, plan)
-        arm = next(iter(plan), "none")
+        arm = next(filter(None, plan), "none")
         counts[arm] += 1
         counts["probes"] += probe is not None
-        accepted = next((i for i, token in enumerate(drafts) if token), len(drafts)) if plan else 0
+        accepted = next((i for i, token in enumerate(drafts) if token), len(drafts)) if any(plan) else 0
         told = None if probe is None else probe._replace(drafts=drafts)
         decided.learn(batch, result(plan, [1 + accepted] * num_rows, told), ms[arm])
         length += 1 + accepted
@@ -129,7 +130,7 @@ def test_a_probe_is_judged_by_what_the_target_says_next() -> None:
     batch = rows(1)
     plan = decided.route(batch)
     before = decided.yields.expect(batch, [0.0])[0].trust["e3"]
-    decided.learn(batch, result({}, [1], Probe("e3", 0, [0, 9, 0])), 5.0)
+    decided.learn(batch, result([None], [1], Probe("e3", 0, [0, 9, 0])), 5.0)
     assert decided.pending[0].drafts == [9, 0] and decided.pending[0].accepted == 1
     later = batch._replace(prefix_lens=[257])
     decided.route(later)
@@ -141,11 +142,11 @@ def test_a_probe_is_judged_by_what_the_target_says_next() -> None:
 def test_a_probe_of_a_request_that_ended_says_nothing() -> None:
     decided = router([0.0])
     decided.route(rows(1))
-    decided.learn(rows(1), result({}, [1], Probe("e3", 0, [0, 0, 0])), 5.0)
+    decided.learn(rows(1), result([None], [1], Probe("e3", 0, [0, 0, 0])), 5.0)
     ratio = decided.yields.places[None]["e3"].value
     other = rows(1, context=40)  # the slot's next request
     decided.route(other)
-    decided.resolve(other, result({}, [1]))
+    decided.resolve(other, result([None], [1]))
     assert not decided.pending and decided.yields.places[None]["e3"].value == ratio
 
 

@@ -36,7 +36,7 @@ class Server:
         """Who drafted for which slot, and who was switched off."""
         result = self.run(*slots)
         off = self.health.judge(result, slots, [f"request {slot}" for slot in slots])
-        return {slots[row]: name for name, rows in result.plan.items() for row in rows}, off
+        return {slot: name for slot, name in zip(slots, result.plan, strict=True) if name is not None}, off
 
     def run(self, *slots: int) -> RoundResult:
         result = self.round.run(self.world.rows(slots, 8))

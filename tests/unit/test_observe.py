@@ -25,9 +25,9 @@ def record(totals: Totals) -> Record:
 
 
 def result(plan: dict[str, list[int]], drafts: list[int], committed: list[int], **catch_ups: CatchUp) -> RoundResult:
-    by_name = {name: tuple(chosen) for name, chosen in plan.items()}
+    by_row = [next((name for name, rows in plan.items() if row in rows), None) for row in range(len(drafts))]
     tokens = torch.zeros(len(drafts), 8, dtype=torch.int64)
-    return RoundResult(by_name, drafts, tokens, tokens, [[0] * count for count in committed], {}, catch_ups)
+    return RoundResult(by_row, drafts, tokens, tokens, [[0] * count for count in committed], {}, catch_ups)
 
 
 @pytest.fixture

@@ -309,7 +309,7 @@ def test_no_drafts_no_trials() -> None:
     batch = rows(1)._replace(standings=(standing(),))
     for _ in range(3 * TRY_EVERY):
         plan = router.route(batch)
-        router.learn(batch, result(plan, [2]), 100.0 if plan else 1.0)
+        router.learn(batch, result(plan, [2]), 100.0 if any(plan) else 1.0)
     assert sum(evidence.trials for place, evidence in priors.places.items() if place.tool is None) <= 1, (
         "but where drafts are tried anyway"
     )
@@ -321,5 +321,5 @@ def test_a_drafter_that_was_switched_off_is_not_judged() -> None:
     batch = rows(1)._replace(standings=(standing(),))
     for _ in range(20 * TRY_EVERY):
         router.route(batch)
-        router.learn(batch, result({"df": (0,)}, [4]), 10.0)  # e3 is gone
+        router.learn(batch, result(["df"], [4]), 10.0)  # e3 is gone
     assert 0 < priors.places[LOOKUP].trials < 20

@@ -61,7 +61,7 @@ def rounds(rank: int, ranks: Ranks, rounds_: int = ROUNDS) -> dict[str, Any]:
         decode.router.learn(rows.host, result, 1.0 + rank)
         if not isinstance(decode.router, SharedRouter):
             ranks.count(rows.host, result)
-        plans.append({name: [*chosen] for name, chosen in sorted(result.plan.items())})
+        plans.append([*result.plan])
     return {"plans": plans, "texts": [world.texts[slot] for slot in range(len(PROMPTS))], "ranks": ranks.snapshot()}
 
 

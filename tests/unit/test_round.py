@@ -91,7 +91,7 @@ class Mixed(Router):
     """Row 0 to `df`, row 1 to `e3`, row 2 to nobody. Its signals: the best token of every position, and twice that."""
 
     def route(self, rows: HostRows) -> Plan:
-        return {"df": (0,), "e3": (1,)}
+        return ["df", "e3", None]
 
     def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         best = logits.flatten(0, -2)[at].argmax(-1).float()
@@ -122,7 +122,7 @@ class Probing(Router):
         self.rounds = 0
 
     def route(self, rows: HostRows) -> Plan:
-        return {}
+        return [None] * len(rows.slots)
 
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
         self.rounds += 1
@@ -142,7 +142,7 @@ def test_a_probe_drafts_and_verifies_nothing() -> None:
     for _ in range(24):
         texts = {slot: [*text] for slot, text in world.texts.items()}
         result = decode.run(world.rows([0, 1, 2], 8))
-        assert [len(tokens) for tokens in result.committed] == [1, 1, 1] and not result.plan
+        assert [len(tokens) for tokens in result.committed] == [1, 1, 1] and not any(result.plan)
         if result.probe is not None:
             drafter, row, drafts = result.probe
             assert drafts == plain_greedy(texts[row], {"df": 7, "e3": 4}[drafter])
@@ -214,9 +214,9 @@ def test_rows_of_a_drafter_that_is_switched_off_go_to_the_other_one(router: str)
     decode.health.switch_off("e3")
     for _ in range(4):
         result = decode.run(world.rows([0, 1, 2], 8))
-        assert [*result.plan] == ["df"]
+        assert set(result.plan) == {"df"}
         assert result.num_drafts == [7, 7, 7]
     decode.health.switch_off("df")
     result = decode.run(world.rows([0, 1, 2], 8))
-    assert not result.plan
+    assert not any(result.plan)
     assert [len(tokens) for tokens in result.committed] == [1, 1, 1]

@@ -21,7 +21,7 @@ def rounds(
     length = 100
     for _ in range(count):
         rows = HostRows([slot], [length], None, [standing(span)])
-        yields.learn(rows, yields.expect(rows, [gain]), {drafter: (0,)} if drafter else {}, [tokens])
+        yields.learn(rows, yields.expect(rows, [gain]), [drafter or None], [tokens])
         yields.advance(rows, [tokens])
         length += tokens
     return length
@@ -57,7 +57,7 @@ def test_requests_are_told_apart() -> None:
     lengths = [100, 100]
     for _ in range(60):
         rows = HostRows([0, 1], lengths, None, [standing(), standing()])
-        yields.learn(rows, yields.expect(rows, [0.0, 0.0]), {DF: (0, 1)}, [1, 6])
+        yields.learn(rows, yields.expect(rows, [0.0, 0.0]), [DF, DF], [1, 6])
         yields.advance(rows, [1, 6])
         lengths = [lengths[0] + 1, lengths[1] + 6]
     strange, known = yields.expect(HostRows([0, 1], lengths, None, [standing(), standing()]), [0.0, 0.0])
@@ -79,7 +79,7 @@ def test_levels_follow_what_scores_leave_out() -> None:
     for turn in range(400):
         gain, drafter, tokens = (2.0, E3, 4) if turn % 4 == 0 else (-2.0, DF, 7)
         rows = HostRows([0], [length], None, [standing()])
-        yields.learn(rows, yields.expect(rows, [gain]), {drafter: (0,)}, [tokens])
+        yields.learn(rows, yields.expect(rows, [gain]), [drafter], [tokens])
         yields.advance(rows, [tokens])
         length += tokens
     open_text, sure_text = expected(yields, length, gain=2.0), expected(yields, length, gain=-2.0)

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from whiflash_sglang.core.plans import drafter_by_row, plan_of
 from whiflash_sglang.core.types import Plan, RoundResult
 
 REQUESTS = 3  # that a drafter has to fail ..
@@ -46,11 +45,10 @@ class Health:
         """The plan without what is not allowed: such rows go to another of the drafters `names`, or to none."""
         if not self.tried_at and not any(self.barred.values()):
             return plan
-        allowed = {
-            row: next((other for other in (name, *names) if self.allows(other, slots[row])), None)
-            for row, name in drafter_by_row(plan).items()
-        }
-        return plan_of({row: name for row, name in allowed.items() if name is not None})
+        return [
+            None if name is None else next((other for other in (name, *names) if self.allows(other, slot)), None)
+            for name, slot in zip(plan, slots, strict=True)
+        ]
 
     def judge(self, result: RoundResult, slots: Sequence[int], requests: Sequence[str]) -> list[str]:
         """Count a round of the requests `requests` [rows] in `slots` [rows]; the drafters that it switched off."""
@@ -68,7 +66,8 @@ class Health:
         self, name: str, finite: Sequence[bool], result: RoundResult, slots: Sequence[int], requests: Sequence[str]
     ) -> bool:
         """Judge a drafter by its rows of a round; whether it is switched off now, and was not before."""
-        rows = [row for row, is_finite in zip(result.plan[name], finite, strict=True) if not is_finite]
+        drafted = [row for row, drafter in enumerate(result.plan) if drafter == name]
+        rows = [row for row, is_finite in zip(drafted, finite, strict=True) if not is_finite]
         if not rows:
             self.tried_at.pop(name, None)
             return False

@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 
 from whiflash_sglang.core.accept import accept
-from whiflash_sglang.core.asked import grant
 from whiflash_sglang.core.backlog import Backlog
 from whiflash_sglang.core.health import Health
+from whiflash_sglang.core.plan import granted, grouped
 from whiflash_sglang.core.transfer import Indices, to_host
 from whiflash_sglang.core.types import (
     Accepted,
@@ -46,7 +46,7 @@ class Router(Protocol):
     """
 
     def route(self, rows: HostRows) -> Plan:
-        """Disjoint row numbers by drafter. Rows that are not `draftable` stand in none."""
+        """The drafter of each row [rows]; None for rows that are not `draftable`."""
         ...
 
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
@@ -97,6 +97,8 @@ class Target(Protocol):
         ...
 
 
+Groups = Mapping[str, tuple[int, ...]]
+"""Row numbers by drafter, ascending."""
 Timed = Callable[[str], AbstractContextManager[None]]
 
 
@@ -146,14 +148,15 @@ class DecodeRound:
     def run(self, rows: Rows) -> RoundResult:
         """One round of all rows. Of the device nothing is read before the end, and then all at once."""
         with self.timed("route"):
-            plan = grant(rows.host, self.router.route(rows.host))
+            plan = granted(rows.host, self.router.route(rows.host))
             plan = self.health.reroute(plan, rows.host.slots, self.drafters)
             probe = self.probe(rows.host, plan)
+            groups = grouped(plan)
         with self.timed("catch_up"):
-            catch_ups = self.catch_up(rows.host, plan, probe)
+            catch_ups = self.catch_up(rows.host, groups, probe)
         with self.timed("draft"):
-            num_drafts = self.num_drafts(rows.host, plan)
-            proposal, finite = self.propose(rows, plan, num_drafts)
+            num_drafts = [0 if name is None else self.drafters[name].num_drafts for name in plan]
+            proposal, finite = self.propose(rows, groups, num_drafts)
             probed = [] if probe is None else [self.draft(rows, probe.drafter, (probe.row,)).tokens[0]]
         with self.timed("verify"):
             verified = self.target.verify(rows, proposal)
@@ -181,11 +184,11 @@ class DecodeRound:
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
         """The router's probe, unless that drafter may not draft for the row, or does so anyway."""
         probe = self.router.probe(rows, plan)
-        if probe is None or probe.row in plan.get(probe.drafter, ()):
+        if probe is None or plan[probe.row] == probe.drafter:
             return None
         return probe if self.health.allows(probe.drafter, rows.slots[probe.row]) else None
 
-    def catch_up(self, rows: HostRows, plan: Plan, probe: Probe | None = None) -> dict[str, CatchUp]:
+    def catch_up(self, rows: HostRows, groups: Groups, probe: Probe | None = None) -> dict[str, CatchUp]:
         """Let each drafter ingest what it lacks of its rows, and of those whose backlog is as long as it may be."""
         slots, committed = rows.slots, rows.prefix_lens
         done = {}
@@ -195,7 +198,7 @@ class DecodeRound:
                 for row in range(len(slots))
                 if self.backlog.overdue(name, slots[row], committed[row], self.max_width)
             }
-            due.update(plan.get(name, ()))
+            due.update(groups.get(name, ()))
             if probe is not None and probe.drafter == name:
                 due.add(probe.row)
             caught_up = self.ingest(name, [slots[row] for row in due], [committed[row] for row in due])
@@ -215,22 +218,16 @@ class DecodeRound:
         self.drafters[name].ingest(entries)
         return CatchUp(slots, lens, missed, time.perf_counter() - began)
 
-    def num_drafts(self, rows: HostRows, plan: Plan) -> list[int]:
-        """Draft tokens that each row is to have."""
-        counts = [0] * len(rows.slots)
-        for name, chosen in plan.items():
-            for row in chosen:
-                counts[row] = self.drafters[name].num_drafts
-        return counts
-
-    def propose(self, rows: Rows, plan: Plan, num_drafts: Sequence[int]) -> tuple[Proposal, dict[str, torch.Tensor]]:
+    def propose(
+        self, rows: Rows, groups: Groups, num_drafts: Sequence[int]
+    ) -> tuple[Proposal, dict[str, torch.Tensor]]:
         """Let each drafter draft for its rows; one verify width for the batch, the widest that is needed."""
         anchors = rows.anchors[:, None]
-        if not plan:
+        if not groups:
             return Proposal(anchors, self.indices.of(tuple(num_drafts))), {}
         tokens = anchors.repeat(1, 1 + max(num_drafts))  # [rows, width]; column 0 is the anchor
         finite = {}
-        for name, chosen in plan.items():
+        for name, chosen in groups.items():
             drafts, finite[name] = self.draft(rows, name, chosen)
             tokens[self.indices.of(chosen), 1 : 1 + drafts.shape[1]] = drafts
         return Proposal(tokens, self.indices.of(tuple(num_drafts))), finite

@@ -35,8 +35,8 @@ from typing import NamedTuple
 
 import torch
 
-Plan = Mapping[str, tuple[int, ...]]
-"""Drafter name -> row numbers, ascending. A row that stands in no entry is not drafted for in this round."""
+Plan = Sequence[str | None]
+"""[rows], the drafter of each row; None: the row is not drafted for in this round."""
 
 
 class Standing(NamedTuple):

@@ -19,12 +19,14 @@ trial   An arm (a drafter, or none) that has not been run for long is run for th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
+from whiflash_sglang.core.plan import where_allowed
 from whiflash_sglang.core.round import Router
 from whiflash_sglang.core.types import HostRows, Plan, Probe, RoundResult
 from whiflash_sglang.routing.costs import NONE, RoundCosts
@@ -77,11 +79,12 @@ class CostAwareRouter(Router):
 
     def route(self, rows: HostRows) -> Plan:
         drafted = rows.may_draft()
-        plan = {} if rows == self.hopeless else self.plan_by_score(rows, drafted)
+        nothing: Plan = [None] * len(rows.slots)
+        plan = nothing if rows == self.hopeless else self.plan_by_score(rows, drafted)
         self.trial = self.arm_to_try() if drafted else None
         if self.trial is None:
             return plan
-        return {} if self.trial == NONE else {self.trial: tuple(drafted)}
+        return nothing if self.trial == NONE else where_allowed(rows, [self.trial] * len(rows.slots))
 
     def plan_by_score(self, rows: HostRows, drafted: Sequence[int]) -> Plan:
         scores, learned, asked = self.score.read(rows.slots), learned_priors(rows), asked_priors(rows)
@@ -100,7 +103,7 @@ class CostAwareRouter(Router):
 
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
         """While nothing is drafted: one row, and the drafter whose turn it is."""
-        if any(plan.values()):
+        if any(plan):
             self.without_drafts = 0
             return None
         self.without_drafts += 1
@@ -122,13 +125,13 @@ class CostAwareRouter(Router):
     def best_plan(self, rows: HostRows, expected: Sequence[Row], drafted: Sequence[int]) -> Plan:
         """Who drafts for the rows `drafted`, given what is expected of each; nobody where that does not pay."""
         ranked = sorted(drafted, key=lambda row: expected[row].tokens[E3] - expected[row].tokens[DF], reverse=True)
+        nothing: Plan = [None] * len(expected)
         if not ranked:
-            return {}
+            return nothing
         num_e3, pays = self.best_split([expected[row].tokens for row in ranked], expected, mean(rows.prefix_lens))
         if not pays:
-            return {}
-        plan = {DF: tuple(sorted(ranked[num_e3:])), E3: tuple(sorted(ranked[:num_e3]))}
-        return {name: chosen for name, chosen in plan.items() if chosen}
+            return nothing
+        return where_allowed(rows, [E3 if row in ranked[:num_e3] else DF for row in range(len(expected))])
 
     def best_split(
         self, ranked: Sequence[Mapping[str, float]], everyone: Sequence[Row], context: float
@@ -185,19 +188,19 @@ class CostAwareRouter(Router):
     def learn(self, rows: HostRows, result: RoundResult, ms: float) -> None:
         self.rounds += 1
         committed = [len(tokens) for tokens in result.committed]
-        settled = rows == self.hopeless and not result.plan and result.probe is None and not self.pending
+        settled = rows == self.hopeless and not any(result.plan) and result.probe is None and not self.pending
         self.resolve(rows, result)
         self.learn_costs(rows, result, committed, ms)
         if not settled:
             self.yields.learn(rows, self.routed, result.plan, committed)
-            settled = not result.plan and all(max(row.trust.values()) < HOPELESS for row in self.routed)
+            settled = not any(result.plan) and all(max(row.trust.values()) < HOPELESS for row in self.routed)
         self.yields.advance(rows, committed)
         lens = [length + count for length, count in zip(rows.prefix_lens, committed, strict=True)]
         self.hopeless = rows._replace(prefix_lens=lens) if settled else None
 
     def learn_costs(self, rows: HostRows, result: RoundResult, committed: Sequence[int], ms: float) -> None:
         num_rows, context = len(committed), mean(rows.prefix_lens)
-        counts = {name: len(chosen) for name, chosen in result.plan.items()}
+        counts = Counter(name for name in result.plan if name is not None)
         for arm in self.idle:
             self.idle[arm] = 0 if arm in (counts or (NONE,)) else self.idle[arm] + 1
         trial, self.trial = self.trial, None

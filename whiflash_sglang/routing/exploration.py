@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 
 from whiflash_sglang.core.hints import AUTO
-from whiflash_sglang.core.plans import drafter_by_row, plan_of
 from whiflash_sglang.core.round import Router
 from whiflash_sglang.core.types import HostRows, Plan, Probe, RoundResult, Standing
 from whiflash_sglang.routing.priors import Place, Priors
@@ -57,11 +56,11 @@ class PriorShare:
         self.rounds += 1
         if self.rounds % LOOK_EVERY or not rows.standings:
             return
-        chosen, other = drafter_by_row(plan), drafter_by_row(without())
+        other = without()
         for row, standing in enumerate(rows.standings):
             key = (standing.context_kind, standing.span)
             self.seen[key] += 1
-            self.decided[key] += chosen.get(row) != other.get(row)
+            self.decided[key] += plan[row] != other[row]
 
     def snapshot(self) -> dict[str, Any]:
         """By context kind and span: rounds that were looked at, and decided by the prior."""
@@ -107,10 +106,9 @@ class TrialRouter(Router):
         plan = self.inner.route(rows)
         self.trial = None
         self.due += len(rows.slots)
-        if self.due < TRY_EVERY or not plan or not rows.standings:
+        if self.due < TRY_EVERY or not any(plan) or not rows.standings:
             return plan
-        choice = drafter_by_row(plan)
-        free = [row for row in choice if rows.standings[row].route == AUTO]
+        free = [row for row, name in enumerate(plan) if name and rows.standings[row].route == AUTO]
         if not free:
             return plan
         self.due = 0
@@ -119,9 +117,7 @@ class TrialRouter(Router):
         if self.coin.random() * (HALF_KNOWN + known) > HALF_KNOWN:
             return plan
         self.trial = (row, self.inner.score.read([rows.slots[row]])[0], drafter)
-        if choice[row] == drafter:
-            return plan
-        return plan_of({**choice, row: drafter})
+        return [*plan[:row], drafter, *plan[row + 1 :]]
 
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
         return self.inner.probe(rows, plan)
@@ -137,7 +133,7 @@ class TrialRouter(Router):
         if self.trial is None or rows.standings is None:
             return
         row, gain, drafter = self.trial
-        if drafter_by_row(result.plan).get(row) != drafter:  # it has been switched off
+        if result.plan[row] != drafter:  # it has been switched off
             return
         place = place_of(rows.standings[row])
         tokens = len(result.committed[row])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from whiflash_sglang.core.plan import where_allowed
 from whiflash_sglang.core.round import Router
 from whiflash_sglang.core.types import HostRows, Plan
-from whiflash_sglang.routing.split import split
 
 
 class FixedRouter(Router):
@@ -12,4 +12,4 @@ class FixedRouter(Router):
         self.name = name
 
     def route(self, rows: HostRows) -> Plan:
-        return split(rows, (self.name,), [0] * len(rows.slots))
+        return where_allowed(rows, [self.name] * len(rows.slots))

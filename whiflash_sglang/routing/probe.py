@@ -24,7 +24,7 @@ class Everyone(Router):
         self.name = name
 
     def route(self, rows: HostRows) -> Plan:
-        return {} if self.name == NONE else {self.name: tuple(range(len(rows.slots)))}
+        return [None if self.name == NONE else self.name] * len(rows.slots)
 
 
 class RoundProbe:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from whiflash_sglang.core.plan import where_allowed
 from whiflash_sglang.core.round import Router
 from whiflash_sglang.core.types import HostRows, Plan
-from whiflash_sglang.routing.split import split
 
 
 class AlternateRouter(Router):
@@ -19,7 +19,7 @@ class AlternateRouter(Router):
     def route(self, rows: HostRows) -> Plan:
         for slot in rows.slots:
             self.turns[slot] += 1
-        return split(rows, self.names, [self.turns[slot] % len(self.names) for slot in rows.slots])
+        return where_allowed(rows, [self.names[self.turns[slot] % len(self.names)] for slot in rows.slots])
 
 
 class RandomRouter(Router):
@@ -31,7 +31,7 @@ class RandomRouter(Router):
 
     def route(self, rows: HostRows) -> Plan:
         coins = [self.coin(slot, length) for slot, length in zip(rows.slots, rows.prefix_lens, strict=True)]
-        return split(rows, self.names, [coin % len(self.names) for coin in coins])
+        return where_allowed(rows, [self.names[coin % len(self.names)] for coin in coins])
 
     def coin(self, slot: int, length: int) -> int:
         mixed = (length * 2654435761 + slot * 40503 + self.salt) & 0xFFFFFFFF

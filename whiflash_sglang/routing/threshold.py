@@ -6,16 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
+from whiflash_sglang.core.plan import where_allowed
 from whiflash_sglang.core.round import Router
 from whiflash_sglang.core.types import HostRows, Plan
 from whiflash_sglang.routing.exploration import PriorShare, added, asked_priors, learned_priors
 from whiflash_sglang.routing.score import Score
-from whiflash_sglang.routing.split import split
 
 
 class ThresholdRouter(Router):
-    names = ("df", "e3")
-
     def __init__(self, score: Score, threshold: float):
         self.score = score
         self.threshold = threshold
@@ -35,7 +33,7 @@ class ThresholdRouter(Router):
         """Who drafts, with `priors` [rows] added to the scores [rows]."""
         for prior in priors:
             scores = added(scores, prior)
-        return split(rows, self.names, [score > self.threshold for score in scores])
+        return where_allowed(rows, ["e3" if score > self.threshold else "df" for score in scores])
 
     def margin(self, rows: HostRows) -> float:
         return self.threshold

@@ -112,8 +112,8 @@ class Yields:
 
     def learn(self, rows: HostRows, routed: Sequence[Row], plan: Plan, committed: Sequence[int]) -> None:
         """What came of a round's drafts: `committed` [rows] tokens."""
-        for name, chosen in plan.items():
-            for row in chosen:
+        for row, name in enumerate(plan):
+            if name is not None:
                 self.count(rows, row, routed[row], name, committed[row] - 1)
         for one in routed:
             level = self._level(one.gain)

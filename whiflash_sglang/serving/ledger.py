@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from whiflash_sglang.core.hints import OFF, Hints
-from whiflash_sglang.core.plans import drafter_by_row
 from whiflash_sglang.core.spans import ANSWER, Context, Place, SpanReader
 from whiflash_sglang.core.types import HostRows, RoundResult, Standing
 from whiflash_sglang.routing.priors import Priors
@@ -153,9 +152,8 @@ class Ledger:
 
     def count(self, rows: HostRows, result: RoundResult, signals: Signals) -> None:
         """Count a round for the span in which it began, and move spans forward."""
-        names = drafter_by_row(result.plan)
         for row, (slot, committed) in enumerate(zip(rows.slots, result.committed, strict=True)):
-            record, drafter = self.records[slot], names.get(row, NOBODY)
+            record, drafter = self.records[slot], result.plan[row] or NOBODY
             standing = record.standing
             _add(record.counts, (standing.span, drafter), len(committed))
             _add(self.counts, (standing.context_kind, standing.span, drafter), len(committed))

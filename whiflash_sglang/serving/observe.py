@@ -14,7 +14,6 @@ from typing import Any
 
 from whiflash_sglang.core.health import Health
 from whiflash_sglang.core.hints import Asked
-from whiflash_sglang.core.plans import drafter_by_row
 from whiflash_sglang.core.spans import CONTEXT_KINDS, SPANS, Markers, SpanReader
 from whiflash_sglang.core.types import CatchUp, HostRows, RoundResult
 from whiflash_sglang.routing.costs import RoundCosts
@@ -131,13 +130,12 @@ class Totals:
         """Add one batch's round."""
         with self.timed("spans"):
             self.ledger.count(rows, result, signals)
-        chosen = drafter_by_row(result.plan)
         for row, slot in enumerate(rows.slots):
-            name, last = chosen.get(row, NOBODY), self.last_choice[slot]
+            name, last = result.plan[row] or NOBODY, self.last_choice[slot]
             accepted = len(result.committed[row]) - 1
             self._add(slot, name, ROUNDS, (1, result.num_drafts[row], accepted, last not in (None, name)))
             self.last_choice[slot] = name
-        self.not_drafted.count(len(rows.may_draft()), len(chosen))
+        self.not_drafted.count(len(rows.may_draft()), sum(name is not None for name in result.plan))
         self.steps += 1
         self.count_catch_ups(result.catch_ups)
 

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from whiflash_sglang.core.plans import drafter_by_row, plan_of
 from whiflash_sglang.core.round import DecodeRound, Drafter, Router, Target
 from whiflash_sglang.core.types import Drafts, Entries, HostRows, Plan, Probe, Proposal, RoundResult, Rows, Verified
 from whiflash_sglang.serving.ledger import Explains
@@ -83,7 +82,7 @@ class Ranks:
 
     def count(self, rows: HostRows, result: RoundResult) -> None:
         """Add a round to the digest."""
-        done = (rows.slots, rows.prefix_lens, sorted(drafter_by_row(result.plan).items()), result.committed)
+        done = (rows.slots, rows.prefix_lens, list(result.plan), result.committed)
         self.digest = zlib.crc32(repr(done).encode(), self.digest)
 
     def snapshot(self) -> dict[str, Any]:
@@ -112,15 +111,15 @@ class SharedRouter(Router):
         choice = torch.full((len(rows.slots) + 2,), -1, dtype=torch.int64)
         if self.ranks.is_first:
             plan = self.inner.route(rows)
-            for row, name in drafter_by_row(plan).items():
-                choice[row] = self.names.index(name)
+            for row, name in enumerate(plan):
+                if name is not None:
+                    choice[row] = self.names.index(name)
             if (probe := self.inner.probe(rows, plan)) is not None:
                 choice[-2], choice[-1] = self.names.index(probe.drafter), probe.row
         dist.broadcast(choice, group=self.ranks.host_group, group_src=0)
         *chosen, drafter, row = choice.tolist()
         self.shared_probe = Probe(self.names[drafter], row) if drafter >= 0 else None
-        # Rank 0 decodes it too: drafters run, and communicate, in the order of the plan.
-        return plan_of({row: self.names[index] for row, index in enumerate(chosen) if index >= 0})
+        return [None if index < 0 else self.names[index] for index in chosen]
 
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
         """Rank 0's probe for the last plan."""

@@ -1,0 +1,39 @@
+"""A plan: the drafter of each row, or None for a row that is not drafted for. It is grouped once, to draft."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from whiflash_sglang.core.hints import AUTO, OFF
+from whiflash_sglang.core.types import HostRows, Plan
+
+
+def where_allowed(rows: HostRows, names: Sequence[str | None]) -> Plan:
+    """`names` [rows] of drafters, and None for rows that may not be drafted for."""
+    if rows.draftable is None:
+        return [*names]
+    return [name if may else None for name, may in zip(names, rows.draftable, strict=True)]
+
+
+def granted(rows: HostRows, plan: Plan) -> Plan:
+    """The plan with every row that requests a drafter (`Standing.route`) at that drafter, where it may be drafted for.
+
+    Rows that request none are not draftable (`Ledger.stand`), so no router plans a drafter for them.
+    """
+    standings = rows.standings or ()
+    if all(standing.route in (AUTO, OFF) for standing in standings):
+        return plan
+    wanted = [
+        name if standing.route in (AUTO, OFF) else standing.route
+        for name, standing in zip(plan, standings, strict=True)
+    ]
+    return where_allowed(rows, wanted)
+
+
+def grouped(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Row numbers by drafter, ascending; without the rows that are not drafted for."""
+    groups: dict[str, list[int]] = {}
+    for row, name in enumerate(plan):
+        if name is not None:
+            groups.setdefault(name, []).append(row)
+    return {name: tuple(rows) for name, rows in groups.items()}
