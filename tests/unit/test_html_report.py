@@ -135,7 +135,7 @@ def test_what_a_report_lacks_is_said() -> None:
         "off: the server reports no speculation figures (it is not WhiFlash)",
     ]
     page = render([off])
-    assert "No turn was traced" in page and "AL by span and context is not known" in page
+    assert "No turn was traced" in page and "AL by span and context is unknown" in page
     assert 'id="data"' not in page
 
 
