@@ -103,7 +103,7 @@ totals.pool = {"tokens": 100, "lost_to_draft_pools": 40}
 metrics = Metrics(totals, {"model_name": "m"})
 print(generate_latest().decode(), "----")
 for rounds in (3, 5):
-    totals.sums[0][0] = rounds
+    totals.sums["df"].rounds = rounds
     totals.seconds["draft"] = rounds / 2
     totals.ledger.counts[("user", "reasoning", "df")] = [rounds, 4 * rounds]
     metrics.write(totals.snapshot())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from whiflash_sglang.core.health import Health
@@ -45,8 +46,35 @@ contains the compute time of the steps before it, and those contain launch time 
 results, requests and the next batch. The device is idle during it.
 """
 
-FIELDS = 9
-ROUNDS, DRAFTED, ACCEPTED, SWITCHES, INGESTED, INGESTIONS, MISSED, CATCH_UPS, CATCH_UP_S = range(FIELDS)
+
+@dataclass
+class DrafterCounts:
+    """What one drafter did, for a request or in total. `ingested` and `missed` are tokens, as `CatchUp` has them."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    switches: int = 0
+    ingested: int = 0
+    ingestions: int = 0
+    missed: int = 0
+    catch_ups: int = 0
+    catch_up_s: float = 0.0
+
+    def count_round(self, drafted: int, accepted: int, switched: bool) -> None:
+        """Add a request's round."""
+        self.rounds += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.switches += switched
+
+    def count_catch_up(self, ingested: int, missed: int, seconds: float) -> None:
+        """Add a request's share of a pass that took `seconds`, of which the missed tokens have theirs."""
+        self.ingested += ingested
+        self.ingestions += 1
+        self.missed += missed
+        self.catch_ups += missed > 0
+        self.catch_up_s += missed / ingested * seconds
 
 
 class NotDrafted:
@@ -85,8 +113,8 @@ class NotDrafted:
         )
 
 
-Table = list[list[float]]
-"""[names][FIELDS]."""
+Counts = dict[str, DrafterCounts]
+"""By drafter, and for rounds without one."""
 
 
 class Totals:
@@ -133,7 +161,8 @@ class Totals:
         for row, slot in enumerate(rows.slots):
             name, last = result.plan[row] or NOBODY, self.last_choice[slot]
             accepted = len(result.committed[row]) - 1
-            self._add(slot, name, ROUNDS, (1, result.num_drafts[row], accepted, last not in (None, name)))
+            for counts in (self.sums, self.running[slot]):
+                counts[name].count_round(result.num_drafts[row], accepted, last not in (None, name))
             self.last_choice[slot] = name
         self.not_drafted.count(len(rows.may_draft()), sum(name is not None for name in result.plan))
         self.steps += 1
@@ -144,7 +173,8 @@ class Totals:
         for name, (slots, lens, missed, seconds) in catch_ups.items():
             each = seconds / sum(lens)
             for slot, length, late in zip(slots, lens, missed, strict=True):
-                self._add(slot, name, INGESTED, (length, 1, late, late > 0, late * each))
+                for counts in (self.sums, self.running[slot]):
+                    counts[name].count_catch_up(length, late, length * each)
                 self.longest[slot] = max(self.longest[slot], length)
             self.longest_ever = max(self.longest_ever, *lens)
 
@@ -186,44 +216,36 @@ class Totals:
         """The figures of the request in `slot` since its prefill, as plain data."""
         return self._figures(self.running[slot], self.longest[slot])
 
-    def _blank(self) -> Table:
-        return [[0] * FIELDS for _ in self.names]
+    def _blank(self) -> Counts:
+        return {name: DrafterCounts() for name in self.names}
 
-    def _add(self, slot: int, name: str, first: int, figures: Sequence[float]) -> None:
-        """Add `figures` to the fields from `first` on, for the request in `slot` and in total."""
-        drafter = self.names.index(name)
-        for table in (self.sums, self.running[slot]):
-            counts = table[drafter]
-            for field, figure in enumerate(figures, start=first):
-                counts[field] += figure
-
-    def _figures(self, table: Table, longest: int) -> dict[str, Any]:
-        """`table` as plain data.
+    def _figures(self, counts: Counts, longest: int) -> dict[str, Any]:
+        """`counts` as plain data.
 
         An active drafter ingests the last round's tokens in every round. `catch_up` counts only what an idle drafter
         had missed before that, with one pass per request. `backlog_mean` covers both.
         """
 
-        def by_drafter(field: int) -> dict[str, int]:
-            return {name: int(row[field]) for name, row in zip(self.names, table, strict=True) if row[field]}
+        def by_drafter(field: str) -> dict[str, int]:
+            return {name: count for name, of in counts.items() if (count := getattr(of, field))}
 
-        sums = [sum(column) for column in zip(*table, strict=True)]
+        total = DrafterCounts(*(sum(column) for column in zip(*map(astuple, counts.values()), strict=True)))
         return {
-            "rounds": int(sums[ROUNDS]),
-            "rounds_by_drafter": by_drafter(ROUNDS),
-            "drafted": int(sums[DRAFTED]),
-            "drafted_by_drafter": by_drafter(DRAFTED),
-            "accepted_drafts": int(sums[ACCEPTED]),
-            "accepted_by_drafter": by_drafter(ACCEPTED),
-            "switches": int(sums[SWITCHES]),
-            "ingested_by_drafter": by_drafter(INGESTED),
+            "rounds": total.rounds,
+            "rounds_by_drafter": by_drafter("rounds"),
+            "drafted": total.drafted,
+            "drafted_by_drafter": by_drafter("drafted"),
+            "accepted_drafts": total.accepted,
+            "accepted_by_drafter": by_drafter("accepted"),
+            "switches": total.switches,
+            "ingested_by_drafter": by_drafter("ingested"),
             "catch_up": {
-                "passes": int(sums[CATCH_UPS]),
-                "tokens": int(sums[MISSED]),
-                "ms": round(1000 * sums[CATCH_UP_S], 3),
+                "passes": total.catch_ups,
+                "tokens": total.missed,
+                "ms": round(1000 * total.catch_up_s, 3),
             },
             "backlog_max": longest,
-            "backlog_mean": round(sums[INGESTED] / sums[INGESTIONS], 3) if sums[INGESTIONS] else 0.0,
+            "backlog_mean": round(total.ingested / total.ingestions, 3) if total.ingestions else 0.0,
         }
 
 
