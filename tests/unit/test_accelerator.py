@@ -93,19 +93,19 @@ def test_room_for_the_draft_pools() -> None:
         check_needs(GIB, needs(100_000))
     said = str(refusal.value)
     assert said.startswith("--max-total-tokens 100000: ") and "1.00 GiB are left" in said
-    assert "draft pools 2.29, rings 0.09" in said and "graphs" not in said
-    assert "give --max-total-tokens 39592 or less" in said and "--mem-fraction-static" in said
-    check_needs(GIB, needs(39_592))
+    assert "draft pools 2.29, rings 0.38" in said and "graphs" not in said
+    assert "give --max-total-tokens 27304 or less" in said and "--mem-fraction-static" in said
+    check_needs(GIB, needs(27_304))
 
 
 def test_room_for_rings_and_graphs() -> None:
     """An H100 with SGLang's own defaults would run out of memory: 3,400 requests, graphs up to 256."""
     sizes = [1, 2, 4, *range(8, 257, 8)]
-    assert [round(need.size / GIB, 1) for need in needs(100_000, 3400, sizes)] == [2.3, 6.6, 11.4]
+    assert [round(need.size / GIB, 1) for need in needs(100_000, 3400, sizes)] == [2.3, 26.6, 11.4]
     with pytest.raises(
         ConfigError, match=r"^--cuda-graph-max-bs 256: .*give --cuda-graph-max-bs \d+ or less, or lower"
     ):
-        check_needs(13 * GIB, needs(100_000, 3400, sizes))
+        check_needs(13 * GIB, needs(100_000, 256, sizes))
     with pytest.raises(ConfigError, match=r"^--max-running-requests 3400: .*give --max-running-requests \d+ or less"):
         check_needs(8 * GIB, needs(100_000, 3400))
     with pytest.raises(ConfigError, match=r"; lower --mem-fraction-static, or load one drafter"):

@@ -205,7 +205,7 @@ def test_a_round_by_part() -> None:
         "round": 10.0,
         "between": 0.7,
     }
-    assert (found["switching_share"], found["router_share"]) == (0.1, 0.01)
+    assert (found["switching_share"], found["router_share"]) == (0.05, 0.01)
     assert (found["rows"], found["acceptance_length"]) == (2.0, 3.5)
 
 

@@ -102,6 +102,7 @@ def drafter(kind: str, attention: Attention, sizes: tuple[int, ...]) -> Any:
         made.head = SimpleNamespace(best=lambda hidden: (hidden @ model.head).argmax(dim=-1))
         made.fill = runs(runner, made.propose, num_queries=1 + NUM_DRAFTS, num_entries=1 + NUM_DRAFTS)
     else:
+        made.fuse = lambda features: features
         made.token_ids = torch.randperm(VOCAB)
         made.link = NUM_DRAFTS if graphs.is_one_graph(runner) else 1
         made.chain = runs(runner, made.propose, num_queries=1, num_entries=made.link, hidden_size=HIDDEN)
