@@ -78,7 +78,7 @@ CONTRACT = Words(
         # Groups of torch.distributed.
         **dict.fromkeys(("device_group", "host_group"), NOTHING),
         "recv_req": f"{IO}.UpdateWeightFromDiskReqInput",
-        "serving/worker.py:batch_result.logprobs": f"{SRT}.layers.logits_processor.LogitsProcessorOutput",
+        "serving/batches.py:batch_result.logprobs": f"{SRT}.layers.logits_processor.LogitsProcessorOutput",
         # Hooks: the result of what is hooked, and what it is called with.
         "bridge/scheduler_hooks.py:_add_figures.worker": NOTHING,  # our own
         "bridge/scheduler_hooks.py:_add_figures.result": f"{IO}.GetInternalStateReqOutput",
@@ -216,7 +216,10 @@ CONTRACT = Words(
     ),
     # Since 0.5.20 the fields are declared there.
     assembled={SERVER_ARGS: f"{SRT}.arg_groups.fields"},
-    flag_files=("launch_server.py", "startup/config.py", "startup/checkpoints.py"),
+    flag_files=(
+        "launch_server.py",
+        *(f"startup/{name}.py" for name in ("config", "checkpoints", "demo", "model_checks")),
+    ),
     flag_module=f"{SRT}.server_args",
     own_flags=r"--whiflash.*|--demo|--help|--spec",
 )

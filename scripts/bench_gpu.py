@@ -40,10 +40,10 @@ import torch
 from transformers import AutoTokenizer
 
 from whiflash_sglang import cpu
-from whiflash_sglang.launch_server import DEMO_DEFAULTS
 from whiflash_sglang.routing.artefact import NeuralRouter, save_router
 from whiflash_sglang.routing.neural import Network
 from whiflash_sglang.startup.config import WhiFlashConfig
+from whiflash_sglang.startup.demo import DEMO_DEFAULTS
 from whiflash_sglang.training import bundled
 from whiflash_sglang.training.dummy_models import QWEN3_8B, TINY, ModelShape, write_models
 from whiflash_sglang.training.forced_server import Recording

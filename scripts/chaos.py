@@ -36,7 +36,7 @@ from typing import Any
 
 import httpx
 
-from whiflash_sglang.launch_server import DEMO_MODELS
+from whiflash_sglang.startup.demo import DEMO_MODELS
 from whiflash_workloads import server
 from whiflash_workloads.bench import finish
 from whiflash_workloads.chaos.client import Client, hear

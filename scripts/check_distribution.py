@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.startup.config import WhiFlashConfig
+from whiflash_sglang.startup.demo import DEMO_MODELS
 from whiflash_sglang.training.continuations import Sampling, continuations, joint_p_value, open_place
 from whiflash_sglang.training.models import ModelPaths, load_models
 from whiflash_workloads import sampled, server

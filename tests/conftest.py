@@ -19,7 +19,7 @@ from whiflash_sglang.startup.config import ENVIRONMENT_VARIABLE
 from whiflash_workloads import server
 
 UNIT_SECONDS = 5  # CPU time, which hardly depends on the machine's load
-LIMITS = {"slow": 1500, "e2e": 600}  # max seconds per test, including setup; for others see pyproject.toml
+LIMITS = {"slow": 1500, "e2e": 1500}  # max seconds per test, including setup; for others see pyproject.toml
 SECONDS = Path(__file__).parent / "seconds.json"  # per file, from a full run on two idle cores
 UNKNOWN_SECONDS = 10.0
 ZYGOTES = pytest.StashKey[ExitStack]()
@@ -27,6 +27,7 @@ ZYGOTES = pytest.StashKey[ExitStack]()
 # Packed and plain weights differ in the last bit, and the choice is measured. Fix it for all test servers.
 os.environ["WHIFLASH_PACK_WEIGHTS"] = "1"
 server.spawn = zygote.spawn
+server.START_SECONDS = 1200  # a start on a busy machine is slow; `timeout` finds one that hangs
 
 # A shell without job control starts background commands with SIGINT ignored, and children inherit that. Tests that
 # interrupt a process would then never return.

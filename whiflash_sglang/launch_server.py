@@ -15,62 +15,35 @@ import argparse
 import copy
 import functools
 import importlib.util
-import json
 import os
-import shlex
 import sys
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.core.errors import ConfigError, WhiFlashError
-from whiflash_sglang.startup import bounds, command_line, hub, ports, progress
+from whiflash_sglang.startup import bounds, command_line, demo, hub, ports, progress
 from whiflash_sglang.startup.checkpoints import (
-    DRAFTER_FLAGS,
     FLAG_TARGET,
-    DrafterSpec,
-    check_ranks,
     check_weights,
-    load_drafter_spec,
-    load_target_spec,
 )
 from whiflash_sglang.startup.config import (
     ENVIRONMENT_VARIABLE,
-    FLAG_BACKLOG,
     FLAG_DFLASH,
     FLAG_EAGLE,
     FLAG_ROUTER,
-    FLAG_STEPS,
-    SCORED,
     WhiFlashConfig,
     add_arguments,
 )
-from whiflash_sglang.startup.gpu_memory import FLAG_POOL, surely_none
+from whiflash_sglang.startup.gpu_memory import surely_none
+from whiflash_sglang.startup.model_checks import check_checkpoints, check_room
 from whiflash_sglang.startup.refusals import CPU_REFUSALS, CUDA_REFUSALS, FLAG_WIDTH, REFUSALS, Given, refuse, typed
 
 ALGORITHM = "WHIFLASH"
 PROGRAM = "python -m whiflash_sglang.launch_server"
-DEMO_MODELS = Path(__file__).parent / "demo_models"
-DEMO_REQUEST = DEMO_MODELS / "request.json"  # a request that the bundled models can answer
-# Placed before the operator's flags, which override them: argparse takes a flag's last value.
-DEMO_DEFAULTS = (
-    "--served-model-name=whiflash-demo",
-    "--host=127.0.0.1",
-    "--dtype=float32",
-    "--context-length=8192",
-    "--max-total-tokens=65536",
-    "--max-running-requests=16",
-    "--sampling-backend=pytorch",
-    "--reasoning-parser=qwen3",
-    "--tool-call-parser=qwen",
-    "--enable-cache-report",
-    "--skip-server-warmup",
-    "--sleep-on-idle",
-)
-
-# Overridable like DEMO_DEFAULTS. At level `info` SGLang logs its arguments alone with 14 KB.
+# Overridable like those of the demo. At level `info` SGLang logs its arguments alone with 14 KB.
 QUIET = "--log-level=warning"
 
 SPINS = "10000"  # about 50 microseconds
@@ -128,7 +101,7 @@ def look_over(argv: Sequence[str]) -> None:
     if surely_none():
         refuse(CPU_REFUSALS, typed(given))
     bounds.check(given)
-    ports.check(command_line.read([*DEMO_DEFAULTS, *rest]) if flags.demo else given)
+    ports.check(command_line.read([*demo.DEMO_DEFAULTS, *rest]) if flags.demo else given)
 
 
 def wait_without_spinning(environment: MutableMapping[str, str]) -> None:
@@ -213,9 +186,9 @@ def build_argv(argv: Sequence[str]) -> tuple[WhiFlashConfig, list[str]]:
     flags, rest = build_parser().parse_known_args(list(argv))
     _refuse_what_sglang_would_misread(flags, rest)
     if flags.demo:
-        _fill_demo_defaults(flags)
+        demo.fill_defaults(flags)
     config = WhiFlashConfig.from_namespace(flags)
-    defaults = list(DEMO_DEFAULTS) if flags.demo else []
+    defaults = list(demo.DEMO_DEFAULTS) if flags.demo else []
     if flags.model_path is None:
         raise ConfigError(FLAG_TARGET, None, "missing", "give the target model's folder or hub id, or --demo")
     given = command_line.read(rest)
@@ -308,7 +281,7 @@ def serve(sglang_argv: Sequence[str]) -> None:
     # started and prevent forking them on a CPU.
     HookRegistry.register(
         "sglang.srt.entrypoints.http_server._wait_and_warmup",
-        functools.partial(_say_when_ready, curl(server_args)),
+        functools.partial(_say_when_ready, demo.curl(server_args)),
         HookType.AFTER,
     )
     HookRegistry.apply_hooks()
@@ -320,18 +293,6 @@ def serve(sglang_argv: Sequence[str]) -> None:
 
 def _say_when_ready(request: str, result: None, server_args: Any, *args: Any, **kwargs: Any) -> None:
     progress.say_when_ready(server_args, request)
-
-
-def curl(server_args: Any) -> str:
-    """A shell command that sends an example request to this server."""
-    if server_args.model_path == str(DEMO_MODELS / "target"):
-        body = f"@{DEMO_REQUEST}"
-    else:
-        message = {"role": "user", "content": "Which numbers are prime?"}
-        body = json.dumps({"model": server_args.served_model_name, "messages": [message], "max_tokens": 256})
-    key = ' -H "Authorization: Bearer $API_KEY"' if server_args.api_key else ""
-    url = f"{server_args.url()}/v1/chat/completions"
-    return f"curl {url} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
 
 
 def _refuse_what_sglang_would_misread(flags: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -347,39 +308,6 @@ def _refuse_what_sglang_would_misread(flags: argparse.Namespace, rest: Sequence[
             raise ConfigError(name, None, "abbreviated flag", f"write out {' or '.join(full)}")
         if name.startswith("--whiflash"):
             raise ConfigError(name, None, "unknown flag", "see --help")
-
-
-def _fill_demo_defaults(flags: argparse.Namespace) -> None:
-    """Fill in the bundled models, and their router files, for flags that were not given."""
-    if not (DEMO_MODELS / "target" / "config.json").is_file():
-        fix = "rebuild them with `python scripts/train_demo_models.py`, or give your own models without --demo"
-        raise ConfigError("--demo", None, f"the bundled models are not in {DEMO_MODELS}", fix)
-    flags.model_path = flags.model_path or str(DEMO_MODELS / "target")
-    if flags.speculative_draft_model_path is None and flags.whiflash_drafters != "e3":
-        flags.speculative_draft_model_path = str(DEMO_MODELS / "dflash")
-    if flags.whiflash_eagle_draft is None and flags.whiflash_drafters != "df":
-        flags.whiflash_eagle_draft = str(DEMO_MODELS / "eagle3")
-    _fill_demo_router(flags)
-
-
-def _fill_demo_router(flags: argparse.Namespace) -> None:
-    """Fill in router, calibration and priors of the bundled models, if exactly these are served."""
-    served = (flags.model_path, flags.speculative_draft_model_path, flags.whiflash_eagle_draft)
-    if served != tuple(str(DEMO_MODELS / name) for name in ("target", "dflash", "eagle3")):
-        return
-    if flags.whiflash_eagle_steps is not None:
-        return  # the bundled files were made with the default
-    router = flags.whiflash_router or WhiFlashConfig.router
-    if router == "neural" and flags.whiflash_neural_router_path is None:
-        flags.whiflash_neural_router_path = str(DEMO_MODELS / "router")
-    own_router = flags.whiflash_neural_router_path in (None, str(DEMO_MODELS / "router"))
-    threshold = flags.whiflash_entropy_threshold or flags.whiflash_neural_router_threshold
-    if router not in SCORED or threshold is not None or not own_router:
-        return  # calibration and priors are for the bundled scores only
-    if flags.whiflash_calibration is None:
-        flags.whiflash_calibration = str(DEMO_MODELS / "calibration.json")
-    if flags.whiflash_priors is None and flags.whiflash_objective != "acceptance":
-        flags.whiflash_priors = str(DEMO_MODELS / "priors.json")
 
 
 def _with_local_drafters(config: WhiFlashConfig, flags: argparse.Namespace) -> WhiFlashConfig:
@@ -401,53 +329,6 @@ def _check_learned(config: WhiFlashConfig, target_path: str) -> None:
     from whiflash_sglang.routing import Learned
 
     Learned.load(config, target_path)
-
-
-def check_checkpoints(
-    config: WhiFlashConfig, target_path: str, asked_width: str | None, given: Mapping[str, Sequence[str]]
-) -> int:
-    """Return the verify width in tokens. Raises WhiFlashError for incomplete or mismatched models, and for pools that
-    are too small."""
-    target = load_target_spec(target_path)
-    if command_line.last(given, "--load-format") in (None, "auto", "safetensors"):
-        check_weights(FLAG_TARGET, target_path, needed=True)
-    specs = [load_drafter_spec(path, name, target) for name, path in config.draft_paths.items()]
-    width = _verify_width(config, specs, asked_width)
-    check_room(width, given)
-    num_ranks = int(command_line.last(given, "--tensor-parallel-size") or 1)
-    for flag, path in {FLAG_TARGET: target_path, **{DRAFTER_FLAGS[spec.kind]: spec.path for spec in specs}}.items():
-        check_ranks(flag, path, num_ranks)
-    return width
-
-
-def check_room(width: int, given: Mapping[str, Sequence[str]]) -> None:
-    """Raise ConfigError if pool or context cannot hold one token and two windows of `width` tokens: the verified one,
-    and the one that SGLang's admission reserves."""
-    page = int(bounds.number("--page-size", command_line.last(given, "--page-size") or 1))
-    needed = -(-(2 * width + 1) // page) * page
-    for flag in (FLAG_POOL, "--context-length"):
-        value = command_line.last(given, flag)
-        if value is not None and bounds.number(flag, value) < needed:
-            problem = (
-                f"is too small for verify windows of {width} tokens" if width > 1 else "is too small for a request"
-            )
-            raise ConfigError(flag, value, problem, f"give {needed} or more, e.g. 4096, or leave it out")
-
-
-def _verify_width(config: WhiFlashConfig, specs: Sequence[DrafterSpec], asked: str | None) -> int:
-    """The verify width in tokens: the anchor and the longest draft of any drafter."""
-    width = max(spec.block_size or 1 + config.eagle_steps for spec in specs)
-    if config.max_backlog < width:
-        problem = f"below the verify width, which is {width} for these drafters"
-        raise ConfigError(FLAG_BACKLOG, config.max_backlog, problem, f"give {width} or more, e.g. 128")
-    if asked is None:
-        return width
-    if not (asked.isascii() and asked.isdigit()):
-        raise ConfigError(FLAG_WIDTH, asked, "not a whole number", f"drop the flag or use {width}")
-    if int(asked) < width:
-        problem = f"the drafters need a verify width of {width} (the DFlash block, or {FLAG_STEPS} + 1)"
-        raise ConfigError(FLAG_WIDTH, asked, problem, f"drop the flag or use at least {width}")
-    return int(asked)
 
 
 def _pass_on(flag: str, value: str) -> list[str]:

@@ -39,8 +39,9 @@ class Server:
     log: Path
     port: socket.socket | None = None  # reserves the port
 
-    def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
+    def wait_until_ready(self, seconds: float | None = None) -> None:
         """Wait until the server is healthy. Raises ServerError."""
+        seconds = START_SECONDS if seconds is None else seconds
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:

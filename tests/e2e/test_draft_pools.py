@@ -27,7 +27,7 @@ pytest.importorskip("sglang")
 from transformers import AutoTokenizer
 
 from tests.e2e.dumping_server import FOLDER
-from whiflash_sglang.launch_server import DEMO_MODELS
+from whiflash_sglang.startup.demo import DEMO_MODELS
 from whiflash_workloads.bench import Command
 from whiflash_workloads.bench import servers as side_by_side
 from whiflash_workloads.demo.generate import sessions

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("WHIFLASH_GATEWAY_PYTHON", sys.executable)
 if sys.executable == PYTHON and importlib.util.find_spec("sglang_router") is None:
     pytest.skip("sglang-router is not installed (extra `gateway`)", allow_module_level=True)
-START_SECONDS, STOP_SECONDS = 400, 60
+START_SECONDS, STOP_SECONDS = 1200, 60
 
 
 @pytest.fixture(scope="module")

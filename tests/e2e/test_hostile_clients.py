@@ -19,7 +19,7 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from whiflash_sglang.launch_server import DEMO_MODELS
+from whiflash_sglang.startup.demo import DEMO_MODELS
 from whiflash_workloads.fuzz.cases import cases
 from whiflash_workloads.fuzz.drive import Reference, fuzz
 from whiflash_workloads.server import Server, start

@@ -44,7 +44,7 @@ from sglang.test.kits.ebnf_constrained_kit import EBNFConstrainedMixin
 from sglang.test.kits.regex_constrained_kit import RegexConstrainedMixin
 from transformers import AutoTokenizer
 
-from whiflash_sglang.launch_server import DEMO_MODELS
+from whiflash_sglang.startup.demo import DEMO_MODELS
 from whiflash_workloads.demo.generate import sessions
 from whiflash_workloads.server import Server, start
 

@@ -42,7 +42,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
             running[name] = start(LAUNCHER, "--demo", *flags, log=logs / f"{name}.log")
             stack.callback(running[name].stop)
         for server in running.values():
-            server.wait_until_ready(400)
+            server.wait_until_ready()
         yield {name: server.base_url for name, server in running.items()}
 
 

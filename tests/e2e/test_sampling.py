@@ -19,7 +19,7 @@ pytest.importorskip("sglang")
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from whiflash_sglang.launch_server import DEMO_MODELS
+from whiflash_sglang.startup.demo import DEMO_MODELS
 from whiflash_sglang.training.continuations import Sampling, continuations, joint_p_value, open_place
 from whiflash_workloads import sampled
 from whiflash_workloads.bench import demo_servers

@@ -16,7 +16,7 @@ pytest.importorskip("sglang")
 import numpy as np
 from transformers import AutoTokenizer
 
-from whiflash_sglang.launch_server import DEMO_MODELS
+from whiflash_sglang.startup.demo import DEMO_MODELS
 from whiflash_sglang.training.text import SPANS, span_labels
 from whiflash_workloads.demo.generate import sessions
 from whiflash_workloads.demo.prompts import histories

@@ -21,8 +21,8 @@ pytest.importorskip("sglang")
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from tests.e2e.dumping_server import FOLDER
-from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.startup.config import WhiFlashConfig
+from whiflash_sglang.startup.demo import DEMO_MODELS
 from whiflash_sglang.training.distill import load_drafters
 from whiflash_sglang.training.drafters import judge
 from whiflash_sglang.training.replies import dflash_lengths, eagle3_lengths

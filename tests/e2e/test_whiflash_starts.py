@@ -22,7 +22,7 @@ pytest.importorskip("sglang")
 from transformers import AutoTokenizer
 
 from tests.zygote import python_m
-from whiflash_sglang.launch_server import DEMO_MODELS
+from whiflash_sglang.startup.demo import DEMO_MODELS
 from whiflash_workloads import server as server_module
 from whiflash_workloads.demo.generate import sessions
 from whiflash_workloads.demo.prompts import histories

@@ -42,7 +42,7 @@ def test_anchors_of_no_weight_are_not_picked() -> None:
 def test_local_text_is_all_to_be_said_and_the_same_again() -> None:
     from transformers import AutoTokenizer
 
-    from whiflash_sglang.launch_server import DEMO_MODELS
+    from whiflash_sglang.startup.demo import DEMO_MODELS
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODELS / "target")
     texts = list(local_text(5, seed=1))

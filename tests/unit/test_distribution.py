@@ -20,8 +20,8 @@ from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torc
 
 from whiflash_sglang.core.accept import accept
 from whiflash_sglang.core.types import Accepted, Proposal
-from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.startup.config import WhiFlashConfig
+from whiflash_sglang.startup.demo import DEMO_MODELS
 from whiflash_sglang.training.continuations import (
     ROUTES,
     Sampling,

@@ -24,6 +24,7 @@ from whiflash_sglang.routing.calibration import Calibration, save_calibration
 from whiflash_sglang.routing.identity import Identity
 from whiflash_sglang.routing.neural import Network
 from whiflash_sglang.routing.priors import Priors, save_priors
+from whiflash_sglang.startup import demo as bundled
 from whiflash_sglang.startup.config import ENVIRONMENT_VARIABLE, WhiFlashConfig
 from whiflash_workloads.demo.expert import SYSTEM
 from whiflash_workloads.demo.world import TOOL_SCHEMAS
@@ -46,7 +47,7 @@ def both(tiny: tiny_models.TinyModels) -> list[str]:
 @pytest.fixture
 def demo(tiny: tiny_models.TinyModels, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stand-ins for the bundled models."""
-    monkeypatch.setattr(launch_server, "DEMO_MODELS", tiny.target.parent)
+    monkeypatch.setattr(bundled, "DEMO_MODELS", tiny.target.parent)
     return tiny.target.parent
 
 
@@ -260,12 +261,12 @@ def test_a_router_of_other_models_is_refused_before_serving(learned: Path, both:
 
 def test_demo_without_speculation_keeps_the_demos_defaults(demo: Path) -> None:
     _, argv = build_argv(["--demo", "--whiflash-router", "off"])
-    assert argv[:-1] == list(launch_server.DEMO_DEFAULTS)
+    assert argv[:-1] == list(bundled.DEMO_DEFAULTS)
     assert argv[-1] == f"--model-path={demo / 'target'}"
 
 
 def test_demo_without_its_models_says_how_to_make_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_server, "DEMO_MODELS", tmp_path)
+    monkeypatch.setattr(bundled, "DEMO_MODELS", tmp_path)
     with pytest.raises(ConfigError, match=r"--demo: .*scripts/train_demo_models\.py"):
         build_argv(["--demo"])
 
@@ -421,17 +422,17 @@ def test_what_sglang_refuses_is_one_line_too(
 
 def test_the_demo_request_is_the_order_desks_own() -> None:
     """Word for word: the bundled models know nothing else."""
-    request = json.loads(launch_server.DEMO_REQUEST.read_text())
+    request = json.loads(bundled.DEMO_REQUEST.read_text())
     assert request["messages"][0] == {"role": "system", "content": SYSTEM}
     assert request["tools"] == TOOL_SCHEMAS
-    assert "--served-model-name=" + request["model"] in launch_server.DEMO_DEFAULTS
+    assert "--served-model-name=" + request["model"] in bundled.DEMO_DEFAULTS
 
 
 def test_a_command_to_ask_another_model_is_whole_and_shows_no_key() -> None:
     args = SimpleNamespace(
         model_path="/models/it's", served_model_name="it's", api_key="secret", url=lambda: "http://127.0.0.1:31000"
     )
-    command = launch_server.curl(args)
+    command = bundled.curl(args)
     assert "secret" not in command and '-H "Authorization: Bearer $API_KEY"' in command
     words = shlex.split(command)
     assert words[1] == "http://127.0.0.1:31000/v1/chat/completions"

@@ -26,10 +26,10 @@ from whiflash_sglang.drafters.eagle3 import Eagle3Drafter
 from whiflash_sglang.drafters.graphs import runs
 from whiflash_sglang.drafters.runner import DraftRunner
 from whiflash_sglang.routing.exploration import TRY_EVERY
+from whiflash_sglang.serving.batches import batch_result, decode_rows, prefill_positions
 from whiflash_sglang.serving.ledger import Trace
 from whiflash_sglang.serving.observe import Totals
 from whiflash_sglang.serving.verifier import SGLangTarget
-from whiflash_sglang.serving.worker import batch_result, decode_rows, prefill_positions
 
 SLOTS, MAX_LEN, WIDTH = 8, 600, 8
 

@@ -15,6 +15,7 @@ pytest.importorskip("sglang")
 
 from whiflash_sglang import launch_server
 from whiflash_sglang.core.errors import ConfigError
+from whiflash_sglang.startup import demo
 from whiflash_sglang.startup.refusals import CPU_REFUSALS, CUDA_REFUSALS, REFUSALS, Given, Refusal, markdown, refuse
 
 LIMITS = Path(__file__).parents[2] / "docs" / "limits.md"
@@ -88,7 +89,7 @@ def test_a_gpu_refuses_with_speculation_only(
     ids=" ".join,
 )
 def test_defaults_and_values_that_are_fine_pass(fine: list[str]) -> None:
-    launch_server.refuse_unsupported(["--demo", *launch_server.DEMO_DEFAULTS, *fine])
+    launch_server.refuse_unsupported(["--demo", *demo.DEMO_DEFAULTS, *fine])
 
 
 def test_other_names_and_abbreviations_of_a_flag_are_the_same_flag() -> None:

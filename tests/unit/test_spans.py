@@ -95,7 +95,7 @@ def test_demo_replies_have_the_spans_that_the_drafters_are_trained_with(session:
     pytest.importorskip("transformers")
     from transformers import AutoTokenizer
 
-    from whiflash_sglang.launch_server import DEMO_MODELS
+    from whiflash_sglang.startup.demo import DEMO_MODELS
     from whiflash_sglang.training.text import SPANS, render
     from whiflash_workloads.demo.generate import sessions
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,8 +36,7 @@ from whiflash_sglang.bridge.start_block import kv_tokens_lost, print_start_block
 from whiflash_sglang.core.backlog import Backlog
 from whiflash_sglang.core.round import DecodeRound, Router
 from whiflash_sglang.core.stop_conditions import tokens_to_end
-from whiflash_sglang.core.transfer import to_device
-from whiflash_sglang.core.types import HostRows, Prefill, RoundResult, Rows
+from whiflash_sglang.core.types import Rows
 from whiflash_sglang.drafters import DRAFTERS
 from whiflash_sglang.routing import Learned, create_router
 from whiflash_sglang.routing.cost_cache import cache_file, load_table, machine, save_table
@@ -48,9 +46,10 @@ from whiflash_sglang.routing.identity import Identity
 from whiflash_sglang.routing.priors import document
 from whiflash_sglang.routing.probe import RoundProbe
 from whiflash_sglang.routing.threshold import ThresholdRouter
+from whiflash_sglang.serving.batches import batch_result, decode_rows, prefill_positions
 from whiflash_sglang.serving.observe import Metrics, RequestFigures, Totals
 from whiflash_sglang.serving.ranks import tp_ranks
-from whiflash_sglang.serving.verifier import SGLangTarget, all_as_tensors, draftable
+from whiflash_sglang.serving.verifier import SGLangTarget, all_as_tensors
 from whiflash_sglang.serving.verify_graphs import graph_sizes, made_for, verify_widths
 from whiflash_sglang.startup import progress
 from whiflash_sglang.startup.config import WhiFlashConfig, active_config
@@ -367,69 +366,3 @@ def describe_router(config: WhiFlashConfig, router: Router) -> str:
     if isinstance(router, ThresholdRouter):
         return f"{config.router}, e3 above {router.threshold:g} {'nats' if config.router == 'entropy' else 'tokens'}"
     return f"{config.router}, by tokens per millisecond" if config.weighs_costs else config.router
-
-
-def decode_rows(batch: Any, req_to_token: torch.Tensor, max_width: int) -> Rows:
-    """Convert a decode batch to rows. SGLang has already reserved KV slots for the whole window."""
-    slots = batch.req_pool_indices.to(torch.int64)
-    prefix_lens = batch.seq_lens.to(torch.int64)
-    window = torch.arange(-1, max_width, device=slots.device)  # from the last committed position on
-    kv_slots = req_to_token[slots[:, None], prefix_lens[:, None] + window].to(torch.int64)
-    known = HostRows(request_slots(batch), batch.seq_lens_cpu.tolist(), draftable(batch))
-    return Rows(slots, batch.spec_info.bonus_tokens, prefix_lens, kv_slots, known)
-
-
-def request_slots(batch: Any) -> list[int]:
-    """The rows' request slots, from the host."""
-    return [int(request.req_pool_idx) for request in batch.reqs]
-
-
-def prefill_positions(
-    batch: Any, features: torch.Tensor, hidden: torch.Tensor, next_token_ids: torch.Tensor
-) -> Prefill:
-    """All positions of a prefill batch, flat over requests, for the drafters to ingest.
-
-    `features` [tokens, captures * hidden], `hidden` [tokens, hidden], `next_token_ids` [requests]. The token after a
-    request's last position is the sampled one or, in a chunked prefill, the prompt's next token.
-    """
-    device = features.device
-    spans = [range(start, start + count) for start, count in zip(batch.prefix_lens, batch.extend_lens, strict=True)]
-    last = [end - 1 for end in accumulate(map(len, spans))]  # flat, of each request
-    index = to_device(last, device)
-    sampled = next_token_ids.to(torch.int64)
-    next_tokens = batch.input_ids.roll(-1).to(torch.int64)
-    next_tokens[index] = sampled
-    for request, span, place in zip(batch.reqs, spans, last, strict=True):
-        following = prompt_token(request, span.stop)
-        if following is not None:
-            next_tokens[place] = following
-    return Prefill(
-        features=features,
-        hidden=hidden,
-        next_tokens=next_tokens,
-        positions=to_device(torch.cat([torch.arange(span.start, span.stop) for span in spans]), device),
-        kv_slots=batch.out_cache_loc.to(torch.int64),
-        last=index,
-        sampled=sampled,
-        slots=request_slots(batch),
-        lens=[span.stop for span in spans],
-    )
-
-
-def batch_result(rows: Rows, result: RoundResult, kept: Sequence[int], logprobs: Any) -> GenerationBatchResult:
-    """Convert a round's result to SGLang's format: one stride for all rows, `accept_lens` including the bonus token.
-
-    `kept` [rows]: committed tokens up to each request's end.
-    """
-    bonus = [tokens[count - 1] for tokens, count in zip(result.committed, kept, strict=True)]
-    new_lens = [length + count for length, count in zip(rows.host.prefix_lens, kept, strict=True)]
-    state = to_device((bonus, new_lens), rows.slots.device)  # one copy to the device
-    # Host tensors where the scheduler reads on the host; it would copy device tensors.
-    return GenerationBatchResult(
-        logits_output=logprobs,
-        next_token_ids=result.tokens.view(-1),
-        accept_lens=torch.tensor(kept, dtype=torch.int32),
-        next_draft_input=draft_input(bonus_tokens=state[0], new_seq_lens=state[1]),
-        speculative_num_draft_tokens=result.tokens.shape[1],
-        new_seq_lens=state[1],
-    )

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.routing.artefact import load_router
 from whiflash_sglang.routing.calibration import load_calibration
 from whiflash_sglang.startup.config import WhiFlashConfig
+from whiflash_sglang.startup.demo import DEMO_MODELS
 from whiflash_sglang.training.models import ModelPaths, load_models
 from whiflash_sglang.training.replies import positions, prompts_of, served_replies
 from whiflash_sglang.training.router_data import Record

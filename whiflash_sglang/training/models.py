@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from whiflash_sglang.core.errors import ConfigError
-from whiflash_sglang.launch_server import DEMO_MODELS
 from whiflash_sglang.routing.identity import Identity
 from whiflash_sglang.startup.checkpoints import FLAG_TARGET, load_drafter_spec, load_target_spec
 from whiflash_sglang.startup.config import FLAG_DFLASH, FLAG_EAGLE, FLAG_STEPS, WhiFlashConfig
+from whiflash_sglang.startup.demo import DEMO_MODELS
 from whiflash_sglang.training.distill import load_dflash, load_eagle3
 from whiflash_sglang.training.drafters import DFlash, Eagle3
 
