@@ -24,6 +24,11 @@ class Gains(Score):
 
     def __init__(self, values: list[float]):
         self.values = values
+        self.num_reads = 0
+
+    def read(self, slots: Sequence[int]) -> list[float]:
+        self.num_reads += 1
+        return super().read(slots)
 
     def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         raise AssertionError("not asked here")
@@ -104,6 +109,20 @@ def test_text_that_no_drafter_knows_goes_without_drafts() -> None:
         assert first["none"] >= 40
         # A draft takes 2 ms here and a round 5: every 40 rounds that is 1% of the time.
         assert then["none"] >= 0.99 * 640 and then["probes"] <= 640 / 40 + 1
+
+
+def test_rows_that_no_drafter_knows_are_planned_again_only_after_a_probe() -> None:
+    """A plan for each round took as long as all other routing, and came out the same."""
+    decided = router([4.0], base=5.0)
+    serve(decided, 400, MS, BAD)
+    before = decided.score.num_reads
+    probes = serve(decided, 400, MS, BAD)["probes"]
+    # `serve` begins a request: that is one plan too, and what it is trusted with falls for a few rounds.
+    assert probes >= 5 and probes <= decided.score.num_reads - before <= 3 * probes + 10
+    length = 256 + 400
+    decided.hopeless = HostRows([0], [length])
+    decided.route(HostRows([0], [length + 1]))
+    assert decided.score.num_reads > before, "a length that does not follow is another request"
 
 
 def test_drafts_come_back_with_the_text_that_drafters_know() -> None:

@@ -56,6 +56,8 @@ def test_totals(totals: Totals) -> None:
     assert figures["catch_up"] == {"passes": 1, "tokens": 8, "ms": 0.8}
     assert figures["backlog_max"] == 11
     assert figures["backlog_mean"] == 7.0
+    totals.count_catch_ups({"e3": CatchUp([2, 5], [3, 0], [0, 0], 0.001)})
+    assert totals.snapshot()["ingested_by_drafter"] == {"df": 8, "e3": 16}, "a request may lack nothing in a pass"
 
 
 def test_a_request_is_counted_by_itself_and_stays_in_the_totals(totals: Totals) -> None:

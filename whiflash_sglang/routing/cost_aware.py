@@ -39,7 +39,7 @@ PROBE_SHARE = 0.01  # of their time
 TRY_AFTER, TRY_AFTER_MOST = 256, 8192  # rounds in which an arm was not run
 SURPRISE = 1.5  # times what a trial was expected to cost
 LEARN_EVERY = 16  # rounds: correcting sure costs in each would take as long as routing does
-HOPELESS = 0.05  # trust; of rows that no drafter knows this much of, no score changes the plan
+HOPELESS = 0.1  # trust; of rows that no drafter knows this much of, no score changes the plan
 MOST_PREMIUM = 1.3  # what the router may be believed to make of the time of the best single choice
 _MEMORY = 0.1  # weight of the newest round in the running means
 _CONTEXT_STEP = 64  # tokens; contexts that differ by less cost the same
@@ -188,15 +188,16 @@ class CostAwareRouter(Router):
     def learn(self, rows: HostRows, result: RoundResult, ms: float) -> None:
         self.rounds += 1
         committed = [len(tokens) for tokens in result.committed]
-        settled = rows == self.hopeless and not any(result.plan) and result.probe is None and not self.pending
+        looked = result.probe is not None or bool(self.pending)
         self.resolve(rows, result)
         self.learn_costs(rows, result, committed, ms)
-        if not settled:
+        if looked or any(result.plan) or rows != self.hopeless:
             self.yields.learn(rows, self.routed, result.plan, committed)
-            settled = not any(result.plan) and all(max(row.trust.values()) < HOPELESS for row in self.routed)
         self.yields.advance(rows, committed)
         lens = [length + count for length, count in zip(rows.prefix_lens, committed, strict=True)]
-        self.hopeless = rows._replace(prefix_lens=lens) if settled else None
+        # What was just looked at may have changed the trust that the rows were routed by.
+        unknown = not looked and not any(result.plan) and all(max(row.trust.values()) < HOPELESS for row in self.routed)
+        self.hopeless = rows._replace(prefix_lens=lens) if unknown else None
 
     def learn_costs(self, rows: HostRows, result: RoundResult, committed: Sequence[int], ms: float) -> None:
         num_rows, context = len(committed), mean(rows.prefix_lens)

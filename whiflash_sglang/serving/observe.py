@@ -69,12 +69,12 @@ class DrafterCounts:
         self.switches += switched
 
     def count_catch_up(self, ingested: int, missed: int, seconds: float) -> None:
-        """Add a request's share of a pass that took `seconds`, of which the missed tokens have theirs."""
+        """Add a request's share of a pass, possibly of no tokens. `seconds`: those of its missed tokens."""
         self.ingested += ingested
         self.ingestions += 1
         self.missed += missed
         self.catch_ups += missed > 0
-        self.catch_up_s += missed / ingested * seconds
+        self.catch_up_s += seconds
 
 
 class NotDrafted:
@@ -174,7 +174,7 @@ class Totals:
             each = seconds / sum(lens)
             for slot, length, late in zip(slots, lens, missed, strict=True):
                 for counts in (self.sums, self.running[slot]):
-                    counts[name].count_catch_up(length, late, length * each)
+                    counts[name].count_catch_up(length, late, late * each)
                 self.longest[slot] = max(self.longest[slot], length)
             self.longest_ever = max(self.longest_ever, *lens)
 
