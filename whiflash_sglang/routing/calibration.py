@@ -41,8 +41,8 @@ class Calibration:
 
 def load_calibration(path: str, identity: Identity) -> Calibration:
     """Read a calibration and check that it is one of these models."""
-    mend = "make one with `python -m whiflash_sglang.calibrate`"
-    content = identity.read(FLAG_CALIBRATION, path, FORMAT, FORMAT_VERSION, mend)
+    fix = "make one with `python -m whiflash_sglang.calibrate`"
+    content = identity.read(FLAG_CALIBRATION, path, FORMAT, FORMAT_VERSION, fix)
     with parsing(FLAG_CALIBRATION, path):
         calibration = _parse(content)
     numbers = (*calibration.acceptance_length.values(), calibration.entropy_threshold, *calibration.edges)

@@ -42,12 +42,12 @@ class Identity:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def read(self, flag: str, path: str, file_format: str, version: int, mend: str) -> dict[str, Any]:
-        """The JSON object of a learned file, checked to be of this format and of these models; `mend`: if there is
+    def read(self, flag: str, path: str, file_format: str, version: int, fix: str) -> dict[str, Any]:
+        """The JSON object of a learned file, checked to be of this format and of these models; `fix`: if there is
         none."""
         file = Path(path)
         if not file.is_file():
-            raise CheckpointError(flag, path, "no such file", mend)
+            raise CheckpointError(flag, path, "no such file", fix)
         content = read_json(flag, file)
         if content.get("format") != file_format or content.get("format_version") != version:
             found = f"{content.get('format')!r} version {content.get('format_version')!r}"

@@ -275,12 +275,12 @@ def save_priors(file: Path, scores: Mapping[str, Priors], identity: Identity, **
 
 def load_priors(path: str, score: str, identity: Identity) -> Priors:
     """Read those of one score, and check that the file is one of these models."""
-    mend = "learn them with `python -m whiflash_sglang.calibrate --priors FILE`, or use learned or none"
-    content = identity.read(FLAG_PRIORS, path, FORMAT, FORMAT_VERSION, mend)
+    fix = "learn them with `python -m whiflash_sglang.calibrate --priors FILE`, or use learned or none"
+    content = identity.read(FLAG_PRIORS, path, FORMAT, FORMAT_VERSION, fix)
     scores = content.get("scores")
     if not isinstance(scores, dict) or score not in scores:
         known = ", ".join(scores) if isinstance(scores, dict) and scores else "no score"
-        mend = f"learn them with it too, or use {FLAG_ROUTER} with a score that the file has"
-        raise CheckpointError(FLAG_PRIORS, path, f"has priors for {known}, not for {score}", mend)
+        fix = f"learn them with it too, or use {FLAG_ROUTER} with a score that the file has"
+        raise CheckpointError(FLAG_PRIORS, path, f"has priors for {known}, not for {score}", fix)
     with parsing(FLAG_PRIORS, path):
         return Priors.from_json(scores[score])
