@@ -92,8 +92,8 @@ class TrialRouter(Router):
 
     Without trials, the yield of a drafter that is never chosen would not be observed. `usual_tokens`: acceptance length
     to assume before the first trial. With one row in `TRY_EVERY` under trial, half of them with the same drafter as
-    without, and a wrong drafter that costs a third of a round, trials cost 0.25%. That is as much as
-    priors may gain, so trials become rarer at a place as its evidence grows.
+    without, and a wrong drafter that costs a third of a round, trials cost 0.25%. That is as much as priors may gain,
+    so trials become rarer at a place as its evidence grows.
     """
 
     def __init__(self, inner: ScoredRouter, priors: Priors, usual_tokens: float):

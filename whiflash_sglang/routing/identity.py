@@ -41,6 +41,7 @@ class Identity:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """The `models` field of learned files."""
         return asdict(self)
 
     def read(self, flag: str, path: str, file_format: str, version: int, fix: str) -> dict[str, Any]:

@@ -215,6 +215,7 @@ class Priors:
         return {place.tool for place in self.places if place.tool is not None}
 
     def to_json(self) -> list[dict[str, Any]]:
+        """The places, as in the file."""
         return [
             {
                 **place._asdict(),
