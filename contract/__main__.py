@@ -29,7 +29,7 @@ def main() -> None:
 def record() -> int:
     version, entries, unknown = terms.current()
     if unknown:
-        print("contract/words.py has to say, or our code to mend:", *unknown, sep="\n  ", file=sys.stderr)
+        print("explain these in contract/words.py, or fix our code:", *unknown, sep="\n  ", file=sys.stderr)
         return 1
     terms.write(terms.TERMS, version, entries)
     print(f"{len(entries)} names of SGLang {version}")

@@ -52,7 +52,7 @@ def test_refused_by_name(file: Path, changes: dict[str, Any], message: str) -> N
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no such file; make one with `python -m whiflash_sglang.calibrate`"):
+    with pytest.raises(CheckpointError, match=r"no such file; create one with `python -m whiflash_sglang.calibrate`"):
         load_calibration(str(tmp_path / "nowhere.json"), identity())
 
 

@@ -139,7 +139,7 @@ def installed() -> tuple[str, list[terms.Term], list[str]]:
 
 
 def test_nothing_that_is_used_is_unknown(installed: tuple[str, list[terms.Term], list[str]]) -> None:
-    assert installed[2] == [], "contract/words.py has to say, or our code to mend"
+    assert installed[2] == [], "explain these in contract/words.py, or fix our code"
 
 
 def test_the_contract_names_what_our_code_uses(installed: tuple[str, list[terms.Term], list[str]]) -> None:

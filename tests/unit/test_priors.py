@@ -184,7 +184,7 @@ def test_what_is_saved_is_loaded(file: Path) -> None:
         ({"scores": {"entropy": [{}]}}, "missing or ill-typed field"),
         ({"scores": {"entropy": {"a": 1}}}, "missing or ill-typed field"),
         ({"models": {**identity().to_json(), "target": "other"}}, "made for another target"),
-        ({"span": "song"}, "no such place as 'tool_output', 'song'"),
+        ({"span": "song"}, "unknown place 'tool_output', 'song'"),
         ({"tool": 7}, "`tool` must be null or a name"),
         ({"bias": float("nan")}, "NaN or infinite"),
         ({"bias": 99}, "a bias beyond 3.0 tokens"),
@@ -206,7 +206,7 @@ def test_refused_by_name(file: Path, changes: dict[str, Any], message: str) -> N
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no such file; learn them with .*calibrate --priors FILE"):
+    with pytest.raises(CheckpointError, match=r"no such file; create it with .*calibrate --priors FILE"):
         load_priors(str(tmp_path / "nowhere.json"), "entropy", identity())
 
 

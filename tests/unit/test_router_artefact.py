@@ -90,7 +90,7 @@ def test_a_bare_file_needs_what_it_does_not_say(
 ) -> None:
     file = tmp_path / "router.safetensors"
     save_file({"a": network().weight_in, "b": network().weight_out}, file)
-    with pytest.raises(CheckpointError, match=f"give {flag} too"):
+    with pytest.raises(CheckpointError, match=f"a bare file needs {flag}; add"):
         load_router(str(file), identity(), positive, threshold)
 
 

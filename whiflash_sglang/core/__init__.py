@@ -1,4 +1,4 @@
-"""A decode round on plain tensors and numbers: its steps, its records, and where a request's text ends.
+"""The decode round: its steps, its records, and where a request's text ends.
 
-Imports torch and the standard library. Imports no other package of ours and nothing of SGLang.
+Imports torch and the standard library only. Imports nothing of SGLang and no other package of ours.
 """

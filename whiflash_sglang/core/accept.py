@@ -1,11 +1,13 @@
-"""Which drafts stand: pure functions, lossless by construction.
+"""Acceptance of drafts: pure functions, lossless by construction.
 
 The target chooses a token after every position of the verify window, greedily or by sampling from its own adjusted
-distribution. A draft is accepted while it equals that choice, and the first choice that differs (or follows the last
-draft) becomes the bonus token. Every committed token is therefore the target's own choice given committed tokens only:
-the greedy text is the plain greedy text, and sampled text has the plain distribution, whatever the drafter proposed.
-For drafters that propose one token a position (no distribution of their own) this accepts as often as the rejection
-sampling of Leviathan et al. (arXiv 2211.17192): with probability p(draft).
+distribution. Drafts are accepted while they equal that choice. The first choice that differs, or that follows the last
+draft, becomes the bonus token.
+
+Every committed token is the target's own choice given committed tokens only. Greedy text is therefore the plain greedy
+text, and sampled text has the plain distribution, whatever the drafter proposes. For drafters that propose one token
+per position, without a distribution, this accepts as often as the rejection sampling of Leviathan et al.
+(arXiv 2211.17192): with probability p(draft).
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ from whiflash_sglang.core.types import Accepted, Proposal
 
 
 def accept(proposal: Proposal, predictions: torch.Tensor) -> Accepted:
-    """The longest prefix of each row's drafts that the target itself chose, then the bonus token.
+    """Accept the longest prefix of each row's drafts that equals the target's choices, plus the bonus token.
 
-    `predictions` [rows, width]: column j is the target's choice after window column j.
+    `predictions` [rows, width] int64: column j is the target's choice after window column j.
     """
     width = proposal.tokens.shape[1]
     if width == 1:
         return Accepted(predictions, torch.ones_like(proposal.num_drafts))
     columns = torch.arange(1, width, device=predictions.device)
-    matches = proposal.tokens[:, 1:] == predictions[:, :-1]  # [rows, width - 1]; draft j against the choice before it
-    matches &= columns <= proposal.num_drafts[:, None]  # padding is never accepted, even if it happens to match
+    matches = proposal.tokens[:, 1:] == predictions[:, :-1]  # [rows, width - 1]; draft j vs. the choice before it
+    matches &= columns <= proposal.num_drafts[:, None]  # padding is never accepted, even if it matches
     accepted_drafts = matches.to(torch.int64).cumprod(dim=1).sum(dim=1)  # [rows]
     # Accepted drafts equal the target's choices, so the choices themselves are the committed tokens.
     return Accepted(predictions, accepted_drafts + 1)

@@ -1,20 +1,20 @@
-"""What each drafter has not ingested yet: the ledger of Lazy Catch-up (WhiFlash, arXiv 2606.07710).
+"""Positions that each drafter has not ingested yet: Lazy Catch-up (WhiFlash, arXiv 2606.07710).
 
-A drafter that is not chosen does no work. The target's feature of every committed position waits in one ring that all
-drafters read: position p of the request in slot s is in row s * capacity + p % capacity. A drafter has ingested a
-request's positions up to `ingested`. The rest, up to the committed length, is its backlog:
+A drafter that is not chosen does no work. The target's features of committed positions are kept in one ring buffer that
+all drafters read. Position p of the request in slot s is in row s * capacity + p % capacity. A drafter has ingested a
+request's positions below `ingested`. The rest, up to the committed length, is its backlog:
 
     position     0 .. 36   37 38 39 40 | 41 42 43      capacity 16: 37 is in column 5, 43 in column 11
                  ingested  backlog     | the next verify window
 
-Features wait as the target gave them. Reducing them by each drafter's `fc` as they come would take less memory, but a
-product for each drafter and round: for one token and an idle drafter that is most of what its idleness costs.
+Features are stored as the target returns them. Applying each drafter's `fc` right away would take less memory, but
+one matrix product per drafter and round. For an idle drafter, that product would be most of its cost.
 
-The ring is written by whole windows, so shapes do not depend on accept counts. What is beyond the committed positions
-is overwritten before it counts. A round may begin with a backlog of at most capacity - width: see `overdue`. The last
-committed position's feature stays readable after it is ingested, as EAGLE-3's chain starts from it.
+The ring is written in whole windows, so shapes do not depend on accept counts. Entries beyond the committed positions
+are overwritten before they are read. A round may begin with a backlog of at most capacity - width: see `overdue`. The
+last committed position's feature stays readable after it is ingested, since EAGLE-3's chain starts from it.
 
-Lengths are plain numbers on the host: a batch has tens of requests, and a tensor operation costs as much as a loop.
+Lengths are plain integers on the host. A batch has tens of requests, for which a loop is as fast as a tensor operation.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ from whiflash_sglang.core.types import Entries
 
 
 class Backlog:
-    """Features that wait for the drafters `names`, by request slot.
+    """Features that the drafters `names` have not ingested, by request slot.
 
-    `kv_table` [slots, context] maps a request's positions to KV slots, as long as the request lives. `capacity` bounds
-    the backlog, in tokens of a request, and is at least the verify width. A position's feature has `feature_size`
-    numbers of `dtype`.
+    `kv_table` [slots, context] maps a request's positions to KV slots while the request runs. `capacity` is the maximum
+    backlog in tokens per request, and at least the verify width. Features have shape [feature_size] and type `dtype`.
     """
 
     def __init__(
@@ -43,14 +42,17 @@ class Backlog:
         self.kv_slots = kv_table.view(-1)  # [slots * context]
         self.capacity = capacity
         self.ingested = {name: [0] * num_slots for name in names}
-        self.previous = [0] * num_slots  # positions that had been committed when the last round began
+        self.previous = [0] * num_slots  # positions committed when the last round began
         num_rows = num_slots * capacity
         self.next_tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
         self.features = torch.zeros(num_rows, feature_size, dtype=dtype, device=self.device)
         self.window = torch.arange(capacity, device=self.device)
 
     def begin(self, slots: Sequence[int], lens: Sequence[int], last: torch.Tensor) -> None:
-        """Every drafter has ingested positions 0 .. lens - 1 of `slots`; `last` [requests, feature]: of the newest."""
+        """Mark positions 0 .. lens - 1 of `slots` as ingested by every drafter, after a prefill.
+
+        `last` [requests, feature]: the features of each request's last position.
+        """
         for name in self.ingested:
             self.settle(name, slots, lens)
         self.begin_round(slots, lens)
@@ -58,42 +60,44 @@ class Backlog:
         self.features.index_copy_(0, to_device(rows, self.device), last)
 
     def rows(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The ring's rows of `positions` of the requests in `slots`."""
+        """The ring rows of `positions` of the requests in `slots`, broadcast."""
         return slots * self.capacity + positions % self.capacity
 
     def push(
         self, slots: torch.Tensor, prefix_lens: torch.Tensor, next_tokens: torch.Tensor, features: torch.Tensor
     ) -> None:
-        """Keep the windows that start at `prefix_lens` [rows]: `features` [rows, width, feature] of each position, and
-        the token after it, `next_tokens` [rows, width]."""
+        """Store the windows that start at `prefix_lens` [rows].
+
+        `features` [rows, width, feature]: of each position. `next_tokens` [rows, width] int64: the token after it.
+        """
         positions = prefix_lens[:, None] + self.window[: next_tokens.shape[1]]
         rows = self.rows(slots[:, None], positions).view(-1)
         self.next_tokens.index_copy_(0, rows, next_tokens.reshape(-1))
         self.features.index_copy_(0, rows, features.flatten(0, 1))
 
     def last(self, slots: torch.Tensor, prefix_lens: torch.Tensor) -> torch.Tensor:
-        """The features [rows, feature] of each row's last committed position."""
+        """The feature of each row's last committed position; [rows, feature]."""
         return self.features.index_select(0, self.rows(slots, prefix_lens - 1))
 
     def length(self, name: str, slot: int, committed: int) -> int:
-        """Tokens waiting for the drafter, of a request with `committed` positions."""
+        """The drafter's backlog, in tokens, for a request with `committed` positions."""
         return committed - self.ingested[name][slot]
 
     def missed(self, name: str, slot: int) -> int:
-        """Those of the waiting tokens that were waiting already when the last round began."""
+        """The part of the backlog, in tokens, that existed when the last round began."""
         return max(0, self.previous[slot] - self.ingested[name][slot])
 
     def begin_round(self, slots: Sequence[int], committed: Sequence[int]) -> None:
-        """A round begins for requests of `committed` positions: what waits from now on was missed by its drafter."""
+        """Record the `committed` positions [requests] at the beginning of a round, for `missed`."""
         for slot, length in zip(slots, committed, strict=True):
             self.previous[slot] = length
 
     def overdue(self, name: str, slot: int, committed: int, width: int) -> bool:
-        """Whether a request's backlog could outgrow the bound with one more window."""
+        """Whether one more window of `width` tokens could exceed the capacity."""
         return self.length(name, slot, committed) > self.capacity - width
 
     def take(self, name: str, slots: Sequence[int], committed: Sequence[int]) -> Entries | None:
-        """What waits for the drafter, flat over the requests, and counted as ingested from now on; None: nothing."""
+        """Return the drafter's backlog, flat over the requests, and mark it as ingested; None if it is empty."""
         ingested = self.ingested[name]
         rows: list[int] = []
         positions: list[int] = []
@@ -115,6 +119,6 @@ class Backlog:
         )
 
     def settle(self, name: str, slots: Sequence[int], committed: Sequence[int]) -> None:
-        """Count everything up to `committed` as ingested."""
+        """Mark all `committed` positions as ingested."""
         for slot, end in zip(slots, committed, strict=True):
             self.ingested[name][slot] = end

@@ -1,9 +1,9 @@
-"""Errors that the operator is meant to read. Each names the flag or field, the value and the mend.
+"""Errors for the operator or client. Each names the flag or field, the value and the fix.
 
 WhiFlashError
 ├── ConfigError        a flag, or flags that contradict each other
-├── CheckpointError    a drafter or target checkpoint that is missing, incomplete or does not fit
-└── RequestError       a field of a request; also a ValueError, which SGLang answers with HTTP 400
+├── CheckpointError    a checkpoint or learned file that is missing, broken or does not fit the models
+└── RequestError       a field of a request; also a ValueError, which SGLang reports as HTTP 400
     └── HintError      a request's hints
 """
 
@@ -13,34 +13,34 @@ MAX_SHOWN = 80  # characters
 
 
 class WhiFlashError(Exception):
-    """Reads `FIELD VALUE: problem; mend`, one line."""
+    """The message is one line, `FIELD VALUE: problem; fix`. `value` None is left out."""
 
-    def __init__(self, field: str, value: object, problem: str, mend: str):
+    def __init__(self, field: str, value: object, problem: str, fix: str):
         self.field = field
         self.value = value
         self.problem = problem
-        self.mend = mend
+        self.fix = fix
         named = field if value is None else f"{field} {value}"
-        super().__init__(f"{named}: {problem}; {mend}")
+        super().__init__(f"{named}: {problem}; {fix}")
 
 
 class ConfigError(WhiFlashError):
-    pass
+    """A flag is invalid, or flags contradict each other."""
 
 
 class CheckpointError(WhiFlashError):
-    pass
+    """A checkpoint or learned file cannot be used."""
 
 
 class RequestError(WhiFlashError, ValueError):
-    pass
+    """A field of a request is invalid."""
 
 
 class HintError(RequestError):
-    pass
+    """A hint in `custom_params` is invalid."""
 
 
 def shown(value: object) -> str:
-    """What a client has sent, as an error shows it: on one line, printable, and cut where it is long."""
+    """A client's value for an error text: one printable ASCII line, at most `MAX_SHOWN` characters."""
     text = ascii(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."

@@ -1,13 +1,13 @@
-"""Which drafters may draft for which requests, by how their arithmetic has fared.
+"""Which drafters may draft for which requests, given the NaNs and infinities they have produced.
 
-A NaN or an infinity in one row is that request's own at first: an odd prompt, at which a drafter in float16 overflows.
-The request goes on without the drafter, and all others with it. A drafter that fails several requests is broken itself
-and is switched off for everyone. After a while it is tried for one round: it stays if that round is clean, and else the
-next trial is twice as far away. Meanwhile it ingests what every idle drafter does, so that its KV has no holes.
+A NaN or infinity in one row is first attributed to the request: an unusual prompt can overflow a float16 drafter. That
+request continues without the drafter; other requests keep it. A drafter that fails `REQUESTS` requests within `WINDOW`
+rounds is switched off for all. It is tried again for one round after `WINDOW` rounds. If that round is clean, the
+drafter stays on. Otherwise the wait doubles. While off, it ingests like any idle drafter, so its KV has no gaps.
 
-The text is not affected either way: a draft that was made of NaN is a token like any other, and is verified.
+The text is not affected: a draft computed from NaN is a token like any other, and is verified.
 
-Everything is counted in rounds, so that all ranks of a model decide alike.
+Time is counted in rounds, so all ranks of a model decide alike.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from collections.abc import Iterable, Sequence
 
 from whiflash_sglang.core.types import Plan, RoundResult
 
-REQUESTS = 3  # that a drafter has to fail ..
-WINDOW = 4096  # .. within so many rounds to be switched off; it is tried again after as many
+REQUESTS = 3  # failed requests that switch a drafter off
+WINDOW = 4096  # rounds in which they are counted, and until the first trial
 
 
 class Health:
-    """What is known of each drafter's failures."""
+    """Failures per drafter and request, and the drafters that are switched off."""
 
     def __init__(self) -> None:
         self.rounds = 0
-        self.failures: Counter[str] = Counter()  # rounds of a request whose drafts were not finite, by drafter
-        self.barred: defaultdict[str, set[int]] = defaultdict(set)  # request slots that a drafter has failed
+        self.failures: Counter[str] = Counter()  # rows with non-finite drafts, by drafter
+        self.barred: defaultdict[str, set[int]] = defaultdict(set)  # request slots it failed on, by drafter
         self.failed: defaultdict[str, dict[str, int]] = defaultdict(dict)  # request id -> round, by drafter
-        self.tried_at: dict[str, int] = {}  # of each drafter that is switched off: the round of its next trial
-        self.wait: dict[str, int] = {}  # rounds that a drafter was switched off for last
+        self.tried_at: dict[str, int] = {}  # round of the next trial, by switched-off drafter
+        self.wait: dict[str, int] = {}  # length of the last off period in rounds, by drafter
 
     def begin(self, slots: Iterable[int]) -> None:
-        """A prompt is prefilled in each of these request slots: no drafter has failed it yet."""
+        """New requests are prefilled in these slots: clear the slots' failures."""
         for barred in self.barred.values():
             barred.difference_update(slots)
 
@@ -42,7 +42,7 @@ class Health:
         return slot not in self.barred.get(name, ()) and self.tried_at.get(name, 0) <= self.rounds
 
     def reroute(self, plan: Plan, slots: Sequence[int], names: Iterable[str]) -> Plan:
-        """The plan without what is not allowed: such rows go to another of the drafters `names`, or to none."""
+        """The plan with disallowed drafters replaced by the first allowed of `names`, or by None."""
         if not self.tried_at and not any(self.barred.values()):
             return plan
         return [
@@ -51,12 +51,12 @@ class Health:
         ]
 
     def judge(self, result: RoundResult, slots: Sequence[int], requests: Sequence[str]) -> list[str]:
-        """Count a round of the requests `requests` [rows] in `slots` [rows]; the drafters that it switched off."""
+        """Count a round of the request ids `requests` [rows] in `slots` [rows]. Returns drafters switched off by it."""
         self.rounds += 1
         return [name for name, finite in result.finite.items() if self._fails(name, finite, result, slots, requests)]
 
     def switch_off(self, name: str) -> None:
-        """Let the drafter draft for nobody until its next trial."""
+        """Bar the drafter from all requests until its next trial. The wait doubles each time."""
         self.wait[name] = 2 * self.wait.get(name, WINDOW // 2)
         self.tried_at[name] = self.rounds + self.wait[name]
         self.failed[name].clear()
@@ -65,7 +65,7 @@ class Health:
     def _fails(
         self, name: str, finite: Sequence[bool], result: RoundResult, slots: Sequence[int], requests: Sequence[str]
     ) -> bool:
-        """Judge a drafter by its rows of a round; whether it is switched off now, and was not before."""
+        """Count a drafter's rows of a round. Returns whether this round switched it off."""
         drafted = [row for row, drafter in enumerate(result.plan) if drafter == name]
         rows = [row for row, is_finite in zip(drafted, finite, strict=True) if not is_finite]
         if not rows:

@@ -1,13 +1,13 @@
-"""What a request may say about itself: `custom_params.whiflash` of its body, on every endpoint.
+"""Hints of a request: `custom_params.whiflash` of the body, on every endpoint.
 
-    {"route": "auto" | "e3" | "df" | "off",         who drafts: the router decides, this drafter, nobody
-     "span": "reasoning" | "tool_call" | "answer",  the span that the reply begins in, until a marker says otherwise
-     "prior": -16.0 .. 16.0,                        added to the router's score, in units of AL
-     "tool": "get_order",                           the tool whose output the reply reacts to
+    {"route": "auto" | "e3" | "df" | "off",         router decides | this drafter | no drafter
+     "span": "reasoning" | "tool_call" | "answer",  span at the beginning of the reply, until a marker changes it
+     "prior": -16.0 .. 16.0,                        added to the router's score, in tokens of AL
+     "tool": "get_order",                           tool whose output the reply reacts to
      "trace": true}                                 keep every round with its tokens, for `GET /whiflash/requests/{id}`
 
-Hints change who drafts, never the text. A field that is null counts as left out; whatever else is not as above is
-refused with an error that names the field, the value and the mend. Imports the standard library only.
+Hints change which drafter runs, never the text. A null field is the same as a missing one. Anything else raises
+HintError. Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from whiflash_sglang.core.errors import HintError, shown
 from whiflash_sglang.core.spans import CONTEXT_KINDS, MAX_TOOL_NAME, SPANS, Context
 
 FIELD = "whiflash"  # of custom_params
-CONTEXT_FIELD = "whiflash_context"  # what the HTTP side knows of a chat, on its way to the scheduler
+CONTEXT_FIELD = "whiflash_context"  # what the HTTP process knows about the chat, for the scheduler
 AUTO, OFF = "auto", "off"
 DRAFTERS = ("df", "e3")
 MAX_PRIOR = 16.0  # AL
 
 
 class Hints(NamedTuple):
+    """The fields of `custom_params.whiflash`, with their defaults."""
+
     route: str = AUTO
     span: str | None = None
     prior: float = 0.0
@@ -33,20 +35,20 @@ class Hints(NamedTuple):
     trace: bool = False
 
     def given(self) -> dict[str, Any]:
-        """The hints that say anything."""
+        """The hints that differ from the defaults."""
         silent = Hints()._asdict()
         return {field: value for field, value in self._asdict().items() if value != silent[field]}
 
 
 class Asked(NamedTuple):
-    """All that `custom_params` says to us."""
+    """Our fields of `custom_params`."""
 
     hints: Hints = Hints()
-    context: Context | None = None  # None: to be read from the prompt's tokens
+    context: Context | None = None  # None: derive it from the prompt's tokens
 
 
 def parse(custom_params: object, drafters: Sequence[str]) -> Asked:
-    """Judge a request's `custom_params`. `drafters`: those that are loaded."""
+    """Parse a request's `custom_params`. `drafters`: the loaded ones. Raises HintError."""
     if custom_params is None:
         return Asked()
     content = _object("custom_params", custom_params)
@@ -54,7 +56,7 @@ def parse(custom_params: object, drafters: Sequence[str]) -> Asked:
 
 
 def context_params(context: Context) -> dict[str, str | None]:
-    """A context as `custom_params` carry it under `CONTEXT_FIELD`."""
+    """The value of `CONTEXT_FIELD` in `custom_params` for a context."""
     return context._asdict()
 
 
@@ -83,7 +85,7 @@ def _context(content: object) -> Context | None:
 
 def _object(path: str, value: object) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
-        raise HintError(path, shown(value), "not an object", 'give e.g. {"whiflash": {"route": "auto"}}')
+        raise HintError(path, shown(value), "not an object", 'use e.g. {"whiflash": {"route": "auto"}}')
     return value
 
 
@@ -106,18 +108,18 @@ def _route(path: str, value: object, drafters: Sequence[str]) -> str:
     route = _choice(path, value, (AUTO, *DRAFTERS, OFF)) or AUTO
     if route in DRAFTERS and route not in drafters:
         loaded = ", ".join((AUTO, *drafters, OFF))
-        mend = f"use {loaded}, or start the server with --whiflash-drafters df-e3"
-        raise HintError(path, shown(route), "this server has not loaded that drafter", mend)
+        fix = f"use {loaded}, or start the server with --whiflash-drafters df-e3"
+        raise HintError(path, shown(route), "this drafter is not loaded", fix)
     return route
 
 
 def _prior(path: str, value: object) -> float:
     if value is None:
         return 0.0
-    bounds = f"give a number from {-MAX_PRIOR} to {MAX_PRIOR}"
+    bounds = f"use a number from {-MAX_PRIOR} to {MAX_PRIOR}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise HintError(path, shown(value), "not a number", bounds)
-    if not -MAX_PRIOR <= value <= MAX_PRIOR:  # nor is NaN within any bounds
+    if not -MAX_PRIOR <= value <= MAX_PRIOR:  # NaN fails too
         raise HintError(path, shown(value), "out of bounds", bounds)
     return float(value)
 
@@ -125,11 +127,11 @@ def _prior(path: str, value: object) -> float:
 def _tool(path: str, value: object) -> str | None:
     if value is None:
         return None
-    mend = f"give the tool's name, 1 to {MAX_TOOL_NAME} characters"
+    fix = f"use the tool's name, 1 to {MAX_TOOL_NAME} characters"
     if not isinstance(value, str):
-        raise HintError(path, shown(value), "not text", mend)
+        raise HintError(path, shown(value), "not a string", fix)
     if not 1 <= len(value) <= MAX_TOOL_NAME:
-        raise HintError(path, shown(value), f"{len(value)} characters long", mend)
+        raise HintError(path, shown(value), f"{len(value)} characters long", fix)
     return value
 
 
@@ -137,5 +139,5 @@ def _trace(path: str, value: object) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise HintError(path, shown(value), "not a truth value", "use true or false")
+        raise HintError(path, shown(value), "not a boolean", "use true or false")
     return value

@@ -1,4 +1,4 @@
-"""A plan: the drafter of each row, or None for a row that is not drafted for. It is grouped once, to draft."""
+"""Plans: the drafter of each row, or None for a row without drafts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from whiflash_sglang.core.types import HostRows, Plan
 
 
 def where_allowed(rows: HostRows, names: Sequence[str | None]) -> Plan:
-    """`names` [rows] of drafters, and None for rows that may not be drafted for."""
+    """`names` [rows] of drafters, with None for rows that are not draftable."""
     if rows.draftable is None:
         return [*names]
     return [name if may else None for name, may in zip(names, rows.draftable, strict=True)]
 
 
 def granted(rows: HostRows, plan: Plan) -> Plan:
-    """The plan with every row that requests a drafter (`Standing.route`) at that drafter, where it may be drafted for.
+    """The plan with requested drafters (`Standing.route`) applied to draftable rows.
 
-    Rows that request none are not draftable (`Ledger.stand`), so no router plans a drafter for them.
+    Rows that request no drafts are not draftable (`Ledger.stand`), so no router plans a drafter for them.
     """
     standings = rows.standings or ()
     if all(standing.route in (AUTO, OFF) for standing in standings):
@@ -31,7 +31,7 @@ def granted(rows: HostRows, plan: Plan) -> Plan:
 
 
 def grouped(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Row numbers by drafter, ascending; without the rows that are not drafted for."""
+    """Row numbers by drafter, ascending. Rows without a drafter are left out."""
     groups: dict[str, list[int]] = {}
     for row, name in enumerate(plan):
         if name is not None:

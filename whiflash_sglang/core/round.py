@@ -1,9 +1,9 @@
-"""One decode round: route -> catch up -> draft -> verify -> accept -> commit -> read. Knows no model by name.
+"""One decode round: route -> catch up -> draft -> verify -> accept -> commit -> read. Independent of the models.
 
-Who drafts is decided on the host, by what the host knows (`HostRows`) and what the last round's read brought. From the
-plan to the last kernel nothing of the device is read: the round is given to it as a whole, and then read by one copy.
+The plan is made on the host, from what the host knows (`HostRows`) and the results of the last round. The round
+launches all its kernels without reading from the device, then reads all results in a single copy.
 
-What each part promises is written in its protocol here; `tests/conformance` holds every router to it.
+Routers, drafters and targets implement the protocols below. `tests/conformance` checks every router against its own.
 """
 
 from __future__ import annotations
@@ -37,63 +37,64 @@ from whiflash_sglang.core.types import (
 
 
 class Router(Protocol):
-    """Chooses a drafter for each row, anew every round. A policy that looks at nothing need only `route`.
+    """Picks a drafter for each row in every round. Only `route` is required.
 
     plan = router.route(rows)                       on the host
     probe = router.probe(rows, plan)                on the host, right after it
-    signals = router.observe(logits, hidden, at)    on the device, behind a verify or a prefill
-    router.keep(slots, signals)                     the same numbers, when the host has got them
+    signals = router.observe(logits, hidden, at)    on the device, after a verify or a prefill
+    router.keep(slots, signals)                     the same numbers, once they are on the host
+    router.learn(rows, result, ms)                  after the round
     """
 
     def route(self, rows: HostRows) -> Plan:
-        """The drafter of each row [rows]; None for rows that are not `draftable`."""
+        """The drafter of each row [rows]. Must be None for rows that are not `draftable`."""
         ...
 
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
-        """A draft that is to be made but not verified, of a row that `plan` does not give to that drafter."""
+        """A draft to make without verifying it, for a row that `plan` does not give to that drafter."""
         return None
 
     def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor | None:
-        """The numbers [rows, k] that each request's next choice is made by, of any floating dtype; None: it needs none.
+        """Compute the signals [rows, k] of the next round, in any floating dtype; None if the router has none.
 
-        Its newest token, the next anchor, was chosen at position `at` [rows] int64 of the n that a forward gave:
-        `logits` [..., vocab] and `hidden` [..., hidden], final hidden states, of size 0 where no router reads them.
-        Nothing may be read here: the numbers reach the host with the round's own copy.
+        `logits` [..., vocab] and `hidden` [..., hidden] are the target's, over n flattened positions. `hidden` has size
+        0 if no router reads final hidden states. `at` [rows] int64: the position that each row's next anchor was chosen
+        at. Must not read from the device: the signals reach the host with the round's copy.
         """
         return None
 
     def keep(self, slots: Sequence[int], signals: Sequence[Sequence[float]]) -> None:
-        """What `observe` returned, [rows][k], for the requests in `slots` [rows]; kept until it comes anew."""
+        """Store what `observe` returned, [rows][k], for the requests in `slots` [rows], until the next call."""
         return None
 
     def learn(self, rows: HostRows, result: RoundResult, ms: float) -> None:
-        """What a round of `rows` yielded, and its wall time."""
+        """Learn from the result of a round of `rows` and its wall time in milliseconds."""
         return None
 
 
 class Drafter(Protocol):
-    """Proposes a chain of tokens after each row's anchor, from a KV cache of its own over the target's KV slots."""
+    """Proposes tokens after each row's anchor. Has its own KV cache, indexed by the target's KV slots."""
 
     name: str
     num_drafts: int
 
     def ingest(self, entries: Entries) -> None:
-        """Write this drafter's KV for the given positions (KV-only)."""
+        """Write this drafter's K and V for the given positions (KV-only)."""
         ...
 
     def draft(self, rows: Rows, last: torch.Tensor) -> Drafts:
-        """Chains of `num_drafts` tokens. Every committed position of the rows has been ingested.
+        """Draft `num_drafts` tokens for each row. Every committed position of the rows has been ingested.
 
-        `last` [rows, captures * hidden]: the target's features of each row's last committed position.
+        `last` [rows, captures * hidden]: the target's feature of each row's last committed position.
         """
         ...
 
 
 class Target(Protocol):
-    """The model whose text is served."""
+    """The model that verifies drafts. Its text is the output."""
 
     def verify(self, rows: Rows, proposal: Proposal) -> Verified:
-        """One causal forward over each row's window, KV written at positions prefix_len .. prefix_len + width - 1."""
+        """One causal forward over all windows. Writes KV at positions prefix_len .. prefix_len + width - 1."""
         ...
 
 
@@ -103,9 +104,9 @@ Timed = Callable[[str], AbstractContextManager[None]]
 
 
 class DecodeRound:
-    """Runs rounds. What it keeps from one to the next is the backlog, and which drafters have failed whom.
+    """Runs rounds. Its state between rounds is the backlog and the drafters' health.
 
-    `timed` is given the name of each step, to measure it.
+    `timed(step)` is a context manager around each step, to measure it.
     """
 
     def __init__(
@@ -127,10 +128,10 @@ class DecodeRound:
         self.max_width = 1 + max(drafter.num_drafts for drafter in drafters.values())
 
     def prefill(self, prefill: Prefill, logits: torch.Tensor) -> list[int]:
-        """Bring every drafter up to date with prompt positions, so that their KV slots may be shared.
+        """Let every drafter ingest the prompt positions. Their KV slots can be shared afterwards.
 
-        `logits` [requests, vocab]: those that each request's newest token was chosen from. Returns these tokens,
-        `prefill.sampled`, as the host has got them.
+        `logits` [requests, vocab]: the ones that `prefill.sampled` was chosen from. Returns `prefill.sampled` as a list
+        on the host.
         """
         self.health.begin(prefill.slots)
         with self.timed("prefill_drafters"):
@@ -146,7 +147,7 @@ class DecodeRound:
         return list(sampled)
 
     def run(self, rows: Rows) -> RoundResult:
-        """One round of all rows. Of the device nothing is read before the end, and then all at once."""
+        """Run one round of all rows. Reads from the device once, at the end."""
         with self.timed("route"):
             plan = granted(rows.host, self.router.route(rows.host))
             plan = self.health.reroute(plan, rows.host.slots, self.drafters)
@@ -163,8 +164,8 @@ class DecodeRound:
         accepted = accept(proposal, verified.predictions)
         with self.timed("commit"):
             # Position prefix_len + j holds window token j. Its successor is the target's choice after column j: an
-            # accepted draft or, at column num_committed - 1, the bonus token. The whole window is kept, not only what
-            # was accepted: shapes stay fixed, and the rest is overwritten before it counts as committed.
+            # accepted draft or, at column num_committed - 1, the bonus token. The whole window is stored, so
+            # shapes stay fixed. Rejected positions are overwritten before they count as committed.
             self.backlog.push(rows.slots, rows.prefix_lens, accepted.tokens, verified.features)
         with self.timed("route"):
             signals = self.observe(verified.logits, verified.hidden, self.newest(accepted))
@@ -172,7 +173,7 @@ class DecodeRound:
             read = to_host(
                 proposal.tokens, accepted.tokens, accepted.num_committed, *finite.values(), *probed, *signals
             )
-        window, tokens, num_committed, *others = read  # from here on all is on the host
+        window, tokens, num_committed, *others = read  # everything from here on is on the host
         told = [figures.tolist() for figures in others]
         if probe is not None:
             probe = probe._replace(drafts=told[len(finite)])
@@ -182,14 +183,14 @@ class DecodeRound:
         return RoundResult(plan, num_drafts, window, tokens, committed, is_finite, catch_ups, probe)
 
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
-        """The router's probe, unless that drafter may not draft for the row, or does so anyway."""
+        """The router's probe; None if the drafter is not allowed for the row or already drafts for it."""
         probe = self.router.probe(rows, plan)
         if probe is None or plan[probe.row] == probe.drafter:
             return None
         return probe if self.health.allows(probe.drafter, rows.slots[probe.row]) else None
 
     def catch_up(self, rows: HostRows, groups: Groups, probe: Probe | None = None) -> dict[str, CatchUp]:
-        """Let each drafter ingest what it lacks of its rows, and of those whose backlog is as long as it may be."""
+        """Let each drafter ingest the backlog of its rows in the plan, and of rows whose backlog is overdue."""
         slots, committed = rows.slots, rows.prefix_lens
         done = {}
         for name in self.drafters:
@@ -208,7 +209,7 @@ class DecodeRound:
         return done
 
     def ingest(self, name: str, slots: Sequence[int], committed: Sequence[int]) -> CatchUp | None:
-        """Bring a drafter up to date with the requests in `slots`, of `committed` positions each."""
+        """Let a drafter ingest its backlog of the requests in `slots`; None if there is none."""
         began = time.perf_counter()
         lens = [self.backlog.length(name, slot, end) for slot, end in zip(slots, committed, strict=True)]
         missed = [self.backlog.missed(name, slot) for slot in slots]
@@ -221,7 +222,10 @@ class DecodeRound:
     def propose(
         self, rows: Rows, groups: Groups, num_drafts: Sequence[int]
     ) -> tuple[Proposal, dict[str, torch.Tensor]]:
-        """Let each drafter draft for its rows; one verify width for the batch, the widest that is needed."""
+        """Draft for all rows. The verify width of the batch is that of its widest drafter.
+
+        Returns the proposal, and `Drafts.finite` by drafter.
+        """
         anchors = rows.anchors[:, None]
         if not groups:
             return Proposal(anchors, self.indices.of(tuple(num_drafts))), {}
@@ -233,14 +237,14 @@ class DecodeRound:
         return Proposal(tokens, self.indices.of(tuple(num_drafts))), finite
 
     def draft(self, rows: Rows, name: str, chosen: tuple[int, ...]) -> Drafts:
-        """A drafter's drafts for the rows of these numbers."""
+        """A drafter's drafts for the row numbers `chosen`."""
         picked = rows if len(chosen) == len(rows.host.slots) else rows.pick(chosen, self.indices.of(chosen))
         return self.drafters[name].draft(picked, self.backlog.last(picked.slots, picked.prefix_lens))
 
     def newest(self, accepted: Accepted) -> torch.Tensor:
-        """The index [rows] of each row's last committed position in the windows, flattened.
+        """Index of each row's last committed position in the flattened windows; [rows] int64.
 
-        It is window column num_committed - 1; the bonus token was chosen there.
+        It is window column num_committed - 1, at which the bonus token was chosen.
         """
         num_rows, width = accepted.tokens.shape
         if width == 1:
@@ -248,12 +252,12 @@ class DecodeRound:
         return self.indices.of(tuple(range(-1, num_rows * width - 1, width))) + accepted.num_committed
 
     def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> list[torch.Tensor]:
-        """The router's signals on the device, as `Router.observe`; an empty list where it has none."""
+        """The router's signals on the device (`Router.observe`), as a list of zero or one tensors."""
         signals = self.router.observe(logits, hidden, at)
         return [] if signals is None else [signals]
 
     def keep(self, slots: Sequence[int], told: Sequence[Sequence[Sequence[float]]]) -> None:
-        """Give the router what became of `observe` on the host."""
+        """Pass the results of `observe` to the router, once they are on the host."""
         for signals in told:
             self.router.keep(slots, signals)
 
@@ -262,6 +266,6 @@ class DecodeRound:
         return any(self.backlog.length(name, slot, committed) > 0 for name in self.drafters)
 
     def finish(self, slots: Sequence[int], committed: Sequence[int]) -> dict[str, CatchUp]:
-        """Bring every drafter up to date with requests whose first `committed` positions are about to be shared."""
+        """Let every drafter ingest its backlog of these requests, before their KV slots are shared."""
         passes = {name: self.ingest(name, slots, committed) for name in self.drafters}
         return {name: done for name, done in passes.items() if done is not None}

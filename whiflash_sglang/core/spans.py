@@ -1,20 +1,20 @@
-"""Which span a request's text is in, read from its committed tokens, and what its prompt ends with.
+"""Tracks which span a request's text is in, from its committed tokens, and what its prompt ends with.
 
 span            `reasoning`, `tool_call` or `answer`. A marker belongs to the span that it opens or closes
-context kind    what the reply reacts to: `user`, or `tool_output`, the output of a tool
+context kind    what the reply reacts to: `user`, or `tool_output` (the output of a tool)
 
     <think> Let me look . </think>  \\n  <tool_call> { "name" ... } </tool_call> <|im_end|>
     |------ reasoning -----------|  ans  |----------- tool_call --------------|  answer
 
-Markers are looked for in text, as SGLang's parsers do it, but in the text of the tokenizer's own pieces (as `_the`):
-they can be joined without decoding, and a marker is found however the model cut it into tokens. Which markers count
-depends on the span that the text is in: a closing marker is one only where its span is open.
+Markers are searched in text, as in SGLang's parsers, but in the tokenizer's raw pieces (as `_the`). Pieces are joined
+without decoding, and a marker is found for any tokenization of it. The current span decides which markers count: a
+closing marker counts only while its span is open.
 
     reader = SpanReader(markers, pieces)
-    place = reader.begin(prompt)                # a template may have opened the reasoning already
-    place = reader.follow(place, tokens)        # place.span: where the next token will stand
+    place = reader.begin(prompt)                # the chat template may already open the reasoning
+    place = reader.follow(place, tokens)        # place.span: the span of the next token
 
-Costs a join and a search for each row of a round. Imports the standard library only.
+Costs one join and one search per row and round. Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -34,47 +34,49 @@ TURN_ENDS_AFTER_OUTPUT = {
     "<|start_header_id|>ipython<|end_header_id|>": 1,
     "<tool_response>": 1,
 }
-"""What opens a tool's output in known chat templates, and how many turns end between it and the reply.
+"""Opening markers of tool outputs in known chat templates -> number of turn ends between the output and the reply.
 
-In ChatML an output is a turn of its own, `<tool_response>..</tool_response><|im_end|>`; others end no turn there.
+In ChatML, an output is a turn of its own: `<tool_response>..</tool_response><|im_end|>`.
 """
 
 
 class Pair(NamedTuple):
-    """A marker that opens a span and the one that closes it, as joined pieces; "": there is none."""
+    """The opening and closing markers of a span, as joined pieces; "" if there is none."""
 
     opens: str
     closes: str
 
 
 class ToolOutput(NamedTuple):
+    """How a chat template marks the output of a tool."""
+
     marker: str  # as joined pieces
-    turn_ends: int  # that may follow it in a prompt which ends with the output
+    turn_ends: int  # between it and the end of a prompt that ends with the output
 
 
 class Markers(NamedTuple):
-    """How a model marks its spans. Without any, all its text is `answer`."""
+    """How a model marks its spans. Without markers, all text is `answer`."""
 
     reasoning: Pair = Pair("", "")
     tool_call: Pair = Pair("", "")
-    call_ends_reasoning: bool = False  # a tool call needs no closing marker of the reasoning before it
-    begins_reasoning: bool = False  # replies are reasoning from their first token on, without a marker
+    call_ends_reasoning: bool = False  # a tool call ends the reasoning without a closing marker
+    begins_reasoning: bool = False  # replies begin with reasoning, without an opening marker
     turn_ends: frozenset[int] = frozenset()  # token ids
     tool_output: ToolOutput | None = None
 
 
 class Place(NamedTuple):
-    """How far a text has been read."""
+    """The reader's state at the end of a text."""
 
     span: str  # of the next token
-    tail: str  # the end of the text, in which a marker may have begun
+    tail: str  # end of the text, which may hold the beginning of a marker
 
 
 class Context(NamedTuple):
     """What a reply reacts to."""
 
     kind: str = USER
-    tool: str | None = None  # whose output it is, where that is known
+    tool: str | None = None  # name of the tool, if known
 
 
 class SpanReader:
@@ -86,7 +88,7 @@ class SpanReader:
         call = markers.tool_call
         exits = {
             REASONING: {markers.reasoning.closes: ANSWER},
-            # A closing marker of punctuation alone also stands within a call: the call then lasts to the reply's end.
+            # A closing marker without letters also occurs within calls. The call then lasts to the end of the reply.
             TOOL_CALL: {call.closes: ANSWER} if re.search(r"\w", call.closes) else {},
             ANSWER: {markers.reasoning.opens: REASONING, call.opens: TOOL_CALL},
         }
@@ -97,7 +99,7 @@ class SpanReader:
         self.keep = max(len(text) for text in (*markers.reasoning, *call)) - 1
 
     def begin(self, prompt: Sequence[int]) -> Place:
-        """The place at the end of a prompt: read from its last turn, which is what the reply goes on with."""
+        """The place at the end of a prompt, from its last turn, which the reply continues."""
         turn = prompt[self._turn_begin(prompt, 0) :]
         read = self.follow(Place(ANSWER, ""), turn)
         if self.markers.begins_reasoning and self.markers.reasoning.closes not in self.text(turn):
@@ -115,7 +117,7 @@ class SpanReader:
         return Place(span, text[max(at, len(text) - self.keep) :])
 
     def context(self, prompt: Sequence[int]) -> Context:
-        """What a prompt of which only the tokens are known ends with."""
+        """The context of a reply to a prompt that is only known as tokens. The tool's name is then unknown."""
         output = self.markers.tool_output
         if output is None:
             return Context()
@@ -123,10 +125,11 @@ class SpanReader:
         return Context(TOOL_OUTPUT if output.marker in end else USER)
 
     def text(self, tokens: Sequence[int]) -> str:
+        """The joined pieces of the tokens."""
         return "".join([self.pieces[token] for token in tokens])
 
     def _turn_begin(self, prompt: Sequence[int], turns_before: int) -> int:
-        """Index behind the turn end that has `turns_before` others behind it; 0 where there are not as many."""
+        """Index after the turn end that is followed by `turns_before` others; 0 if there are fewer."""
         for i in range(len(prompt) - 1, -1, -1):
             if prompt[i] in self.markers.turn_ends:
                 if turns_before == 0:
@@ -136,15 +139,15 @@ class SpanReader:
 
 
 def _any_of(texts: Mapping[str, str]) -> re.Pattern[str] | None:
-    """Matches any of `texts`, a shorter one first: what is found does not depend on how much text is there yet."""
+    """Match any of `texts`, shorter ones first. The match then does not depend on how much text has arrived."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len)))) if texts else None
 
 
 def message_context(messages: Sequence[Any]) -> Context:
-    """What the reply to these chat messages reacts to. A message has SGLang's attributes: `role`, `tool_calls`, ..."""
+    """The context of the reply to these chat messages. Messages are SGLang's, with `role`, `tool_calls`, ..."""
     for i in range(len(messages) - 1, -1, -1):
         message = messages[i]
-        if message.role == "assistant":  # the reply goes on with it
+        if message.role == "assistant":  # the reply continues it
             continue
         if message.role in ("tool", "function"):
             return Context(TOOL_OUTPUT, _called_tool(messages[:i], message))
@@ -153,7 +156,7 @@ def message_context(messages: Sequence[Any]) -> Context:
 
 
 def _called_tool(before: Sequence[Any], output: Any) -> str | None:
-    """The name of the tool whose output a message is: its own word, or that of the call which it answers."""
+    """The tool of an output message: from its `name`, else from the call with its `tool_call_id`."""
     name = output.name
     if name is None and output.tool_call_id is not None:
         calls = (call for message in before if message.role == "assistant" for call in message.tool_calls or ())

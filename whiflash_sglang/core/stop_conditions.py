@@ -1,9 +1,8 @@
-"""Where a request's text ends within what a round has accepted.
+"""Where a request's text ends within the tokens that a round has accepted.
 
-A round accepts several tokens at once, and SGLang then looks for an end among all of them: for the length first, then
-for stop strings in the order of their list, then for stop tokens. One token at a time, whichever comes first ends the
-text: an end of turn two tokens before the longest length, or the second of two stop strings. So what lies behind the
-first end is cut off before SGLang sees it.
+A round accepts several tokens at once. SGLang then checks all of them for the maximum length first, then for stop
+strings in list order, then for stop tokens. With one token at a time, the earliest of these ends the text. So tokens
+after the first end are cut off before SGLang sees them.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from typing import Any, NamedTuple
 
 
 class Kept(NamedTuple):
-    """What of a round's accepted tokens belongs to a request's text."""
+    """The part of a round's accepted tokens that belongs to a request's text."""
 
     num_tokens: int
     ends: bool  # whether the text ends there
 
 
 def tokens_to_end(request: Any, tokens: Sequence[int]) -> Kept:
-    """How many of the accepted `tokens` belong to the request's text: through the first that ends it, or all."""
+    """Keep the accepted `tokens` up to and including the first that ends the request's text. At least one is kept."""
     params = request.sampling_params
     left = params.max_new_tokens - len(request.output_ids)
     count = min(len(tokens), max(1, left))
@@ -32,7 +31,7 @@ def tokens_to_end(request: Any, tokens: Sequence[int]) -> Kept:
         count, ends = (count, ends) if first is None else (first, True)
     if not params.stop_strs and not params.stop_regex_strs:
         return Kept(count, ends)
-    window = 1 + max(params.stop_str_max_len, params.stop_regex_max_len)  # tokens that SGLang looks for a stop in
+    window = 1 + max(params.stop_str_max_len, params.stop_regex_max_len)  # tokens that SGLang searches for a stop
     said = [*request.output_ids[-window:], *tokens[:count]]
     before = len(said) - count
     if not params.stop_regex_strs and not stops(request, said):
@@ -42,12 +41,12 @@ def tokens_to_end(request: Any, tokens: Sequence[int]) -> Kept:
 
 
 def end_ids(request: Any) -> set[int]:
-    """Tokens that end the request, unless it ignores them."""
+    """Tokens that end the request, unless `ignore_eos` is set."""
     return forbidden_ends(request) | set(request.eos_token_ids or ())
 
 
 def forbidden_ends(request: Any) -> set[int]:
-    """Those of them that `min_new_tokens` forbids: as in SGLang, not those that only the model's config names."""
+    """The end tokens that `min_new_tokens` forbids. As in SGLang, without those only in the model's config."""
     ids = set(request.sampling_params.stop_token_ids or ())
     if request.tokenizer is not None:
         ids |= {request.tokenizer.eos_token_id} | set(request.tokenizer.additional_stop_token_ids or ())
@@ -55,12 +54,12 @@ def forbidden_ends(request: Any) -> set[int]:
 
 
 def stops(request: Any, said: Sequence[int]) -> bool:
-    """Whether a stop string or a stop pattern of the request is in the text of the tokens `said`."""
+    """Whether the text of the tokens `said` contains a stop string or matches a stop regex of the request."""
     params = request.sampling_params
     text = request.tokenizer.decode(said)
     if any(stop in text for stop in params.stop_strs):
         return True
     try:
         return any(re.search(pattern, text) for pattern in params.stop_regex_strs)
-    except (re.error, RecursionError):  # SGLang fails the request
+    except (re.error, RecursionError):  # SGLang aborts the request
         return False

@@ -1,9 +1,8 @@
-"""Between the host and the models' device, each way in one place.
+"""Copies between the host and the device.
 
-What decides and counts is on the host, what computes is on the device. A device works off what it was given while the
-host goes on; a read of one of its tensors (`tolist`, `item`, `bool`, a mask as an index) waits until it has finished.
-So a round reads once, when there is nothing more to give (`to_host`), and what it gives on the way waits for nothing
-(`to_device`).
+Routing and counting run on the host, models on the device. The device runs asynchronously: reading one of its tensors
+(`tolist`, `item`, `bool`, a mask as an index) waits for all queued work. So a round reads once, at its end (`to_host`),
+and its copies to the device do not block (`to_device`).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _KEPT = 256  # small tensors
 def to_device(
     values: Sequence[Any] | torch.Tensor, device: torch.device, dtype: torch.dtype = torch.int64
 ) -> torch.Tensor:
-    """Numbers of the host as a tensor on `device`, without waiting for what the device was given before.
+    """Copy numbers to a tensor on `device` without waiting for queued work.
 
     A copy from memory that is not pinned would wait for it.
     """
@@ -28,10 +27,10 @@ def to_device(
 
 
 def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors on the host, by one copy; waits for the device. Shapes are kept.
+    """Copy the tensors to the host in one transfer. Waits for the device.
 
-    Integers and truth values come as int64, others as float64: both have eight bytes, so that one tensor of int64
-    carries the bits of all. No value that either can hold is changed.
+    Shapes are kept. Integers and bools are returned as int64, floats as float64, without loss. Both have eight bytes,
+    so one int64 tensor carries the bits of all.
     """
     packed = torch.cat([_bits(tensor).reshape(-1) for tensor in tensors]).cpu()
     parts = torch.split(packed, [tensor.numel() for tensor in tensors])
@@ -49,9 +48,9 @@ def _unpacked(part: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Indices:
-    """Numbers of rows, and others that differ little from round to round, as small tensors on a device.
+    """A cache of small tensors on a device, by value: row numbers and others that recur from round to round.
 
-    They are remembered by their values, as small batches have few of them.
+    Small batches have few distinct ones.
     """
 
     def __init__(self, device: torch.device):
@@ -59,7 +58,7 @@ class Indices:
         self.kept: dict[tuple[torch.dtype, tuple[float, ...]], torch.Tensor] = {}
 
     def of(self, numbers: tuple[float, ...], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        """The numbers as a tensor [n], which nobody may write to."""
+        """The numbers as a tensor [n]. It is shared: do not write to it."""
         key = (dtype, numbers)
         found = self.kept.get(key)
         if found is None:

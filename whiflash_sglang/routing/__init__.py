@@ -1,8 +1,8 @@
-"""Routing policies: one a file, made by name.
+"""Routing policies, one per file, created by name.
 
-A policy is asked once a round for the whole batch and decides for every row by itself, or, where costs are weighed,
-for the batch as a whole. It decides on the host, by plain numbers that it keeps by request slot; what it computes from
-the target's logits or hidden states is computed on the device, and comes with the round's own copy.
+A policy is called once per round for the whole batch. It decides for each row independently or, if it weighs costs, for
+the batch as a whole. It decides on the host, from numbers that it keeps by request slot. Signals from the target's
+logits or hidden states are computed on the device and reach the host with the round's copy.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from whiflash_sglang.startup.config import DEFAULT_ENTROPY_THRESHOLD, LEARNED, W
 
 @dataclass(frozen=True)
 class Learned:
-    """What was learned about the served models and is read from files; each None where none is given."""
+    """Learned files of the served models; None if not given."""
 
     neural: NeuralRouter | None = None
     calibration: Calibration | None = None
     priors: Priors | None = None
-    identity: Identity | None = None  # of the models that these are of
+    identity: Identity | None = None  # of the served models
 
     @classmethod
     def load(cls, config: WhiFlashConfig, target_path: str) -> Learned:
-        """Read the files that `config` names; raises CheckpointError where one does not fit the models."""
+        """Read the files that `config` names. Raises CheckpointError if one does not fit the models."""
         if config.neural_router_path is None and config.calibration is None and config.priors is None:
             return cls()
         identity = Identity.of(target_path, config.draft_paths, config.eagle_steps)
@@ -39,7 +39,7 @@ class Learned:
         if config.neural_router_path is not None:
             positive, threshold = config.positive_drafter, config.neural_router_threshold
             if config.weighs_costs and threshold is None:
-                threshold = 0.0  # not used; so that a bare file need not be given one
+                threshold = 0.0  # unused, but a bare file requires one
             neural = load_router(config.neural_router_path, identity, positive, threshold)
         if config.calibration is not None:
             calibration = load_calibration(config.calibration, identity)
@@ -52,9 +52,9 @@ class Learned:
 def create_router(
     config: WhiFlashConfig, num_slots: int, learned: Learned | None = None, costs: RoundCosts | None = None
 ) -> Router:
-    """The router that `--whiflash-router` names, for a table of `num_slots` request slots.
+    """Create the router that `--whiflash-router` names, for `num_slots` request slots.
 
-    `costs` may still be empty: routers that weigh them read them when they route.
+    `costs` may be filled later: routers that weigh costs read them in `route`.
     """
     kind, _, argument = config.router.partition(":")
     if kind in _SCORED:
@@ -65,7 +65,7 @@ def create_router(
 
 
 def usual_lengths(learned: Learned) -> dict[str, float]:
-    """Tokens that a round commits by drafter, as far as anything says so."""
+    """Mean acceptance length by drafter: the calibration's, else the router's, else `DEFAULT_BASE`."""
     known = learned.calibration or learned.neural
     lengths = {} if known is None else known.acceptance_length
     return {name: lengths.get(name, DEFAULT_BASE) for name in ("df", "e3")}
@@ -80,7 +80,7 @@ def _scored(config: WhiFlashConfig, num_slots: int, learned: Learned, costs: Rou
     if not config.weighs_costs:
         return ThresholdRouter(score, threshold)
     if costs is None:
-        raise ValueError("a router that weighs costs needs a table of them")
+        raise ValueError("this router needs a cost table")
     return CostAwareRouter(score, costs, Yields(usual_lengths(learned)))
 
 
@@ -99,7 +99,7 @@ def _neural(config: WhiFlashConfig, num_slots: int, learned: Learned) -> tuple[S
 
     router, calibration = learned.neural, learned.calibration
     if router is None:
-        raise ValueError("the neural router has not been read")
+        raise ValueError("the neural router is not loaded")
     threshold = router.e3_threshold
     if config.neural_router_threshold is None and calibration is not None and calibration.neural_threshold is not None:
         threshold = calibration.neural_threshold

@@ -6,9 +6,9 @@ A folder with `model.safetensors` (`in.weight`, `in.bias`, `out.weight`, `out.bi
      "positive_drafter": "e3", "threshold": 0.4, "acceptance_length": {"df": 5.1, "e3": 4.9}, "training": {...},
      "metrics": {...}}
 
-or a bare `.safetensors` file with two linear layers of any names, as others publish them; it cannot say for which
-models it was made, which of the drafters is its positive one, and at which threshold, so flags have to. Weights are
-read from safetensors only, which cannot run code.
+or a bare `.safetensors` file with two linear layers of any names, as published by others. A bare file does not record
+its models, positive drafter and threshold; flags set the latter two. Weights are read from safetensors only, which
+cannot run code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from whiflash_sglang.startup.safetensors_header import check_file, read_json
 
 FORMAT, FORMAT_VERSION = "whiflash-router", 1
 HIDDEN_STATE = "final"
-DEFAULT_BASE = 3.0  # acceptance length of a drafter before any is known
+DEFAULT_BASE = 3.0  # acceptance length of a drafter if none is recorded
 
 _TENSORS = {"in.weight": "weight_in", "in.bias": "bias_in", "out.weight": "weight_out", "out.bias": "bias_out"}
 _FIELDS = {
@@ -48,31 +48,35 @@ _TRAIN = "train one with `python -m whiflash_sglang.training.train_router`"
 
 @dataclass(frozen=True)
 class NeuralRouter:
-    """A neural router that fits its server."""
+    """A neural router that fits the served models."""
 
-    network: Network  # of what the positive drafter accepts more than the other
+    network: Network  # predicts the positive drafter's gain over the other
     positive_drafter: str  # "df" or "e3"
-    threshold: float  # of that difference, in tokens
-    acceptance_length: Mapping[str, float]  # by drafter; empty where it is not known
+    threshold: float  # on the gain, in tokens
+    acceptance_length: Mapping[str, float]  # by drafter; empty if not recorded
 
     @property
     def e3_network(self) -> Network:
-        """The network of what `e3` accepts more than `df`."""
+        """The network that predicts the gain of `e3` over `df`."""
         return self.network if self.positive_drafter == "e3" else self.network.negated()
 
     @property
     def e3_threshold(self) -> float:
+        """The threshold on the gain of `e3` over `df`, in tokens."""
         return self.threshold if self.positive_drafter == "e3" else -self.threshold
 
 
 def load_router(path: str, identity: Identity, positive: str | None, threshold: float | None) -> NeuralRouter:
-    """Read a router and check that it fits. `positive` and `threshold` are the operator's flags, None if not given."""
+    """Read a router and check that it fits the models. Raises CheckpointError.
+
+    `positive` and `threshold` are the operator's flags, None if not given.
+    """
     place = Path(path)
     if place.is_dir():
         config = _read_config(place, identity)
         if positive is not None and positive != config["positive_drafter"]:
-            problem = f"its positive drafter is {config['positive_drafter']}, but {FLAG_POSITIVE} says {positive}"
-            raise CheckpointError(FLAG_ROUTER_PATH, path, problem, f"drop {FLAG_POSITIVE}")
+            problem = f"its positive drafter is {config['positive_drafter']}, but {FLAG_POSITIVE} is {positive}"
+            raise CheckpointError(FLAG_ROUTER_PATH, path, problem, f"remove {FLAG_POSITIVE}")
         network = _named(place / "model.safetensors", _read_tensors(place / "model.safetensors"), identity)
         return NeuralRouter(
             network,
@@ -85,14 +89,14 @@ def load_router(path: str, identity: Identity, positive: str | None, threshold: 
     network = _bare(place, _read_tensors(place), identity)
     for flag, value, example in ((FLAG_POSITIVE, positive, "e3"), (FLAG_ROUTER_THRESHOLD, threshold, "1.0")):
         if value is None:
-            problem = f"a bare file does not say what {flag} says"
-            raise CheckpointError(FLAG_ROUTER_PATH, path, problem, f"give {flag} too, e.g. {flag} {example}")
+            problem = f"a bare file needs {flag}"
+            raise CheckpointError(FLAG_ROUTER_PATH, path, problem, f"add e.g. {flag} {example}")
     assert positive is not None and threshold is not None
     return NeuralRouter(network, positive, threshold, {})
 
 
 def save_router(folder: Path, router: NeuralRouter, identity: Identity, **about: Mapping[str, Any]) -> None:
-    """Write the folder. `about`: `training` (where the data came from) and `metrics` (what it reaches)."""
+    """Write the folder. `about`: `training` (source of the data) and `metrics` (results), for the config."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +118,7 @@ def save_router(folder: Path, router: NeuralRouter, identity: Identity, **about:
 def _read_config(folder: Path, identity: Identity) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
-        raise CheckpointError(FLAG_ROUTER_PATH, folder, "has no config.json", "give the folder that train_router wrote")
+        raise CheckpointError(FLAG_ROUTER_PATH, folder, "has no config.json", "use the output folder of train_router")
     config = read_json(FLAG_ROUTER_PATH, file)
 
     def refuse(problem: str) -> CheckpointError:
@@ -127,7 +131,7 @@ def _read_config(folder: Path, identity: Identity) -> dict[str, Any]:
     if missing := sorted(_FIELDS - set(config)):
         raise refuse(f"lacks `{missing[0]}`")
     if config["hidden_state"] != HIDDEN_STATE:
-        raise refuse(f"`hidden_state` is {config['hidden_state']!r}; {HIDDEN_STATE!r} is the one that is captured")
+        raise refuse(f"`hidden_state` is {config['hidden_state']!r}; this version reads {HIDDEN_STATE!r}")
     if config["positive_drafter"] not in ("df", "e3"):
         raise refuse(f"`positive_drafter` is {config['positive_drafter']!r}, not df or e3")
     if not is_number(config["threshold"]):
@@ -145,13 +149,13 @@ def is_number(value: object) -> bool:
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file as float32; refuses pickles, broken files, and values that are no numbers."""
+    """Load a safetensors file as float32. Raises CheckpointError on pickles, broken files, NaN and infinity."""
     from safetensors.torch import load_file
 
     if not file.is_file():
-        raise CheckpointError(FLAG_ROUTER_PATH, file, "no such file", "give the folder that train_router wrote")
+        raise CheckpointError(FLAG_ROUTER_PATH, file, "no such file", "use the output folder of train_router")
     if file.suffix in (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"):
-        problem = "is a pickle by its name, which can run code when loaded"
+        problem = "is a pickle by its name; pickles can run code when loaded"
         raise CheckpointError(FLAG_ROUTER_PATH, file, problem, "convert it with safetensors.torch.save_file")
     check_file(FLAG_ROUTER_PATH, file)
     tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
@@ -169,15 +173,14 @@ def _named(file: Path, tensors: dict[str, torch.Tensor], identity: Identity) -> 
 
 
 def _bare(file: Path, tensors: dict[str, torch.Tensor], identity: Identity) -> Network:
-    """Two linear layers told by their shapes: weights [width, hidden] and [1, width], biases of the same rows if
-    any."""
+    """Two linear layers, identified by shape: weights [width, hidden] and [1, width], optional biases [width], [1]."""
     weights = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 2}
     last = [tensor for tensor in weights.values() if tensor.shape[0] == 1]
     first = [tensor for tensor in weights.values() if tensor.shape[0] != 1]
     if len(first) != 1 or len(last) != 1:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()) or "nothing"
         problem = f"must hold two linear layers, [width, hidden] and [1, width], but holds {shapes}"
-        raise CheckpointError(FLAG_ROUTER_PATH, file, problem, "give a router of that form")
+        raise CheckpointError(FLAG_ROUTER_PATH, file, problem, "use a router of this form")
     rows = {tensor.shape[0]: tensor for tensor in tensors.values() if tensor.dim() == 1}
     width = first[0].shape[0]
     bias_in, bias_out = rows.get(width, torch.zeros(width)), rows.get(1, torch.zeros(1))

@@ -1,12 +1,12 @@
-"""What `python -m whiflash_sglang.calibrate` found out, as a file that a server reads (`--whiflash-calibration`).
+"""The output of `python -m whiflash_sglang.calibrate`, a file that the server reads (`--whiflash-calibration`).
 
     {"format": "whiflash-calibration", "format_version": 1, "models": {identity.py}, "sessions": 48,
      "acceptance_length": {"df": 5.1, "e3": 4.9},
      "entropy": {"threshold": 0.1, "edges": [0.003, 0.1], "gains": [-1.5, -0.2, 1.9]},
      "neural": {"threshold": 0.4} or null, ...}
 
-`gains` are what EAGLE-3 accepts more than DFlash, in tokens, where the entropy is below, between and above `edges`
-(nats): one more than edges. Thresholds are those with the most tokens per millisecond on the machine of `costs_ms`.
+`gains` [k + 1] are the mean gains of EAGLE-3 over DFlash in accepted tokens, for entropies below, between and above the
+ascending `edges` [k], in nats. Thresholds maximize tokens per millisecond on the machine of `costs_ms`.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ FORMAT, FORMAT_VERSION = "whiflash-calibration", 1
 
 @dataclass(frozen=True)
 class Calibration:
-    """The part of the file that a server uses."""
+    """The fields of the file that the server uses."""
 
     acceptance_length: Mapping[str, float]  # by drafter
     entropy_threshold: float  # nats
-    edges: tuple[float, ...]
-    gains: tuple[float, ...]
-    neural_threshold: float | None  # tokens; None where no neural router was calibrated
-    costs_ms: Table | None = None  # of the machine it was made on
+    edges: tuple[float, ...]  # nats
+    gains: tuple[float, ...]  # tokens
+    neural_threshold: float | None  # tokens; None if no neural router was calibrated
+    costs_ms: Table | None = None  # of the machine that calibrated
 
 
 def load_calibration(path: str, identity: Identity) -> Calibration:
-    """Read a calibration and check that it is one of these models."""
-    mend = "make one with `python -m whiflash_sglang.calibrate`"
-    content = identity.read(FLAG_CALIBRATION, path, FORMAT, FORMAT_VERSION, mend)
+    """Read a calibration and check that it fits the models. Raises CheckpointError."""
+    fix = "create one with `python -m whiflash_sglang.calibrate`"
+    content = identity.read(FLAG_CALIBRATION, path, FORMAT, FORMAT_VERSION, fix)
     with parsing(FLAG_CALIBRATION, path):
         calibration = _parse(content)
     numbers = (*calibration.acceptance_length.values(), calibration.entropy_threshold, *calibration.edges)
     if not all(map(math.isfinite, (*numbers, *calibration.gains, calibration.neural_threshold or 0.0))):
-        raise CheckpointError(FLAG_CALIBRATION, path, "holds NaN or infinite values", "make it anew")
+        raise CheckpointError(FLAG_CALIBRATION, path, "holds NaN or infinite values", "create it again")
     if calibration.costs_ms is not None and not is_table(calibration.costs_ms):
         problem = "`costs_ms` must hold positive numbers by drafter, batch size and context"
-        raise CheckpointError(FLAG_CALIBRATION, path, problem, "make it anew")
+        raise CheckpointError(FLAG_CALIBRATION, path, problem, "create it again")
     if len(calibration.gains) != len(calibration.edges) + 1 or any(a >= b for a, b in pairwise(calibration.edges)):
         problem = "`entropy` needs ascending edges and one more gain than edges"
-        raise CheckpointError(FLAG_CALIBRATION, path, problem, "make it anew")
+        raise CheckpointError(FLAG_CALIBRATION, path, problem, "create it again")
     return calibration
 
 
@@ -70,7 +70,7 @@ def _parse(content: Mapping[str, Any]) -> Calibration:
 
 
 def save_calibration(file: Path, calibration: Calibration, identity: Identity, **about: Any) -> None:
-    """Write the file; `about` is what a reader wants to know of it: sessions, costs, what each threshold gives."""
+    """Write the file. `about`: more fields for the reader, such as sessions, costs and results by threshold."""
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

@@ -1,20 +1,20 @@
-"""Objective `tokens_per_ms`: the plan of the whole batch that is expected to yield most, at what it costs.
+"""Objective `tokens_per_ms`: choose the plan of the batch that maximizes expected tokens per millisecond.
 
-A round of expected yield A (tokens, over its rows) and time T is worth A - rate * T tokens, where `rate` is what this
-server makes of a millisecond with such batches: time that a round takes is time in which other rounds would have
-yielded. Choosing the round of the highest worth each time maximises tokens per millisecond in the long run (the
-renewal-reward argument; the rate is that of the rounds that were chosen, so it settles at the best one). With one row
-it says: `e3` drafts if it is expected to gain more than rate * (its round's time - the other's).
+A round with expected yield A (tokens over its rows) and time T is worth A - rate * T tokens. `rate` is this server's
+throughput with such batches in tokens per millisecond, so rate * T is what other rounds would yield in that time.
+Always choosing the round worth most maximizes long-run throughput (renewal-reward theorem). `rate` is that of the
+chosen rounds, so it converges to the best one. With one row, `e3` drafts if its expected gain exceeds
+rate * (time of its round - time of the `df` round).
 
-Rows are ranked by what `e3` would gain for them, so that one split for each number of `e3` rows has to be looked at,
-and one round without any drafts: with many rows a round's time goes with its width, and speculation may not pay.
+Rows are ranked by the expected gain of `e3`. Then only one split per number of `e3` rows needs to be compared, plus the
+round without drafts. With many rows, round time grows with the verify width, and speculation may not pay off.
 
-What is not chosen is not seen, so two kinds of rounds look at it:
+Options that are not chosen are not observed. Two mechanisms explore them:
 
-probe   While rounds go without drafts, a drafter drafts for one row now and then, and nothing of it is verified. What
-        the target says next shows how much would have been accepted. Where it would have paid, the next rounds draft.
-trial   An arm (a drafter, or none) that has not been run for long is run for the whole batch once, as its costs may be
-        wrong. A surprise is followed by another trial at once; each confirmation doubles the time to the next.
+probe   While rounds run without drafts, a drafter occasionally drafts for one row without verification. The target's
+        next tokens show how much would have been accepted. If that would have paid off, the next rounds draft.
+trial   An arm (a drafter, or none) that has not run for many rounds runs once for the whole batch, as its costs may be
+        wrong. After a surprise, another trial follows at once. Each confirmation doubles the interval.
 """
 
 from __future__ import annotations
@@ -34,48 +34,50 @@ from whiflash_sglang.routing.exploration import PriorShare, added, asked_priors,
 from whiflash_sglang.routing.score import Score
 from whiflash_sglang.routing.yields import DF, E3, Row, Yields
 
-PROBE_AFTER, PROBE_EVERY = 8, 56  # rounds without drafts: at least, and at most where a probe then costs less than
-PROBE_SHARE = 0.01  # of their time
-TRY_AFTER, TRY_AFTER_MOST = 256, 8192  # rounds in which an arm was not run
-SURPRISE = 1.5  # times what a trial was expected to cost
-LEARN_EVERY = 16  # rounds: correcting sure costs in each would take as long as routing does
-HOPELESS = 0.1  # trust; of rows that no drafter knows this much of, no score changes the plan
-MOST_PREMIUM = 1.3  # what the router may be believed to make of the time of the best single choice
-_MEMORY = 0.1  # weight of the newest round in the running means
-_CONTEXT_STEP = 64  # tokens; contexts that differ by less cost the same
+PROBE_AFTER, PROBE_EVERY = 8, 56  # minimum and maximum of rounds without drafts between probes
+PROBE_SHARE = 0.01  # a probe's share of the time between probes, which sets their interval
+TRY_AFTER, TRY_AFTER_MOST = 256, 8192  # rounds since an arm was run
+SURPRISE = 1.5  # factor between actual and expected cost of a trial
+LEARN_EVERY = 16  # rounds; correcting sure costs in every round would take as long as routing
+HOPELESS = 0.1  # trust; with less in every drafter, no score changes the plan
+MOST_PREMIUM = 1.3  # maximum factor of the router's throughput over the best single arm's
+_MEMORY = 0.1  # weight of the latest round in the running means
+_CONTEXT_STEP = 64  # tokens; resolution of contexts in `CostAwareRouter.times`
 
 
 class Pending(NamedTuple):
-    """A probe whose outcome is not known yet."""
+    """A probe without a result yet."""
 
     drafter: str
-    drafts: Sequence[int]  # those that the target has not spoken about
+    drafts: Sequence[int]  # not yet compared with the target's tokens
     length: int  # committed positions when the next round begins
     accepted: int  # so far
     routed: Row
 
 
 class CostAwareRouter(Router):
-    """`score`: what `e3` is expected to accept more than `df`. `costs` and `yields` are corrected by every round."""
+    """Decides by `score`, the expected gain of `e3` over `df`. Updates `costs` and `yields` after rounds."""
 
     def __init__(self, score: Score, costs: RoundCosts, yields: Yields):
         self.score = score
         self.share = PriorShare()
         self.costs = costs
         self.yields = yields
-        # Running means over rounds, a row: tokens, and what the best single choice would have made of the same time.
+        # Running means per row over rounds: tokens, and tokens that the best single arm would yield in the same time.
         self.tokens, self.par = 1.0, 1.0
         self.routed: list[Row] = []  # of the round in flight
-        self.hopeless: HostRows | None = None  # what the next round has if nothing changes but the rows' lengths
+        self.hopeless: HostRows | None = None  # rows of the next round, if only their lengths change
         self.rounds = 0
         self.without_drafts = 0  # rounds since the last probe
         self.probes = 0
         self.pending: dict[int, Pending] = {}  # by request slot
-        self.idle = dict.fromkeys((DF, E3, NONE), 0)  # rounds since an arm was run
+        self.idle = dict.fromkeys((DF, E3, NONE), 0)  # rounds since the arm was run
         self.patience = dict.fromkeys(self.idle, TRY_AFTER)
-        self.trial: str | None = None  # the arm that the round in flight tries
+        self.trial: str | None = None  # arm under trial in the round in flight
         self.next_trial: str | None = None
-        self.known: dict[tuple[int, int, int], tuple[list[float], float]] = {}  # see `times`; until costs are corrected
+        self.known: dict[
+            tuple[int, int, int], tuple[list[float], float]
+        ] = {}  # cache of `times`, cleared when costs change
 
     def route(self, rows: HostRows) -> Plan:
         drafted = rows.may_draft()
@@ -87,8 +89,9 @@ class CostAwareRouter(Router):
         return nothing if self.trial == NONE else where_allowed(rows, [self.trial] * len(rows.slots))
 
     def plan_by_score(self, rows: HostRows, drafted: Sequence[int]) -> Plan:
+        """The best plan for the draftable rows `drafted`, given scores and priors."""
         scores, learned, asked = self.score.read(rows.slots), learned_priors(rows), asked_priors(rows)
-        # A wish is no evidence: nothing is learned from it.
+        # Requested priors affect the plan, but nothing is learned from them.
         self.routed = self.yields.expect(rows, added(scores, learned), asked)
         plan = self.best_plan(rows, self.routed, drafted)
         if learned is not None:
@@ -96,13 +99,14 @@ class CostAwareRouter(Router):
         return plan
 
     def arm_to_try(self) -> str | None:
+        """The arm to try in this round, if a trial is due."""
         if self.next_trial is not None:
             arm, self.next_trial = self.next_trial, None
             return arm
         return next((arm for arm, rounds in self.idle.items() if rounds >= self.patience[arm]), None)
 
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
-        """While nothing is drafted: one row, and the drafter whose turn it is."""
+        """A probe, if one is due in rounds without drafts. Rows and drafters take turns."""
         if any(plan):
             self.without_drafts = 0
             return None
@@ -118,12 +122,13 @@ class CostAwareRouter(Router):
         return Probe(drafter, free[self.probes % len(free)])
 
     def probe_interval(self, drafter: str, rows: HostRows) -> float:
+        """Rounds between probes, such that they take `PROBE_SHARE` of the time; at most `PROBE_EVERY`."""
         num_rows, context = len(rows.slots), mean(rows.prefix_lens)
         draft_ms = self.costs.draft[drafter].at(1, context) * self.costs.speed
         return min(PROBE_EVERY, draft_ms / (PROBE_SHARE * self.costs.round_ms({}, num_rows, context)))
 
     def best_plan(self, rows: HostRows, expected: Sequence[Row], drafted: Sequence[int]) -> Plan:
-        """Who drafts for the rows `drafted`, given what is expected of each; nobody where that does not pay."""
+        """The best plan for the rows `drafted`, given `expected` yields [rows]; all None if drafting does not pay."""
         ranked = sorted(drafted, key=lambda row: expected[row].tokens[E3] - expected[row].tokens[DF], reverse=True)
         nothing: Plan = [None] * len(expected)
         if not ranked:
@@ -136,8 +141,9 @@ class CostAwareRouter(Router):
     def best_split(
         self, ranked: Sequence[Mapping[str, float]], everyone: Sequence[Row], context: float
     ) -> tuple[int, bool]:
-        """How many of the `ranked` rows go to `e3`, the others to `df`; and whether that is worth more than a round
-        without drafts. Of all the rows, those beyond `ranked` may not be drafted for.
+        """The best number of leading `ranked` rows for `e3`, with `df` for the others, and whether it pays off.
+
+        `ranked`: expected tokens by drafter, of the draftable rows. `everyone`: all rows of the batch.
         """
         num_rows = len(everyone)
         times, without = self.times(len(ranked), num_rows, context)
@@ -149,12 +155,13 @@ class CostAwareRouter(Router):
         return best, worths[best] >= num_rows - rate * without
 
     def margin(self, rows: HostRows) -> float:
+        """The extra time of `e3` per row, in tokens at the current rate."""
         n, context = len(rows.slots), mean(rows.prefix_lens)
         chained, drafted = (self.costs.round_ms({name: n}, n, context) for name in (E3, DF))
         return self.rate(self.routed, context) * (chained - drafted) / n
 
     def times(self, drafted: int, num_rows: int, context: float) -> tuple[list[float], float]:
-        """Milliseconds of rounds with 0, 1, .. `drafted` rows at `e3`, the others at `df`; and of one without."""
+        """Milliseconds of rounds with 0, 1, .. `drafted` rows at `e3` and the others at `df`, and without drafts."""
         step = int(context) // _CONTEXT_STEP
         key = (drafted, num_rows, step)
         if key not in self.known:
@@ -165,12 +172,14 @@ class CostAwareRouter(Router):
         return self.known[key]
 
     def rate(self, rows: Sequence[Row], context: float) -> float:
-        """Tokens that a millisecond yields: what the best single choice would make of it, and how much more than that
-        this router has made. The first follows rows, context and text at once, the second is learned from rounds."""
+        """Tokens per millisecond: the best single arm's, times this router's measured premium over it.
+
+        The former follows rows, context and text at once. The latter is a running mean over rounds.
+        """
         return min(MOST_PREMIUM, max(1.0, self.tokens / self.par)) * self.best_single(rows, context)
 
     def best_single(self, rows: Sequence[Row], context: float) -> float:
-        """Tokens per millisecond of the best of three: all rows to `df`, all to `e3`, no drafts."""
+        """Tokens per millisecond of the best single arm: all rows to `df`, all to `e3`, or no drafts."""
         num_rows = len(rows)
         times, without = self.times(num_rows, num_rows, context)
         usual = self.yields.usual(rows)
@@ -200,6 +209,7 @@ class CostAwareRouter(Router):
         self.hopeless = rows._replace(prefix_lens=lens) if unknown else None
 
     def learn_costs(self, rows: HostRows, result: RoundResult, committed: Sequence[int], ms: float) -> None:
+        """Correct the costs and the premium by a round, and judge its trial."""
         num_rows, context = len(committed), mean(rows.prefix_lens)
         counts = Counter(name for name in result.plan if name is not None)
         for arm in self.idle:
@@ -218,7 +228,7 @@ class CostAwareRouter(Router):
             self.judge_trial(trial, off_by, sum(committed) - num_rows, self.extra_tokens(trial, num_rows, context))
 
     def judge_trial(self, arm: str, off_by: float, gained: int, needed: float) -> None:
-        """Try again at once where a trial's cost was a surprise or its drafts paid, which the next plan may not see."""
+        """Repeat a trial at once if its cost was a surprise, or if it paid off and no plan would expect that."""
         pays_unseen = arm != NONE and gained > needed and self.is_underrated(arm)
         if pays_unseen or max(off_by, 1 / off_by) > SURPRISE:
             self.next_trial = arm
@@ -226,18 +236,18 @@ class CostAwareRouter(Router):
             self.patience[arm] = min(2 * self.patience[arm], TRY_AFTER_MOST)
 
     def is_underrated(self, arm: str) -> bool:
-        """Whether so little is expected of all rows in flight that no plan would draft for them."""
+        """Whether the expected yield of every row in flight is too low for any plan to draft."""
         return all(row.tokens[arm] < self.yields.lengths[arm] / 2 for row in self.routed)
 
     def extra_tokens(self, arm: str, num_rows: int, context: float) -> float:
-        """What a round of `arm` must yield more than one without drafts, over its rows, to be worth its time."""
+        """Tokens that a round of `arm` must yield over one without drafts, summed over rows, to break even."""
         if arm == NONE:
             return 0.0
         without = self.costs.round_ms({}, num_rows, context)
         return num_rows * (self.costs.round_ms({arm: num_rows}, num_rows, context) / without - 1)
 
     def resolve(self, rows: HostRows, result: RoundResult) -> None:
-        """Follow probes by what was committed, and begin the one of this round."""
+        """Compare pending probes with the committed tokens, and begin this round's probe."""
         number = {slot: row for row, slot in enumerate(rows.slots)}
         for slot, pending in list(self.pending.items()):
             row = number.get(slot)
@@ -250,11 +260,11 @@ class CostAwareRouter(Router):
             self.follow(rows, row, start, result.committed[row])
 
     def follow(self, rows: HostRows, row: int, pending: Pending, tokens: Sequence[int]) -> None:
-        """Compare a probe's drafts with the tokens that were committed in their place."""
+        """Compare a probe's drafts with the committed `tokens` at their positions."""
         slot, length = rows.slots[row], rows.prefix_lens[row]
         self.pending.pop(slot, None)
         if pending.length != length:
-            return  # the slot's next request
+            return  # a new request in this slot
         agreed = common_prefix(pending.drafts, tokens)
         accepted = pending.accepted + agreed
         left = pending.drafts[agreed:]
@@ -262,14 +272,14 @@ class CostAwareRouter(Router):
             self.pending[slot] = pending._replace(drafts=left, length=length + agreed, accepted=accepted)
             if accepted <= self.extra_tokens(pending.drafter, 1, length):
                 return
-            # It has paid already, and what more it would have yielded shows sooner in a trial.
+            # It has paid off already. A trial shows the rest sooner.
             del self.pending[slot]
             self.next_trial = pending.drafter
         self.yields.count(rows, row, pending.routed, pending.drafter, accepted)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of leading elements in which both agree."""
+    """Length of the common prefix."""
     count = 0
     for x, y in zip(a, b, strict=False):
         if x != y:
@@ -279,7 +289,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def running(mean_so_far: float, value: float) -> float:
-    """An exponential running mean, one value on."""
+    """Update an exponential running mean."""
     return mean_so_far + _MEMORY * (value - mean_so_far)
 
 

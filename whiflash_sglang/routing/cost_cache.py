@@ -1,8 +1,8 @@
-"""Round costs that an earlier start measured on a quiet machine, for starts where measuring is disturbed.
+"""Cache of round costs from an earlier startup on a quiet machine, for startups with disturbed measurements.
 
-One JSON file for each combination of machine, versions, models and flags that decide about costs, in
-`$XDG_CACHE_HOME/whiflash/round-costs` (by default `~/.cache`). It is a cache: a file that cannot be read or written is
-a line in the log.
+One JSON file per combination of machine, versions, models and flags that affect costs, in
+`$XDG_CACHE_HOME/whiflash/round-costs` (by default `~/.cache`). A file that cannot be read or written only logs a
+warning.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ logger = logging.getLogger(__name__)
 
 
 def machine() -> dict[str, Any]:
-    """What round costs depend on besides models and flags."""
+    """The properties of machine and software that round costs depend on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_model()
     versions = {name: importlib.metadata.version(name) for name in ("whiflash-sglang", "sglang", "torch")}
     return {"device": device, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), **versions}
 
 
 def cache_file(key: Mapping[str, Any]) -> Path:
-    """Where the table of servers with this `key`, plain data, is kept."""
+    """The cache file of servers with this `key`, JSON data."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whiflash" / "round-costs"
     return folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
 
 
 def load_table(file: Path) -> Table | None:
-    """The table in `file`, or None where there is none that can be used."""
+    """The table in `file`; None if it is missing or invalid."""
     try:
         table = json.loads(file.read_text())["round_ms"]
         if not is_table(table):
@@ -52,7 +52,7 @@ def load_table(file: Path) -> Table | None:
 
 
 def save_table(file: Path, table: Table, key: Mapping[str, Any]) -> None:
-    """Write the table, whole or not at all."""
+    """Write the table atomically."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         written = file.with_suffix(f".{os.getpid()}")

@@ -1,22 +1,22 @@
-"""What a round costs: milliseconds by part, batch size and context length.
+"""Round costs: milliseconds by part of the round, batch size and context length.
 
-A round is made of its drafts and of the rest (route, catch-up, verify, accept, commit). The rest depends on the verify
-width, and so on the widest drafter of the round; `none` is a round without drafts, of width 1:
+A round consists of its drafts and the rest (route, catch-up, verify, accept, commit). The rest depends on the verify
+width, and so on the widest drafter of the round. `none` is a round without drafts, of width 1:
 
     round_ms({"df": 3, "e3": 1}, num_rows=4, context=900) = draft["df"](3) + draft["e3"](1) + rest["df"](4)
 
-Both are measured at start at a few batch sizes and contexts (`measure`), with lines between these places and beyond.
-While serving, every round corrects the cells that it touched (`observe`), each by how unsure it is: a cell that serving
-has never seen moves at once, one that was confirmed often moves slowly. The machine gets slower and faster as a whole,
-so a deviation of sure cells mostly counts for all of them (`speed`). It is a Kalman filter whose state is the table and
-the speed. So a table of nonsense is right again after a few rounds of each kind.
+Both are measured at startup at a few batch sizes and contexts (`measure`), with linear interpolation and extrapolation.
+While serving, rounds correct the cells that they touch (`observe`) in proportion to each cell's variance. A cell that
+serving has not seen moves at once; a cell that was confirmed often moves slowly. The machine's speed varies as a whole,
+so a deviation of sure cells mostly changes a common factor (`speed`). This is a Kalman filter whose state is the table
+and the speed. It recovers from a wrong table within a few rounds of each kind.
 
-One fact bounds what a cell may say. Time never falls with rows, width or context, and grows at most in proportion:
+Cells bound each other. Time never decreases with rows, width or context, and grows at most in proportion:
 
     v[i] <= v[j] * product over the three of max(1, i / j)          for all cells i, j of one part
 
-A pause of the machine only adds to a measurement, so at start every cell is lowered to what the others allow. While
-serving, cells that were not seen yet are kept within what the confirmed ones allow.
+A pause of the machine only increases a measurement, so at startup every cell is lowered to the bound from the others.
+While serving, unsure cells are kept within the bounds from sure ones.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from typing import NamedTuple
 NONE = "none"
 
 BATCH_SIZES = (1, 4, 16, 64)
-CONTEXTS = (256, 1024, 4096)  # attention takes time in proportion to the context, once it leaves the caches
-MAX_PASSES = 5  # over the whole table when it is measured
-BUDGET_S = 6.0  # of measured rounds; what is around them takes about half as long again
+CONTEXTS = (256, 1024, 4096)  # attention time is linear in the context once KV exceeds the caches
+MAX_PASSES = 5  # over the whole table at startup
+BUDGET_S = 6.0  # seconds of measured rounds; the overhead adds about half as much
 
-SURE = 3.0  # rounds that confirm a cell
-_MAX_SEEN = 20.0  # older rounds count no more
-_NOISE = 0.3  # of a round's time, from one round to the next
-_SPEED = 0.3  # by which the machine's speed may change meanwhile
-_OUTLIER = 1.2  # a larger deviation is a pause where cells are sure, and counts as one of this factor
-_DISTURBED = 1.3  # quickest and second quickest run of a cell differ by more
-WRONG = 2.0  # serving found a cell to be off by more
+SURE = 3.0  # rounds seen, from which a cell is sure
+_MAX_SEEN = 20.0  # rounds; bounds a cell's certainty
+_NOISE = 0.3  # standard deviation of a round's time, relative
+_SPEED = 0.3  # standard deviation of the machine's speed between rounds, relative
+_OUTLIER = 1.2  # factor; larger deviations of sure cells are clipped to it, as pauses
+_DISTURBED = 1.3  # factor between the two fastest runs of a cell, above which measurements are disturbed
+WRONG = 2.0  # factor between a round and unsure cells, above which the cells were wrong
 
 
 class Cell:
-    """One place of the table: milliseconds, and how many rounds of serving confirm them."""
+    """One entry of the table: milliseconds, and the number of served rounds that confirm it."""
 
     __slots__ = ("ms", "seen")
 
@@ -63,15 +63,17 @@ class Grid:
         self.cells = [[Cell() for _ in self.batch_sizes] for _ in self.contexts]
 
     def cell(self, num_rows: int, context: int) -> Cell:
+        """The cell of a batch size and context of the table."""
         return self.cells[self.contexts.index(context)][self.batch_sizes.index(num_rows)]
 
     def at(self, num_rows: int, context: float) -> float:
+        """Milliseconds, interpolated or extrapolated."""
         column = _first_at_or_above(self.batch_sizes, num_rows)
         by_context = [on_line(self.batch_sizes, [cell.ms for cell in cells], num_rows, column) for cells in self.cells]
         return on_line(self.contexts, by_context, context, _first_at_or_above(self.contexts, context))
 
     def around(self, num_rows: int, context: float) -> Iterator[tuple[Cell, float]]:
-        """The cells that `at` reads between, each with its weight; beyond the table the last ones."""
+        """The cells that `at` interpolates between, with their weights; the outermost ones beyond the table."""
         for row, down in _weights(self.contexts, context):
             for column, across in _weights(self.batch_sizes, num_rows):
                 yield self.cells[row][column], down * across
@@ -84,9 +86,9 @@ class Grid:
 
 
 class RoundCosts:
-    """`widths`: verify width by drafter. Cells are zero until `set_round` or `measure` has filled them.
+    """The cost table. `widths`: verify width by drafter. Cells are zero until `set_round` or `measure` fills them.
 
-    Written by `observe` while serving; `disturbed` says why the start could not measure them, or is None.
+    `observe` updates it while serving. `disturbed` is the reason if startup could not measure it well, else None.
     """
 
     def __init__(self, widths: Mapping[str, int], batch_sizes: Sequence[int], contexts: Sequence[int]):
@@ -96,24 +98,24 @@ class RoundCosts:
         self.rest = {name: Grid(width, batch_sizes, contexts) for name, width in self.widths.items()}
         self.speed = 1.0
         self.disturbed: str | None = None
-        self.num_wrong = 0  # rounds that unsure cells were off by more than WRONG for
+        self.num_wrong = 0  # rounds for which unsure cells were off by more than WRONG
 
     def set_round(self, name: str, num_rows: int, context: int, draft_ms: float, rest_ms: float) -> None:
-        """A measurement of rounds in which all of `num_rows` rows go to `name`; both must be places of the table."""
+        """Set the cells of a round with all `num_rows` rows at `name`. `num_rows` and `context` are the table's."""
         self.rest[name].cell(num_rows, context).ms = rest_ms
         if name != NONE:
             self.draft[name].cell(num_rows, context).ms = draft_ms
 
     def round_ms(self, counts: Mapping[str, int], num_rows: int, context: float) -> float:
-        """Expected wall time of a round of `num_rows` rows in which each drafter drafts for `counts` of them."""
+        """Expected wall time of a round of `num_rows` rows. `counts`: rows drafted for, by drafter."""
         return self.speed * sum(grid.at(rows, context) for grid, rows in self._parts(counts, num_rows))
 
     def observe(
         self, counts: Mapping[str, int], num_rows: int, context: float, ms: float, probed: Mapping[str, int] = {}
     ) -> float:
-        """Correct the table by a round that took `ms`. Returns ms over what the table expected.
+        """Correct the table by a round that took `ms`. Returns the ratio of `ms` to the expected time.
 
-        `probed`: rows that drafters drafted for without a place in the verify (`round.Probe`).
+        `probed`: rows drafted for but not verified, by drafter (`types.Probe`).
         """
         parts = [*self._parts(counts, num_rows), *((self.draft[name], rows) for name, rows in probed.items())]
         expected = sum(grid.at(rows, context) for grid, rows in parts)
@@ -123,7 +125,7 @@ class RoundCosts:
         is_sure = all(cell.seen >= SURE for cell, _ in touched)
         self.num_wrong += not is_sure and max(off_by, 1 / off_by) > WRONG
         seen_ms = expected * (bounded if is_sure else off_by)
-        # The variance of a cell falls with the rounds that confirm it. A tiny value is no surer than a plausible one.
+        # A cell's variance decreases with the rounds seen. A tiny value is not surer than a plausible one.
         variances = [weight * max(cell.ms, seen_ms / 4) ** 2 / (1 + cell.seen) for cell, weight in touched]
         of_speed = (_SPEED * seen_ms) ** 2
         total = (_NOISE * seen_ms) ** 2 + of_speed
@@ -132,18 +134,18 @@ class RoundCosts:
             cell.ms = max(cell.ms + (seen_ms - expected) * variance / total, seen_ms / 1000)
             cell.seen = min(cell.seen + weight, _MAX_SEEN)
         self.speed *= 1 + (bounded - 1) * of_speed / total
-        if any(cell.seen - weight < SURE <= cell.seen for cell, weight in touched):  # it bounds others from now on
+        if any(cell.seen - weight < SURE <= cell.seen for cell, weight in touched):  # a newly sure cell bounds others
             self._bound_unsure()
         return off_by
 
     def is_sure(self, counts: Mapping[str, int], num_rows: int, context: float) -> bool:
-        """Whether serving has confirmed what `round_ms` says of such a round."""
+        """Whether serving has confirmed all cells that `round_ms` uses for such a round."""
         return all(
             cell.seen >= SURE for grid, rows in self._parts(counts, num_rows) for cell, _ in grid.around(rows, context)
         )
 
     def tidy(self) -> float:
-        """Lower every cell to what the others allow; the largest factor by which one was lowered."""
+        """Lower every cell to the bound from the others. Returns the largest factor that a cell was lowered by."""
         most = 1.0
         for grids in self._families():
             places = [place for grid in grids for place in grid.places()]
@@ -156,17 +158,17 @@ class RoundCosts:
         return most
 
     def adopt(self, table: Table) -> None:
-        """Take the shape of `table`, of a quiet run, whose scale need not be this machine's."""
+        """Take the shape of `table`, measured on a quiet machine. The scale is from our own measurements."""
         every = itertools.product(self.widths, self.batch_sizes, self.contexts)
         factors = {place: _read(table, *place) / self._arm_ms(*place) for place in every}
-        scale = 1 / sorted(factors.values())[-1 - len(factors) // 4]  # a disturbed measurement only adds
+        scale = 1 / sorted(factors.values())[-1 - len(factors) // 4]  # disturbances only add time
         for (name, rows, context), factor in factors.items():
             for grids in (self.rest, self.draft):
                 if name in grids:
                     grids[name].cell(rows, context).ms *= scale * factor
 
     def snapshot(self) -> Table:
-        """Milliseconds of a round by drafter (`none`: without drafts), batch size and context."""
+        """Milliseconds of a round by drafter (`none`: no drafts), batch size and context."""
         return {
             name: {
                 str(rows): {str(context): round(self._arm_ms(name, rows, context), 4) for context in self.contexts}
@@ -176,7 +178,7 @@ class RoundCosts:
         }
 
     def health(self) -> dict[str, int]:
-        """What the totals show of the table: starts that could not measure it well, and rounds that found it wrong."""
+        """Counters for the totals: 1 if startup measured badly, and rounds for which unsure cells were wrong."""
         return {"disturbed": int(self.disturbed is not None), "wrong": self.num_wrong}
 
     def _arm_ms(self, name: str, num_rows: int, context: float) -> float:
@@ -204,11 +206,11 @@ class RoundCosts:
 
 
 Table = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""Milliseconds of a round by drafter, batch size and context, as `RoundCosts.snapshot` gives them."""
+"""Milliseconds of a round by drafter, batch size and context, as from `RoundCosts.snapshot`."""
 
 
 def is_table(value: object) -> bool:
-    """Whether `value`, from a file, is a table of positive numbers with a round without drafts in it."""
+    """Whether `value`, read from JSON, is a `Table` of positive numbers that includes `none`."""
     try:
         numbers = [
             (int(rows), int(context), ms)
@@ -223,7 +225,7 @@ def is_table(value: object) -> bool:
 
 
 def _growth(start: Sequence[int], end: Sequence[int]) -> float:
-    """The most by which time can grow from one place to another."""
+    """The maximum factor by which time can grow from one place to another."""
     return math.prod(max(1.0, b / a) for a, b in zip(start, end, strict=True))
 
 
@@ -233,7 +235,7 @@ def _first_at_or_above(knots: Sequence[int], x: float) -> int:
 
 
 def _weights(knots: Sequence[int], x: float) -> list[tuple[int, float]]:
-    """The knots around `x` by index, with their weights, which add up to 1."""
+    """Indices of the knots around `x` with interpolation weights, which sum to 1."""
     high = _first_at_or_above(knots, x)
     if x >= knots[high] or high == 0:
         return [(high, 1.0)]
@@ -242,10 +244,10 @@ def _weights(knots: Sequence[int], x: float) -> list[tuple[int, float]]:
 
 
 def on_line(knots: Sequence[int], values: Sequence[float], x: float, index: int) -> float:
-    """The value at `x` on the line through the knots around it; beyond them, on the line of the two nearest.
+    """Interpolate `values` [knots] at `x`, or extrapolate from the two nearest knots.
 
-    `index` is that of the first knot at or above `x`, or of the last one. Never below half of the smaller value: a line
-    through noisy values may point anywhere.
+    `index`: of the first knot at or above `x`, or the last one. The result is at least half of the smaller of the two
+    values, since extrapolation from noisy values is unreliable.
     """
     if knots[index] == x or len(knots) == 1:
         return values[index]
@@ -256,12 +258,12 @@ def on_line(knots: Sequence[int], values: Sequence[float], x: float, index: int)
 
 
 def places(limit: int, candidates: Sequence[int]) -> tuple[int, ...]:
-    """Those of the ascending `candidates` that are below `limit`, and `limit` itself."""
+    """The ascending `candidates` below `limit`, and `limit` itself."""
     return (*(value for value in candidates if value < limit), limit)
 
 
 def _read(table: Table, name: str, num_rows: int, context: float) -> float:
-    """A place of a table that may have been measured at other places than ours."""
+    """Interpolate a table that may have other batch sizes and contexts than ours."""
     by_rows = {int(rows): {int(at): ms for at, ms in row.items()} for rows, row in table[name].items()}
     batch_sizes, contexts = sorted(by_rows), sorted(next(iter(by_rows.values())))
     column, row = _first_at_or_above(batch_sizes, num_rows), _first_at_or_above(contexts, context)
@@ -270,22 +272,22 @@ def _read(table: Table, name: str, num_rows: int, context: float) -> float:
 
 
 class Measured(NamedTuple):
-    """How a measurement went."""
+    """Statistics of a measurement of the table."""
 
-    seconds: float  # of the rounds that were run
-    passes: int  # whole ones, over all places
-    lowered: float  # the largest factor by which a cell was lowered to what the others allow
-    scatter: float  # second quickest over quickest run of a cell, the median over cells
+    seconds: float  # total of the rounds
+    passes: int  # complete ones over the table
+    lowered: float  # largest factor that a cell was lowered by (`RoundCosts.tidy`)
+    scatter: float  # second fastest over fastest run of a cell, median over cells
 
     @property
     def disturbed(self) -> str | None:
-        """What makes the figures doubtful, or None."""
+        """Why the measurement is unreliable, or None."""
         if self.passes < 2:
             return f"the machine was too slow for two passes in {BUDGET_S:g} s of rounds"
         if self.scatter > _DISTURBED:
             return f"runs of the same round differed by a factor of {self.scatter:.2f}"
         if self.lowered > WRONG:
-            return f"a round took {self.lowered:.1f} times what the others allow"
+            return f"a round took {self.lowered:.1f} times the maximum consistent with the others"
         return None
 
 
@@ -294,17 +296,17 @@ def measure(
     run: Callable[[str, int, int], tuple[float, float]],
     progress: Callable[[float], None] = lambda share: None,
 ) -> Measured:
-    """Fill the table by `run(drafter or none, rows, context)`, which runs one round and returns the seconds that its
-    drafts took and those of all of it.
+    """Fill the table.
 
-    The whole table is gone through several times, so a pause of the machine meets different cells each time. A cell
-    takes its quickest run. Ends after `BUDGET_S` seconds of rounds. `progress` is told which share is done.
+    `run(drafter or none, rows, context)` runs one round and returns seconds of drafting and of the round. `progress` is
+    called with the share done. Makes several passes over the table, so a pause of the machine affects different cells
+    in each, and keeps each cell's fastest run. Stops after `BUDGET_S` seconds of rounds.
     """
     every = [(name, rows, at) for at in costs.contexts for rows in costs.batch_sizes for name in costs.widths]
     runs: dict[tuple[str, int, int], list[tuple[float, float]]] = {place: [] for place in every}
-    # In seconds of rounds, not of the clock: ranks agree about the former (`Ranks.first`), and so on when to end.
+    # Seconds of rounds, not wall time: ranks agree on them (`Ranks.first`), and so on when to stop.
     spent, passes = 0.0, 0
-    run(*every[0])  # the first one of all also allocates
+    run(*every[0])  # warm-up: the first run also allocates
     for _ in range(MAX_PASSES):
         for done, place in enumerate(every):
             if spent > BUDGET_S:

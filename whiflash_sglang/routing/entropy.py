@@ -1,8 +1,8 @@
-"""`entropy`: WhiFlash's first policy (arXiv 2606.07710).
+"""Router `entropy`: the entropy policy of WhiFlash (arXiv 2606.07710).
 
-H is the entropy, in nats, of the target's distribution at the last verified position, the one that the anchor was
-chosen from. High H: the text is open, and the autoregressive drafter `e3` is the better one; low H: the block drafter
-`df` is. By how many tokens is what calibration finds out (`calibration.py`), as a step function of H.
+H is the entropy, in nats, of the target's distribution at the last verified position, from which the anchor was chosen.
+At high H, the autoregressive drafter `e3` is better. At low H, the block drafter `df` is. The calibration
+(`calibration.py`) has the gain in tokens as a step function of H.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class EntropyScore(Score):
 
 
 class EntropyGain(EntropyScore):
-    """What `e3` is expected to gain over `df` at each request's H, in tokens of acceptance length.
+    """Expected gain of `e3` over `df` at each request's H, in tokens of acceptance length.
 
-    `gains` [k + 1] are those below, between and above the ascending `edges` [k], in nats.
+    `gains` [k + 1] are the gains below, between and above the ascending `edges` [k], in nats.
     """
 
     in_tokens = True
 
     def __init__(self, num_slots: int, edges: Sequence[float], gains: Sequence[float]):
         super().__init__(num_slots)
-        self.edges: list[float] = torch.tensor(edges, dtype=torch.float32).tolist()  # as exact as H is
+        self.edges: list[float] = torch.tensor(edges, dtype=torch.float32).tolist()  # the precision of H
         self.gains = tuple(gains)
 
     def read(self, slots: Sequence[int]) -> list[float]:
@@ -48,7 +48,7 @@ class EntropyGain(EntropyScore):
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of softmax(logits) over the last dimension; float32 [...]."""
+    """Entropy in nats of softmax(logits); `logits` [..., vocab], result [...] float32."""
     probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-    total: torch.Tensor = torch.special.entr(probabilities).sum(dim=-1)  # entr(0) = 0: a masked token adds nothing
+    total: torch.Tensor = torch.special.entr(probabilities).sum(dim=-1)  # entr(0) = 0: masked tokens add nothing
     return total

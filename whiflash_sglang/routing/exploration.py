@@ -1,6 +1,6 @@
-"""Priors in the routers' hands: what to add to scores, how often that decides, and the trials that teach it.
+"""How routers use priors: adding them to scores, counting how often they decide, and the trials they are learned from.
 
-The biases themselves are in `whiflash_sglang/routing/priors.py`; each request carries its own in its `Standing`.
+The biases themselves are in `routing/priors.py`. Each request's bias is in its `Standing`.
 """
 
 from __future__ import annotations
@@ -18,33 +18,35 @@ from whiflash_sglang.core.types import HostRows, Plan, Probe, RoundResult, Stand
 from whiflash_sglang.routing.priors import Place, Priors
 from whiflash_sglang.routing.score import Score
 
-LOOK_EVERY = 16  # rounds: planning each of them twice, to see what priors change, would cost as much as routing does
-TRY_EVERY = 64  # requests' rounds, of which one is a trial, where nothing is known
-HALF_KNOWN = 256  # rounds seen at a place by which its trials have become half as frequent
+LOOK_EVERY = 16  # rounds; planning every round twice, with and without priors, would double the cost of routing
+TRY_EVERY = 64  # rows per trial at a place without evidence
+HALF_KNOWN = 256  # rounds seen at a place that halve the frequency of its trials
 
 
 def learned_priors(rows: HostRows) -> list[float] | None:
-    """What is known to be missing in the requests' scores, in tokens [rows]; None where nothing is."""
+    """Learned priors in tokens [rows]; None if all are zero."""
     values = [standing.prior for standing in rows.standings or ()]
     return values if any(values) else None
 
 
 def asked_priors(rows: HostRows) -> list[float] | None:
-    """What requests ask to be added to their scores, in tokens [rows]; None where none does."""
+    """Requested priors in tokens [rows]; None if all are zero."""
     values = [standing.asked_prior for standing in rows.standings or ()]
     return values if any(values) else None
 
 
 def added(scores: list[float], more: list[float] | None) -> list[float]:
+    """The elementwise sum; `more` None counts as zeros."""
     return scores if more is None else [score + some for score, some in zip(scores, more, strict=True)]
 
 
 def place_of(standing: Standing) -> Place:
+    """The place of priors for a request."""
     return Place(standing.context_kind, standing.span, standing.tool)
 
 
 class PriorShare:
-    """Of the requests' rounds that were looked at, those in which the prior decided who drafts."""
+    """Counts how often the prior changes a row's drafter, in a sample of rounds."""
 
     def __init__(self) -> None:
         self.rounds = 0
@@ -52,7 +54,7 @@ class PriorShare:
         self.decided: Counter[tuple[str, str]] = Counter()
 
     def look(self, rows: HostRows, plan: Plan, without: Callable[[], Plan]) -> None:
-        """Compare a round's plan, now and then, with what it would have been `without` priors."""
+        """Compare `plan` with the plan `without` priors, in every `LOOK_EVERY`-th round."""
         self.rounds += 1
         if self.rounds % LOOK_EVERY or not rows.standings:
             return
@@ -63,7 +65,7 @@ class PriorShare:
             self.decided[key] += plan[row] != other[row]
 
     def snapshot(self) -> dict[str, Any]:
-        """By context kind and span: rounds that were looked at, and decided by the prior."""
+        """By context kind and span: sampled rows, and those that the prior decided."""
         result: dict[str, Any] = {}
         for (kind, span), seen in self.seen.items():
             result.setdefault(kind, {})[span] = {"rounds": seen, "decided": self.decided[kind, span]}
@@ -71,13 +73,13 @@ class PriorShare:
 
 
 class ScoredRouter(Router, Protocol):
-    """A router that decides by a score in tokens."""
+    """A router that decides by a score."""
 
     score: Score
     share: PriorShare
 
     def margin(self, rows: HostRows) -> float:
-        """What `e3` must be expected to gain over `df`, in tokens, to be chosen for rows like these."""
+        """The expected gain over `df`, in tokens, above which `e3` is chosen for rows like these."""
         ...
 
     def signals(self, slots: Sequence[int]) -> dict[str, list[float]]:
@@ -86,20 +88,20 @@ class ScoredRouter(Router, Protocol):
 
 
 class TrialRouter(Router):
-    """Leaves the choice to `inner`, but now and then to a coin, for one request: what a drafter yields where it is
-    never chosen is seen in no other way. `usual_tokens`: what rounds yield, before anything is known.
+    """Routes with `inner`, except for occasional trials, in which one row gets a random drafter.
 
-    With one row in `TRY_EVERY` tried, every second of which goes where it would have gone anyway, a wrong drafter that
-    costs a third of a round costs a quarter of a percent. That is as much as priors may gain, so the more rounds have
-    been seen at a place, the rarer it is tried.
+    Without trials, the yield of a drafter that is never chosen would not be observed. `usual_tokens`: acceptance length
+    to assume before the first trial. With one row in `TRY_EVERY` under trial, half of them with the same drafter as
+    without, and a wrong drafter that costs a third of a round, trials cost 0.25%. That is as much as priors may gain,
+    so trials become rarer at a place as its evidence grows.
     """
 
     def __init__(self, inner: ScoredRouter, priors: Priors, usual_tokens: float):
         self.inner = inner
         self.priors = priors
         self.usual_tokens = usual_tokens
-        self.coin = random.Random(0)  # a server's ranks throw the same
-        self.due = 0  # requests' rounds since the last trial
+        self.coin = random.Random(0)  # all ranks of a server must draw the same
+        self.due = 0  # rows since the last trial
         self.trial: tuple[int, float, str] | None = None  # of the round in flight: row, score, drafter
 
     def route(self, rows: HostRows) -> Plan:
@@ -133,7 +135,7 @@ class TrialRouter(Router):
         if self.trial is None or rows.standings is None:
             return
         row, gain, drafter = self.trial
-        if result.plan[row] != drafter:  # it has been switched off
+        if result.plan[row] != drafter:  # the drafter was switched off
             return
         place = place_of(rows.standings[row])
         tokens = len(result.committed[row])

@@ -1,4 +1,4 @@
-"""`fixed:e3`, `fixed:df`: one drafter for every round. The baselines, and the router of a single drafter."""
+"""Routers `fixed:e3` and `fixed:df`: one drafter in every round. The default if only one drafter is loaded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from whiflash_sglang.core.types import HostRows, Plan
 
 
 class FixedRouter(Router):
+    """The drafter `name` for all draftable rows."""
+
     def __init__(self, name: str):
         self.name = name
 

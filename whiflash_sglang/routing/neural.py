@@ -1,8 +1,8 @@
-"""`neural`: WhiFlash's second policy (arXiv 2606.07710).
+"""Router `neural`: the neural policy of WhiFlash (arXiv 2606.07710).
 
-Two linear layers with a GELU between them read the target's final hidden state at the last verified position and say
-by how many tokens the acceptance length of one drafter of the pair exceeds the other's. Which one is the "positive"
-drafter is part of the router's own file (`artefact.py`).
+Two linear layers with a GELU in between take the target's final hidden state at the last verified position. They
+predict the gain in acceptance length of one drafter, the "positive" one, over the other, in tokens. The router's file
+names the positive drafter (`artefact.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from whiflash_sglang.routing.score import Score
 
 
 class Network(NamedTuple):
-    """Weights of hidden state [n, hidden] -> [n]: linear, GELU, linear."""
+    """Hidden states [n, hidden] -> gains [n] in tokens: linear, GELU, linear."""
 
     weight_in: torch.Tensor  # [width, hidden]
     bias_in: torch.Tensor  # [width]
@@ -30,15 +30,15 @@ class Network(NamedTuple):
         return F.linear(inner, self.weight_out, self.bias_out).squeeze(-1)
 
     def negated(self) -> Network:
-        """The network of the opposite difference."""
+        """The network that predicts the negated gain."""
         return self._replace(weight_out=-self.weight_out, bias_out=-self.bias_out)
 
 
 class Folded(NamedTuple):
-    """The same function in fewer operations, for the few rows of a round, where each costs as much as its arithmetic.
+    """The same function in fewer operations. For the few rows of a round, launches cost more than arithmetic.
 
-    With u = x / sqrt(2), GELU(x) = (u + u * erf(u)) / sqrt(2); both factors are put into the weights. (On a CPU torch's
-    own GELU takes longer to set up than all the rest.)
+    With u = x / sqrt(2), GELU(x) = (u + u * erf(u)) / sqrt(2). Both factors are folded into the weights. (On a CPU, the
+    setup of torch's GELU takes longer than everything else.)
     """
 
     weight_in: torch.Tensor  # [hidden, width]
@@ -61,7 +61,7 @@ class Folded(NamedTuple):
 
 
 class NeuralScore(Score):
-    """What `e3` is expected to accept more than `df`, in tokens; `network` has `e3` as its positive drafter."""
+    """Expected gain of `e3` over `df`, in tokens. The positive drafter of `network` is `e3`."""
 
     in_tokens = True
 

@@ -1,17 +1,18 @@
-"""Priors: what a router's score leaves out, by where a request stands.
+"""Priors: learned corrections of a router's score by context kind, span and tool.
 
-A place is a context kind, a span and, where it is known, the tool whose output the reply reacts to. Its bias, in tokens
-of acceptance length, is added to what the score expects EAGLE-3 (`e3`) to accept more than DFlash (`df`).
+A place is a context kind, a span and, if known, the tool whose output the reply reacts to. Its bias, in tokens of
+acceptance length, is added to the expected gain of EAGLE-3 (`e3`) over DFlash (`df`).
 
-    priors.bias(TOOL_OUTPUT, REASONING, "lookup_order")         what to add there
-    priors.learn(standing, gain, difference, margin)            a round was seen: its score, what `e3` really gained
+    priors.bias(TOOL_OUTPUT, REASONING, "lookup_order")         the bias there
+    priors.add(place, gain, difference)                         a round: expected and actual gain of `e3`
+    priors.settle(margin)                                       choose the biases
 
-A router sends a row to `e3` where gain + bias exceeds a margin. Of all biases a place gets the one with which the
-rounds that were seen there would have been worth most, and none where that is not more than chance: a score that is
-right keeps the last word. Of biases that are worth the same it is the middle one. The mean of what the score was off
-by is not that bias: a score may be off where the choice is clear anyway, and right where it is close.
+A router chooses `e3` if gain + bias exceeds a margin. The bias of a place is the one that maximizes the worth of the
+rounds seen there. It is zero unless that is significantly better, so a score that is right keeps deciding. Among equal
+biases, the middle one is taken. This is not the mean error of the score: a score may be wrong where the choice is clear
+anyway, and right where it is close.
 
-The file, which `calibrate --priors` writes, `--whiflash-priors` reads and `GET /whiflash/priors` shows:
+The file format, written by `calibrate --priors`, read by `--whiflash-priors` and returned by `GET /whiflash/priors`:
 
     {"format": "whiflash-priors", "format_version": 1, "models": {identity.py},
      "scores": {"entropy": [{"context_kind": "tool_output", "span": "answer", "tool": null, "bias": 0.5,
@@ -19,7 +20,7 @@ The file, which `calibrate --priors` writes, `--whiflash-priors` reads and `GET 
                              "seen": [[rounds, mean gain, mean difference, mean square of it], ...]}, ...],
                 "neural": ...}}
 
-Bounded: at most `MAX_TOOLS` tools, a few dozen numbers a place, biases within `MAX_BIAS`. Standard library only.
+Memory is bounded: at most `MAX_TOOLS` tools and a few dozen numbers per place. Biases are within `MAX_BIAS`.
 """
 
 from __future__ import annotations
@@ -39,30 +40,34 @@ from whiflash_sglang.startup.config import FLAG_PRIORS, FLAG_ROUTER
 
 FORMAT, FORMAT_VERSION = "whiflash-priors", 1
 MAX_BIAS = 3.0  # tokens
-MAX_TOOLS = 64  # of which places of their own are kept; rounds of others count for all tools together
-MAX_ROUNDS = 4096  # of a place: beyond them what was seen before counts half
-STEP = 0.25  # tokens: between biases that are tried, and of gains that are seen as one
-MIN_ROUNDS = 8  # that a bias must decide otherwise
-SURE = 2.0  # standard errors by which it must be better
+MAX_TOOLS = 64  # tools with places of their own; other tools share the place of any tool
+MAX_ROUNDS = 4096  # per place; beyond them, older evidence is halved
+STEP = 0.25  # tokens; resolution of biases and of gains
+MIN_ROUNDS = 8  # rounds that a bias must decide differently
+SURE = 2.0  # standard errors by which a bias must be better
 
 
 class Place(NamedTuple):
+    """The key of a bias."""
+
     context_kind: str
     span: str
-    tool: str | None  # None: whatever the tool
+    tool: str | None  # None: any tool
 
     def of_any_tool(self) -> Place:
+        """The same place, for any tool."""
         return self._replace(tool=None)
 
 
 class Seen:
-    """Rounds whose scores were alike."""
+    """Sums over rounds with similar scores. `difference` is the actual gain of `e3`, `square` its square."""
 
     def __init__(self, rounds: float = 0.0, gain: float = 0.0, difference: float = 0.0, square: float = 0.0):
         self.rounds = rounds
         self.gain, self.difference, self.square = gain * rounds, difference * rounds, square * rounds  # sums
 
     def fade(self) -> None:
+        """Halve the weight of these rounds."""
         self.rounds, self.gain, self.difference, self.square = (
             value / 2 for value in (self.rounds, self.gain, self.difference, self.square)
         )
@@ -72,11 +77,12 @@ class Seen:
         return self.gain / self.rounds
 
     def worth(self, margin: float) -> tuple[float, float]:
-        """What sending these rounds to `e3` is worth over `df`, in tokens, and the square of its standard error."""
+        """Worth of choosing `e3` over `df` for these rounds, in tokens, and its squared standard error."""
         squares = self.square - 2 * margin * self.difference + self.rounds * margin * margin
         return self.difference - self.rounds * margin, squares
 
     def means(self) -> list[float]:
+        """Rounds, mean gain, mean difference and mean square, as in the file."""
         return [
             round(self.rounds, 2),
             *(round(value / self.rounds, 4) for value in (self.gain, self.difference, self.square)),
@@ -84,14 +90,14 @@ class Seen:
 
 
 class Evidence:
-    """What was seen at one place."""
+    """The rounds seen at one place, and its bias."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, Seen] = {}  # by gain, in steps
+        self.seen: dict[int, Seen] = {}  # by gain, in units of STEP
         self.rounds = 0.0
         self.bias = 0.0
         self.trials = 0
-        self.tokens = 0.0  # mean of the trials
+        self.tokens = 0.0  # mean acceptance length of the trials
 
     def add(self, gain: float, more: Seen) -> None:
         """Add rounds with gains around `gain`."""
@@ -110,14 +116,15 @@ class Evidence:
             self.rounds /= 2
 
     def count_trial(self, tokens: float) -> None:
+        """Count a trial that yielded `tokens`."""
         self.trials += 1
         self.tokens += (tokens - self.tokens) / self.trials
 
     def best_bias(self, margin: float, usual: float) -> float:
-        """The bias with which these rounds are worth most; `usual`, that of any tool, if no other is surely better.
+        """The bias with the highest worth of these rounds; `usual`, the any-tool bias, if none is significantly better.
 
-        Biases between which no seen round is decided otherwise are worth the same. Of such a range the middle is taken,
-        so that a score or a margin that has become a little different still decides as was best.
+        Biases are worth the same if no seen round is decided differently. The middle of such a range is the most robust
+        against small changes of score or margin.
         """
         tried = [STEP * step - MAX_BIAS for step in range(int(2 * MAX_BIAS / STEP) + 1)]
         parts = [(part.mean_gain, part.rounds, *part.worth(margin)) for part in self.seen.values()]
@@ -135,9 +142,9 @@ class Evidence:
 
 
 def _surely(parts: list[tuple[float, float, float, float]], before: float, after: float) -> float:
-    """What it is worth, but for chance, to send rounds to `e3` where their gain exceeds -after, no longer -before.
+    """Lower bound of the worth of choosing `e3` at gains above -after instead of -before.
 
-    `parts`: of rounds alike their gain, number, worth and its squared error. 0 where too few are decided otherwise.
+    `parts`: gain, rounds, worth and squared error of similar rounds. 0 if too few rounds are decided differently.
     """
     decided = worth = squares = 0.0
     for gain, rounds, gained, square in parts:
@@ -149,32 +156,33 @@ def _surely(parts: list[tuple[float, float, float, float]], before: float, after
 
 
 class Priors:
-    """The biases of one score, and what they were learned from."""
+    """The biases of one score, and the evidence for them."""
 
     def __init__(self) -> None:
         self.places: dict[Place, Evidence] = {}
 
     def bias(self, context_kind: str, span: str, tool: str | None) -> float:
+        """The bias in tokens; the any-tool bias for an unknown tool, 0 for an unknown place."""
         place = Place(context_kind, span, tool)
         known = self.places.get(place) or self.places.get(place.of_any_tool())
         return 0.0 if known is None else known.bias
 
     def rounds(self, place: Place) -> float:
-        """How many were seen at `place`; later ones count for more."""
+        """Rounds seen at `place`, with older ones faded."""
         known = self.places.get(place)
         return 0.0 if known is None else known.rounds
 
     def add(self, place: Place, gain: float, difference: float) -> None:
-        """A round was seen at `place`: its score, and by how much `e3` accepted more than `df`. See `settle`."""
+        """Add a round: its score `gain`, and the actual gain `difference`, both in tokens. See `settle`."""
         for evidence in self._evidence(place):
             evidence.add(gain, Seen(1.0, gain, difference, difference * difference))
 
     def add_trial(self, place: Place, gain: float, drafter: str, tokens: float, usual_tokens: float) -> None:
-        """A drafter that a coin chose has yielded `tokens`.
+        """Add a trial: a drafter chosen at random, with probability 1/2, yielded `tokens`.
 
-        What the other would have yielded is not known. But twice what this one yielded above any fixed number of
-        tokens, with its sign, is on average what `e3` gains over `df`, since either was as likely. The nearer that
-        number is to what rounds yield there, the less it scatters: `usual_tokens` at first, then the mean of trials.
+        The other drafter's yield is unknown. But for any constant c, +-2 * (tokens - c), positive for `e3`, is an
+        unbiased estimate of the gain of `e3` over `df`. Its variance is lower the closer c is to the usual yield. So c
+        is `usual_tokens` at first, then the mean of the trials.
         """
         own = self._evidence(place)[-1]
         expected = own.tokens if own.trials else usual_tokens
@@ -183,17 +191,17 @@ class Priors:
             evidence.count_trial(tokens)
 
     def settle(self, margin: float, changed: Place | None = None) -> None:
-        """Choose the biases of all places, or only of `changed` and of any tool there.
+        """Choose the biases of all places, or only of `changed` and its any-tool place.
 
-        The latter is for a server's rounds: other tools follow when they are seen themselves.
+        The latter is for serving: other tools are updated when they are seen.
         """
         places = self.places if changed is None else {changed.of_any_tool(), changed} & self.places.keys()
-        for place in sorted(places, key=lambda place: place.tool is not None):  # any tool's before each tool's
+        for place in sorted(places, key=lambda place: place.tool is not None):  # any-tool places first
             usual = 0.0 if place.tool is None else self.places[place.of_any_tool()].bias
             self.places[place].bias = self.places[place].best_bias(margin, usual)
 
     def _evidence(self, place: Place) -> list[Evidence]:
-        """Where a round at `place` counts: for any tool and, if there is room, for its own."""
+        """The evidence that a round at `place` counts for: of any tool and, if there is room, of its tool."""
         found = [self.places.setdefault(place.of_any_tool(), Evidence())]
         if place.tool is not None:
             if place not in self.places and place.tool not in self.tools and len(self.tools) >= MAX_TOOLS:
@@ -203,9 +211,11 @@ class Priors:
 
     @property
     def tools(self) -> set[str]:
+        """The tools with places of their own."""
         return {place.tool for place in self.places if place.tool is not None}
 
     def to_json(self) -> list[dict[str, Any]]:
+        """The places, as in the file."""
         return [
             {
                 **place._asdict(),
@@ -219,7 +229,7 @@ class Priors:
 
     @classmethod
     def from_json(cls, content: list[dict[str, Any]]) -> Priors:
-        """Raises KeyError, TypeError or ValueError where `content` is not what `to_json` gives."""
+        """The inverse of `to_json`. Raises KeyError, TypeError or ValueError on malformed content."""
         priors = cls()
         for entry in content:
             place = _place(entry)
@@ -243,7 +253,7 @@ class Priors:
 def _place(entry: Mapping[str, Any]) -> Place:
     place = Place(entry["context_kind"], entry["span"], entry["tool"])
     if place.context_kind not in CONTEXT_KINDS or place.span not in SPANS:
-        raise ValueError(f"no such place as {place.context_kind!r}, {place.span!r}")
+        raise ValueError(f"unknown place {place.context_kind!r}, {place.span!r}")
     if place.tool is not None and not (isinstance(place.tool, str) and 1 <= len(place.tool) <= MAX_TOOL_NAME):
         raise ValueError(f"`tool` must be null or a name of up to {MAX_TOOL_NAME} characters")
     return place
@@ -257,7 +267,7 @@ def _finite(value: Any) -> float:
 
 
 def document(scores: Mapping[str, Priors], identity: Identity, **about: Any) -> dict[str, Any]:
-    """The file's content."""
+    """The file's content. `scores`: priors by score."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -268,19 +278,19 @@ def document(scores: Mapping[str, Priors], identity: Identity, **about: Any) -> 
 
 
 def save_priors(file: Path, scores: Mapping[str, Priors], identity: Identity, **about: Any) -> None:
-    """Write the file; `about` is what a reader wants to know of it."""
+    """Write the file. `about`: more fields for the reader."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(document(scores, identity, **about), indent=1) + "\n")
 
 
 def load_priors(path: str, score: str, identity: Identity) -> Priors:
-    """Read those of one score, and check that the file is one of these models."""
-    mend = "learn them with `python -m whiflash_sglang.calibrate --priors FILE`, or use learned or none"
-    content = identity.read(FLAG_PRIORS, path, FORMAT, FORMAT_VERSION, mend)
+    """Read the priors of one score and check that they fit the models. Raises CheckpointError."""
+    fix = "create it with `python -m whiflash_sglang.calibrate --priors FILE`, or use learned or none"
+    content = identity.read(FLAG_PRIORS, path, FORMAT, FORMAT_VERSION, fix)
     scores = content.get("scores")
     if not isinstance(scores, dict) or score not in scores:
         known = ", ".join(scores) if isinstance(scores, dict) and scores else "no score"
-        mend = f"learn them with it too, or use {FLAG_ROUTER} with a score that the file has"
-        raise CheckpointError(FLAG_PRIORS, path, f"has priors for {known}, not for {score}", mend)
+        fix = f"create it again with this score, or change {FLAG_ROUTER}"
+        raise CheckpointError(FLAG_PRIORS, path, f"has priors for {known}, not for {score}", fix)
     with parsing(FLAG_PRIORS, path):
         return Priors.from_json(scores[score])

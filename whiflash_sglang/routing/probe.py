@@ -1,7 +1,7 @@
-"""Time rounds before there are any requests: what fills the cost table (`costs.py`) at start.
+"""Times rounds at startup, before any requests, to fill the cost table (`costs.py`).
 
-A round runs on rows that stand for nothing: KV slots that no request holds yet, whatever is in them. What it costs does
-not depend on the values. Afterwards nothing is left of it: slots are free, and a request begins with a prefill.
+Rounds run on dummy rows, whose KV slots are free and hold arbitrary values. The time of a round does not depend on the
+values. The rounds leave no state: the slots stay free, and a request begins with a prefill.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from whiflash_sglang.core.round import DecodeRound, Router
 from whiflash_sglang.core.types import HostRows, Plan, Rows
 from whiflash_sglang.routing.costs import NONE
 
-TYPICAL_ROUND = 4  # tokens of the round before, which a drafter that goes on has to ingest
+TYPICAL_ROUND = 4  # tokens of the previous round, which the drafter has to ingest
 
 
 class Everyone(Router):
-    """All rows to one drafter, or to none."""
+    """The same drafter for all rows, or none."""
 
     def __init__(self, name: str):
         self.name = name
@@ -28,9 +28,10 @@ class Everyone(Router):
 
 
 class RoundProbe:
-    """`make_rows(num_rows, context)` prepares the target for a round of such rows and returns them.
+    """Runs timed rounds of a DecodeRound.
 
-    `synchronize` waits until the device has done what it was given.
+    `make_rows(num_rows, context)` prepares the target for a round of such rows and returns them. `synchronize` waits
+    for the device.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class RoundProbe:
 
     @contextmanager
     def attached(self) -> Iterator[RoundProbe]:
-        """While this lasts the round's router and clock are the probe's."""
+        """Replace the round's router and clock by the probe's within the context."""
         router, timed = self.round.router, self.round.timed
         self.round.timed = self.timed
         try:
@@ -55,7 +56,7 @@ class RoundProbe:
             self.round.router, self.round.timed = router, timed
 
     def run(self, name: str, num_rows: int, context: int) -> tuple[float, float]:
-        """Seconds of the drafts, and of the whole round, with all rows given to drafter `name`, or to none."""
+        """Run a round with all rows given to drafter `name`, or none. Returns seconds of drafting and of the round."""
         rows = self.make_rows(num_rows, context)
         for drafter in self.round.drafters:
             self.round.backlog.settle(drafter, rows.host.slots, [context - TYPICAL_ROUND] * num_rows)
@@ -69,7 +70,7 @@ class RoundProbe:
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
-        """A clock for the one step that the table keeps apart."""
+        """Time the drafting, which the table keeps apart. Other steps are not timed."""
         if step != "draft":
             yield
             return

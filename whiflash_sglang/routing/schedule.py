@@ -1,4 +1,4 @@
-"""Policies that look at nothing: `alternate` (a switch every round, the worst case) and `random:SEED`."""
+"""Routers without a score, for tests and baselines: `alternate` (switches every round) and `random:SEED`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from whiflash_sglang.core.types import HostRows, Plan
 
 
 class AlternateRouter(Router):
-    """Each request goes through the drafters in turn, one a round."""
+    """Each request cycles through the drafters, one per round."""
 
     def __init__(self, names: Sequence[str], num_slots: int):
         self.names = tuple(names)
@@ -23,17 +23,18 @@ class AlternateRouter(Router):
 
 
 class RandomRouter(Router):
-    """A coin for each request and round: a hash of seed, request slot and length, so that a run can be repeated."""
+    """A random drafter per request and round, reproducible: a hash of seed, request slot and length."""
 
     def __init__(self, names: Sequence[str], seed: int):
         self.names = tuple(names)
-        self.salt = seed * 97 & 0xFFFFFFFF  # however long a number the seed is
+        self.salt = seed * 97 & 0xFFFFFFFF  # the seed may be any integer
 
     def route(self, rows: HostRows) -> Plan:
         coins = [self.coin(slot, length) for slot, length in zip(rows.slots, rows.prefix_lens, strict=True)]
         return where_allowed(rows, [self.names[coin % len(self.names)] for coin in coins])
 
     def coin(self, slot: int, length: int) -> int:
+        """The hash, 32 bits."""
         mixed = (length * 2654435761 + slot * 40503 + self.salt) & 0xFFFFFFFF
         mixed = ((mixed ^ (mixed >> 16)) * 73244475) & 0xFFFFFFFF
         return mixed ^ (mixed >> 16)

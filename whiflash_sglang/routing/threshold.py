@@ -1,4 +1,4 @@
-"""The plain policies of the paper: `e3` drafts where the score is above a threshold, else `df`."""
+"""The policies of the WhiFlash paper (arXiv 2606.07710): `e3` if the score is above a threshold, else `df`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from whiflash_sglang.routing.score import Score
 
 
 class ThresholdRouter(Router):
+    """Compares each row's score with `threshold`, in the score's unit. Priors are added to scores in tokens."""
+
     def __init__(self, score: Score, threshold: float):
         self.score = score
         self.threshold = threshold
@@ -30,12 +32,13 @@ class ThresholdRouter(Router):
         return plan
 
     def plan(self, rows: HostRows, scores: list[float], *priors: list[float] | None) -> Plan:
-        """Who drafts, with `priors` [rows] added to the scores [rows]."""
+        """The plan, with `priors` [rows] each added to `scores` [rows]."""
         for prior in priors:
             scores = added(scores, prior)
         return where_allowed(rows, ["e3" if score > self.threshold else "df" for score in scores])
 
     def margin(self, rows: HostRows) -> float:
+        """As `exploration.ScoredRouter.margin`."""
         return self.threshold
 
     def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -1,17 +1,17 @@
-"""What a drafter is expected to yield for a row: the score's expectation, corrected by what its rounds did yield.
+"""Expected acceptance length by row and drafter: the score, corrected by observed rounds.
 
-Two corrections, both in accepted drafts (acceptance length less the bonus token):
+There are two corrections, both in accepted drafts (acceptance length without the bonus token):
 
-level   what `df` accepts where the score says the same. A score says how far apart the drafters are, not how well both
-        do there. Learned slowly, and only from requests whose text has been found to be known to a drafter.
-trust   accepted over expected, by request and drafter. It is 1 on text like that of the calibration, and 0 on text that
-        no drafter knows. Learned within some ten rounds, as text changes from one request to the next. What requests at
-        its place (context kind and span) have come to counts for as much as a few rounds of the request's own.
+level   drafts that `df` accepts at a given score. A score only predicts the difference between the drafters. Learned
+        slowly, and only from requests with text that a drafter knows.
+trust   accepted over expected drafts, by request and drafter: 1 on text like the calibration's, 0 on text that no
+        drafter knows. Learned within about ten rounds, since text differs between requests. The mean of the request's
+        place (context kind and span) serves as a prior, worth a few rounds.
 
     expected acceptance length of `d` = 1 + trust of `d` * (level + gain of `d`)
 
-A round of one drafter tells something about the other, as text that is strange to one is usually strange to both: its
-evidence counts half for the others.
+Text that is unknown to one drafter is usually unknown to both. So a round of one drafter also counts for the other,
+with half the weight.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from typing import NamedTuple
 from whiflash_sglang.core.types import HostRows, Plan
 
 DF, E3 = "df", "e3"
-MOST = 2.0  # trust; a calibration may be too modest, but not by more
-KNOWN, KNOWN_ROUNDS = 0.75, 4  # trust, after so many drafts, from which a request's rounds count for levels
-_FAST, _SLOW = 0.15, 0.02  # weight of the newest round
-_SHARED = 8  # rounds of a request's own that its place counts for
-_FEW = 16  # rounds that what a level begins with counts for
-_STEP = 0.5  # tokens; gains that differ by less share a level
+MOST = 2.0  # maximum trust
+KNOWN, KNOWN_ROUNDS = 0.75, 4  # trust and drafted rounds, from which a request's rounds count for levels
+_FAST, _SLOW = 0.15, 0.02  # weight of the latest round
+_SHARED = 8  # weight of a place's trust, in rounds of the request
+_FEW = 16  # weight of a level's initial value, in rounds
+_STEP = 0.5  # tokens; resolution of gains for levels
 _MAX_GAIN = 8.0  # tokens
 
 
 class Ratio:
-    """Accepted over expected drafts, each a running mean."""
+    """Accepted over expected drafts, each a running mean per round."""
 
     __slots__ = ("accepted", "expected")
 
@@ -40,11 +40,13 @@ class Ratio:
         self.accepted, self.expected = accepted, expected
 
     def add(self, accepted: float, expected: float, weight: float) -> None:
+        """Update the running means by a round."""
         self.accepted += weight * (accepted - self.accepted)
         self.expected += weight * (expected - self.expected)
 
     @property
     def value(self) -> float:
+        """The trust, at most `MOST`."""
         return min(MOST, self.accepted / self.expected)
 
     def copy(self) -> Ratio:
@@ -52,44 +54,46 @@ class Ratio:
 
 
 class Level(NamedTuple):
-    drafts: float  # that `df` accepts
-    rounds: int  # that this was learned from
+    """The level at one gain."""
+
+    drafts: float  # accepted by `df`
+    rounds: int  # learned from
 
 
 Trust = Mapping[str, Ratio]
-"""By drafter."""
+"""Accepted over expected drafts, by drafter."""
 
 
 class Request(NamedTuple):
-    """What is known of the request in a slot. Its length tells it from the slot's next one."""
+    """The state of the request in a slot. Its length distinguishes it from the next request in the slot."""
 
     length: int  # committed positions when its next round begins
     own: Trust
-    drafted: int = 0  # rounds that it has learned from
+    drafted: int = 0  # rounds learned from
 
 
 class Row(NamedTuple):
-    """One row of a round, as it was routed."""
+    """One row of a round, as routed."""
 
     slot: int
-    gain: float  # what `e3` was expected to accept more than `df`
+    gain: float  # expected gain of `e3` over `df`, tokens
     trust: Mapping[str, float]  # by drafter
     tokens: Mapping[str, float]  # expected acceptance length by drafter
 
 
 class Yields:
-    """`lengths`: mean acceptance length by drafter on the text that the score was calibrated on."""
+    """Tracks levels and trust. `lengths`: mean acceptance length by drafter on the calibration's text."""
 
     def __init__(self, lengths: Mapping[str, float]):
         self.lengths = {name: max(1.5, lengths[name]) for name in (DF, E3)}
         self.requests: dict[int, Request] = {}  # by request slot
         self.places: dict[tuple[str, str] | None, Trust] = {}  # by context kind and span
-        self.levels: dict[int, Level] = {}  # by gain, in steps
-        # Drafts accepted of text that is known, the running mean over whatever the scores said.
+        self.levels: dict[int, Level] = {}  # by gain, in units of _STEP
+        # Running mean of accepted drafts on known text, over all scores.
         self.usual_drafts = {name: length - 1 for name, length in self.lengths.items()}
 
     def expect(self, rows: HostRows, gains: Sequence[float], wished: Sequence[float] | None = None) -> list[Row]:
-        """Every row with what each drafter is expected to yield. `wished` [rows]: gains that requests ask for."""
+        """The expected yields of every row, from `gains` [rows] in tokens. `wished` [rows]: requested priors."""
         found = []
         for row, (slot, length, gain) in enumerate(zip(rows.slots, rows.prefix_lens, gains, strict=True)):
             known, place = self.requests.get(slot), self._place(rows, row)
@@ -104,14 +108,14 @@ class Yields:
         return found
 
     def usual(self, rows: Sequence[Row]) -> dict[str, float]:
-        """Mean acceptance length by drafter of text as well known as these rows', whatever their scores say now."""
+        """Mean acceptance length by drafter over scores, at the trust of these rows."""
         return {
             name: 1 + drafts * sum(row.trust[name] for row in rows) / len(rows)
             for name, drafts in self.usual_drafts.items()
         }
 
     def learn(self, rows: HostRows, routed: Sequence[Row], plan: Plan, committed: Sequence[int]) -> None:
-        """What came of a round's drafts: `committed` [rows] tokens."""
+        """Learn from a round with drafts. `committed` [rows]: acceptance lengths."""
         for row, name in enumerate(plan):
             if name is not None:
                 self.count(rows, row, routed[row], name, committed[row] - 1)
@@ -121,12 +125,12 @@ class Yields:
                 self.usual_drafts[name] += _SLOW / len(routed) * (drafts - self.usual_drafts[name])
 
     def advance(self, rows: HostRows, committed: Sequence[int]) -> None:
-        """The requests are longer by `committed` [rows] tokens."""
+        """Advance the requests' lengths by `committed` [rows] tokens."""
         for slot, length, tokens in zip(rows.slots, rows.prefix_lens, committed, strict=True):
             self.requests[slot] = self.requests[slot]._replace(length=length + tokens)
 
     def count(self, rows: HostRows, row: int, routed: Row, name: str, accepted: int) -> None:
-        """Drafts of `name` for a row: so many were, or would have been, accepted."""
+        """Learn that `accepted` drafts of drafter `name` were accepted for a row, or would have been (probe)."""
         known = self.requests[routed.slot]
         self.requests[routed.slot] = known._replace(drafted=known.drafted + 1)
         gain = routed.gain if name == E3 else 0.0
@@ -138,7 +142,7 @@ class Yields:
                 expected = max(0.5, level + (routed.gain if drafter == E3 else 0.0))
                 if drafter == name:
                     ratio.add(accepted, expected, _FAST)
-                else:  # as if it had been accepted as far from what was expected
+                else:  # as if its ratio of accepted to expected were the same
                     ratio.add(accepted * expected / max(0.5, level + gain), expected, _FAST / 2)
 
     def _place(self, rows: HostRows, row: int) -> Trust:
