@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.learned import HIDDEN, cost_table, network
 from whiflash_sglang.core.round import Router
-from whiflash_sglang.core.types import HostRows, Plan, RoundResult, Standing
+from whiflash_sglang.core.types import HostRows, Plan, RoundResult, RowState
 from whiflash_sglang.routing import Learned, create_router
 from whiflash_sglang.routing.artefact import NeuralRouter
 from whiflash_sglang.routing.calibration import Calibration
@@ -28,7 +28,7 @@ BY_ROW = {
 }
 BY_BATCH = {"entropy by costs": ("entropy", "tokens_per_ms"), "neural by costs": ("neural", "tokens_per_ms")}
 WITH_PRIORS = {"entropy by costs, priors": "entropy by costs", "neural, priors": "neural"}
-STANDINGS = (Standing("reasoning", "user", None, 0.0, "auto", -1.5), Standing("answer", "user", "x", 4.0, "e3", 2.0))
+STATES = (RowState("reasoning", "user", None, 0.0, "auto", -1.5), RowState("answer", "user", "x", 4.0, "e3", 2.0))
 
 
 def create(name: str) -> Router:
@@ -46,7 +46,7 @@ def create(name: str) -> Router:
 
 
 def rows(slots: list[int], prefix_lens: list[int], draftable: list[bool] | None) -> HostRows:
-    return HostRows(slots, prefix_lens, draftable, [STANDINGS[slot % 2] for slot in slots])
+    return HostRows(slots, prefix_lens, draftable, [STATES[slot % 2] for slot in slots])
 
 
 def outcome(plan: Plan, n: int) -> RoundResult:

@@ -18,7 +18,7 @@ from tests.scripts import load_script
 from whiflash_sglang.core.accept import accept
 from whiflash_sglang.core.types import CatchUp, HostRows, Proposal
 from whiflash_sglang.routing.entropy import EntropyScore
-from whiflash_sglang.serving.observe import STEPS
+from whiflash_sglang.serving.totals import STEPS
 from whiflash_sglang.startup.checkpoints import load_drafter_spec, load_target_spec
 from whiflash_sglang.startup.safetensors_header import read_headers, weight_bytes
 from whiflash_sglang.training import forced_server as forced

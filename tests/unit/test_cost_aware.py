@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.learned import cost_table
 from whiflash_sglang.core.plan import grouped
-from whiflash_sglang.core.types import HostRows, Plan, Probe, RoundResult, Standing
+from whiflash_sglang.core.types import HostRows, Plan, Probe, RoundResult, RowState
 from whiflash_sglang.routing.cost_aware import PROBE_EVERY, TRY_AFTER, CostAwareRouter
 from whiflash_sglang.routing.costs import RoundCosts
 from whiflash_sglang.routing.score import Score
@@ -200,8 +200,8 @@ def test_rows_that_may_not_be_drafted_for_stand_in_no_plan() -> None:
 @pytest.mark.parametrize(("gain", "prior", "drafter"), [(0.9, 0.3, "e3"), (1.1, -0.3, "df"), (1.1, 0.0, "e3")])
 def test_a_prior_is_added_to_the_gain(gain: float, prior: float, drafter: str) -> None:
     for asked, learned in ((prior, 0.0), (0.0, prior), (2 * prior, -prior)):
-        standing = Standing("answer", "user", None, asked, "auto", learned)
-        assert chosen(router([gain]).route(rows(1)._replace(standings=(standing,)))) == {drafter: [0]}
+        state = RowState("answer", "user", None, asked, "auto", learned)
+        assert chosen(router([gain]).route(rows(1)._replace(states=(state,)))) == {drafter: [0]}
 
 
 def test_a_prior_is_no_evidence() -> None:
@@ -209,11 +209,11 @@ def test_a_prior_is_no_evidence() -> None:
     decided = router([0.0], cost_table(none=100.0), base=5.0)
     length = 256
     for _ in range(400):
-        standing = Standing("answer", "user", None, 16.0, "auto")
-        asking = HostRows([0], [length], None, (standing,))
+        state = RowState("answer", "user", None, 16.0, "auto")
+        asking = HostRows([0], [length], None, (state,))
         decided.learn(asking, result(decided.route(asking), [5]), 12.0)
         length += 5
-    (row,) = decided.yields.expect(HostRows([0], [length], None, (standing._replace(asked_prior=0.0),)), [0.0])
+    (row,) = decided.yields.expect(HostRows([0], [length], None, (state._replace(asked_prior=0.0),)), [0.0])
     assert row.tokens == pytest.approx({"df": 5.0, "e3": 5.0}, abs=0.2)
 
 

@@ -23,7 +23,7 @@ from whiflash_sglang.core.hints import parse
 from whiflash_sglang.core.round import DecodeRound
 from whiflash_sglang.core.spans import Markers, Pair, SpanReader
 from whiflash_sglang.routing import create_router
-from whiflash_sglang.serving.observe import Totals
+from whiflash_sglang.serving.totals import Totals
 from whiflash_sglang.serving.worker import WhiFlashWorker
 from whiflash_sglang.startup.config import WhiFlashConfig
 
@@ -92,19 +92,19 @@ def test_of_a_prompt_in_chunks_the_last_one_is_read_and_its_hints_are_parsed_onc
     pieces = Pieces()
     worker = object.__new__(WhiFlashWorker)
     worker.config = CONFIG
-    worker.totals = Totals(("df", "e3"), 4, SpanReader(Markers(reasoning=Pair("<think>", "</think>")), pieces))
+    worker.totals = Totals(("df", "e3"), SpanReader(Markers(reasoning=Pair("<think>", "</think>")), pieces))
     size, chunk = 128 * 1024, 8 * 1024
     request = Request(2, [1] * size, [], custom_params={"whiflash": {"trace": True, "span": "reasoning"}})
     for start in range(0, size, chunk):
         assert not pieces.looked, "nothing of what came before"
         worker.begin_records(SimpleNamespace(reqs=[request], prefix_lens=[start], extend_lens=[chunk]), [5])
     assert pieces.looked == size + 1
-    record = worker.totals.ledger.records[2]
-    assert record.standing.span == "reasoning" and record.trace.first == 5
+    record = worker.totals.records[2]
+    assert record.state.span == "reasoning" and record.trace.first == 5
     request.req_pool_idx = 3
     request.output_ids.extend([5, 6])
     worker.begin_records(SimpleNamespace(reqs=[request], prefix_lens=[0], extend_lens=[size + 2]), [7])
-    assert worker.totals.ledger.records[3].trace is record.trace
+    assert worker.totals.records[3].trace is record.trace
     assert len(parsed) == 1
 
 
@@ -118,7 +118,7 @@ def worker() -> WhiFlashWorker:
     worker = object.__new__(WhiFlashWorker)
     worker.config, worker.world, worker.target, worker.max_width = CONFIG, world, target, WIDTH
     worker.req_to_token_pool = SimpleNamespace(req_to_token=world.table)
-    worker.totals, worker.metrics = Totals(("df", "e3"), NUM_REQUESTS), Metrics()
+    worker.totals, worker.metrics = Totals(("df", "e3")), Metrics()
     backlog = world.backlog(["df", "e3"], 64)
     worker.round = DecodeRound(create_router(CONFIG, NUM_REQUESTS), drafters, target, backlog)
     return worker

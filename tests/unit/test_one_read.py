@@ -16,7 +16,7 @@ from tests.fakes import VOCAB, FakeDrafter, FakeTarget, World, plain_greedy
 from tests.learned import HIDDEN
 from tests.pretend_device import OnDevice, PretendDevice, callers
 from whiflash_sglang.core.backlog import Backlog
-from whiflash_sglang.core.hints import Hints
+from whiflash_sglang.core.hints import Asked, Hints
 from whiflash_sglang.core.round import DecodeRound
 from whiflash_sglang.core.stop_conditions import tokens_to_end
 from whiflash_sglang.core.transfer import to_device, to_host
@@ -27,8 +27,9 @@ from whiflash_sglang.drafters.graphs import runs
 from whiflash_sglang.drafters.runner import DraftRunner
 from whiflash_sglang.routing.exploration import TRY_EVERY
 from whiflash_sglang.serving.batches import batch_result, decode_rows, prefill_positions
-from whiflash_sglang.serving.ledger import Trace
-from whiflash_sglang.serving.observe import Totals
+from whiflash_sglang.serving.record import Record
+from whiflash_sglang.serving.totals import Totals
+from whiflash_sglang.serving.trace import Trace
 from whiflash_sglang.serving.verifier import SGLangTarget
 
 SLOTS, MAX_LEN, WIDTH = 8, 600, 8
@@ -146,7 +147,7 @@ class Server:
         self.device = device
         self.world = World(SLOTS, MAX_LEN)
         self.table = device.give(self.world.table)
-        self.totals = Totals(("df", "e3"), SLOTS)
+        self.totals = Totals(("df", "e3"))
         drafters = {name: DeviceDrafter(name, drafts, self.world, device) for name, drafts in (("df", 7), ("e3", 4))}
         backlog = Backlog(drafters, 1, torch.float64, self.table, 24)
         target = DeviceTarget(self.world, device)
@@ -193,14 +194,13 @@ class Server:
         self.device.forget()
         prefill = prefill_positions(batch, features, hidden, sampled)
         tokens = self.round.prefill(prefill, self.device.give(torch.randn(len(slots), VOCAB)))
-        self.totals.start(prefill.slots)
         assert tokens == given.sampled.tolist()
         assert self.device.take(prefill.next_tokens).tolist() == given.next_tokens[computed].tolist()
         assert self.device.take(prefill.positions).tolist() == given.positions[computed].tolist()
         for slot, route in zip(slots, ("auto", "auto", "off", "auto", "e3"), strict=False):
             trace = Trace() if slot == 1 else None
-            record = self.totals.ledger.record(Hints(route=route, trace=slot == 1), None, [], [], tokens[slot], trace)
-            self.totals.ledger.begin(slot, record)
+            asked = Asked(Hints(route=route, trace=slot == 1))
+            self.totals.begin(slot, Record(self.totals.reader, None, asked, [], [], tokens[slot], trace))
 
     def decode(self) -> list[Any]:
         """A round, as `WhiFlashWorker.decode` does it."""
@@ -216,8 +216,8 @@ class Server:
         batch.req_pool_indices, batch.seq_lens = self.device.give((slots, torch.tensor(lens)))
         self.device.forget()
         rows = decode_rows(batch, self.table, WIDTH)
-        rows = rows._replace(host=self.totals.ledger.stand(rows.host))
-        signals = self.totals.ledger.signals(rows.host, self.round.router)
+        rows = rows._replace(host=self.totals.with_states(rows.host))
+        signals = self.totals.signals(rows.host, self.round.router)
         result = self.round.run(rows)
         self.round.router.learn(rows.host, result, 12.0)
         self.totals.count(rows.host, result, signals)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OTHERS_WITHOUT_SGLANG = (
     *("launch_server", "bridge.http_routes", "bridge.replicas", "bridge.shutdown", "drafters.ingest_kernel"),
-    *("serving.ledger", "serving.ranks"),
+    *("serving.metrics", "serving.ranks"),
 )
 HEAVY = {"sglang", "torch", "transformers", "tokenizers", "safetensors", "numpy", "triton"}
 

@@ -13,9 +13,9 @@ import pytest
 from tests.learned import cost_table, identity, record
 from tests.unit.test_cost_aware import Gains, chosen, result, rows
 from whiflash_sglang.core.errors import CheckpointError
-from whiflash_sglang.core.hints import Hints
-from whiflash_sglang.core.spans import Context, Markers, SpanReader
-from whiflash_sglang.core.types import HostRows, Standing
+from whiflash_sglang.core.hints import Asked, Hints
+from whiflash_sglang.core.spans import Context
+from whiflash_sglang.core.types import HostRows, RowState
 from whiflash_sglang.routing.cost_aware import CostAwareRouter
 from whiflash_sglang.routing.exploration import LOOK_EVERY, TRY_EVERY, TrialRouter
 from whiflash_sglang.routing.priors import (
@@ -30,7 +30,8 @@ from whiflash_sglang.routing.priors import (
 )
 from whiflash_sglang.routing.threshold import ThresholdRouter
 from whiflash_sglang.routing.yields import Yields
-from whiflash_sglang.serving.ledger import Ledger
+from whiflash_sglang.serving.record import Record
+from whiflash_sglang.serving.totals import Totals
 from whiflash_sglang.training.fit_priors import biases, fit_priors, margin_of
 from whiflash_sglang.training.walk import walk
 
@@ -229,21 +230,22 @@ def test_priors_from_replays_yield_more_on_them() -> None:
 # ---- in the routers
 
 
-def standing(prior: float = 0.0, route: str = "auto", tool: str | None = "lookup") -> Standing:
-    return Standing("answer", "tool_output", tool, 0.0, route, prior)
+def state(prior: float = 0.0, route: str = "auto", tool: str | None = "lookup") -> RowState:
+    return RowState("answer", "tool_output", tool, 0.0, route, prior)
 
 
 class Tokens(Gains):
     in_tokens = True
 
 
-def test_a_request_carries_the_prior_of_where_it_stands() -> None:
+def test_a_request_carries_the_prior_of_its_place() -> None:
     priors = Priors()
     seen(priors, LOOKUP, -1.0, [2.0, 3.0] * 20)
     priors.settle(margin=0.25)
-    ledger = Ledger(SpanReader(Markers(), {}), priors)
-    ledger.begin(3, ledger.record(Hints(prior=0.5), Context("tool_output", "lookup"), [], [], None, None))
-    (found,) = ledger.stand(HostRows([3], [256])).standings or ()
+    totals = Totals(("df", "e3"), priors=priors)
+    asked = Asked(Hints(prior=0.5), Context("tool_output", "lookup"))
+    totals.begin(3, Record(totals.reader, totals.priors, asked, [], [], None))
+    (found,) = totals.with_states(HostRows([3], [256])).states or ()
     assert (found.prior, found.asked_prior) == (priors.bias(*LOOKUP), 0.5)
 
 
@@ -256,7 +258,7 @@ def test_the_share_of_rounds_that_priors_decide(kind: str) -> None:
         if kind == "threshold"
         else CostAwareRouter(score, cost_table(none=500.0), Yields({"df": 5.0, "e3": 5.0}))
     )
-    batch = rows(2)._replace(standings=(standing(9.0), standing(-9.0)._replace(span="reasoning")))
+    batch = rows(2)._replace(states=(state(9.0), state(-9.0)._replace(span="reasoning")))
     for _ in range(2 * LOOK_EVERY):
         assert chosen(router.route(batch)) == {"df": [1], "e3": [0]}
     assert router.share.snapshot() == {
@@ -267,7 +269,7 @@ def test_the_share_of_rounds_that_priors_decide(kind: str) -> None:
 def test_a_row_is_tried_now_and_then() -> None:
     priors = Priors()
     router = TrialRouter(ThresholdRouter(Tokens([-1.0]), 0.0), priors, 5.0)
-    batch = rows(1)._replace(standings=(standing(),))
+    batch = rows(1)._replace(states=(state(),))
     e3_rounds = 0
     for _ in range(100 * TRY_EVERY):
         plan = router.route(batch)
@@ -284,7 +286,7 @@ def test_where_much_is_known_little_is_tried() -> None:
     for _ in range(2000):
         priors.add(LOOKUP, -1.0, -3.0)
     router = TrialRouter(ThresholdRouter(Tokens([-1.0]), 0.0), priors, 5.0)
-    batch = rows(1)._replace(standings=(standing(),))
+    batch = rows(1)._replace(states=(state(),))
     for _ in range(100 * TRY_EVERY):
         router.learn(batch, result(router.route(batch), [4]), 10.0)
     assert 2 <= priors.places[LOOKUP].trials <= 25
@@ -292,8 +294,8 @@ def test_where_much_is_known_little_is_tried() -> None:
 
 def test_who_asks_for_a_drafter_is_not_tried() -> None:
     router = TrialRouter(ThresholdRouter(Tokens([-1.0, -1.0]), 0.0), Priors(), 5.0)
-    batch = rows(2)._replace(standings=(standing(route="df"), standing()))
-    asked = rows(2)._replace(standings=(standing(route="df"), standing(route="df")))
+    batch = rows(2)._replace(states=(state(route="df"), state()))
+    asked = rows(2)._replace(states=(state(route="df"), state(route="df")))
     for _ in range(20 * TRY_EVERY):
         assert chosen(router.route(batch)).get("e3") in (None, [1])
         assert chosen(router.route(asked)) == {"df": [0, 1]}
@@ -306,7 +308,7 @@ def test_no_drafts_no_trials() -> None:
         priors,
         2.0,
     )
-    batch = rows(1)._replace(standings=(standing(),))
+    batch = rows(1)._replace(states=(state(),))
     for _ in range(3 * TRY_EVERY):
         plan = router.route(batch)
         router.learn(batch, result(plan, [2]), 100.0 if any(plan) else 1.0)
@@ -318,7 +320,7 @@ def test_no_drafts_no_trials() -> None:
 def test_a_drafter_that_was_switched_off_is_not_judged() -> None:
     priors = Priors()
     router = TrialRouter(ThresholdRouter(Tokens([-1.0]), 0.0), priors, 5.0)
-    batch = rows(1)._replace(standings=(standing(),))
+    batch = rows(1)._replace(states=(state(),))
     for _ in range(20 * TRY_EVERY):
         router.route(batch)
         router.learn(batch, result(["df"], [4]), 10.0)  # e3 is gone

@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.test_round import config
 from whiflash_sglang.bridge.replicas import together
-from whiflash_sglang.serving.observe import Totals
+from whiflash_sglang.serving.totals import Totals
 
 
 def test_counts_add_up_and_the_rest_is_what_it_says() -> None:
@@ -30,5 +30,5 @@ def test_counts_add_up_and_the_rest_is_what_it_says() -> None:
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_real_figures_can_be_added(replicas: int) -> None:
     """Every figure of a server is a number or a dict of them; a list among them once ended a replay."""
-    figures = Totals(config("entropy").drafter_names, 4).snapshot()
+    figures = Totals(config("entropy").drafter_names).snapshot()
     assert together([figures] * replicas).keys() == figures.keys()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from whiflash_sglang.core.types import HostRows, Standing
+from whiflash_sglang.core.types import HostRows, RowState
 from whiflash_sglang.routing.yields import DF, E3, MOST, Yields
 
 LENGTHS = {DF: 6.0, E3: 5.0}
 
 
-def standing(span: str = "answer", kind: str = "user") -> Standing:
-    return Standing(span, kind, None, 0.0, "auto")
+def state(span: str = "answer", kind: str = "user") -> RowState:
+    return RowState(span, kind, None, 0.0, "auto")
 
 
 def rounds(
@@ -20,7 +20,7 @@ def rounds(
     """So many rounds of one request that commit `tokens`; its length afterwards."""
     length = 100
     for _ in range(count):
-        rows = HostRows([slot], [length], None, [standing(span)])
+        rows = HostRows([slot], [length], None, [state(span)])
         yields.learn(rows, yields.expect(rows, [gain]), [drafter or None], [tokens])
         yields.advance(rows, [tokens])
         length += tokens
@@ -28,7 +28,7 @@ def rounds(
 
 
 def expected(yields: Yields, length: int, gain: float = 0.0, span: str = "answer", slot: int = 0) -> dict[str, float]:
-    (row,) = yields.expect(HostRows([slot], [length], None, [standing(span)]), [gain])
+    (row,) = yields.expect(HostRows([slot], [length], None, [state(span)]), [gain])
     return dict(row.tokens)
 
 
@@ -56,11 +56,11 @@ def test_requests_are_told_apart() -> None:
     yields = Yields(LENGTHS)
     lengths = [100, 100]
     for _ in range(60):
-        rows = HostRows([0, 1], lengths, None, [standing(), standing()])
+        rows = HostRows([0, 1], lengths, None, [state(), state()])
         yields.learn(rows, yields.expect(rows, [0.0, 0.0]), [DF, DF], [1, 6])
         yields.advance(rows, [1, 6])
         lengths = [lengths[0] + 1, lengths[1] + 6]
-    strange, known = yields.expect(HostRows([0, 1], lengths, None, [standing(), standing()]), [0.0, 0.0])
+    strange, known = yields.expect(HostRows([0, 1], lengths, None, [state(), state()]), [0.0, 0.0])
     assert strange.tokens[DF] < 2.0 and known.tokens[DF] > 4.5
 
 
@@ -78,7 +78,7 @@ def test_levels_follow_what_scores_leave_out() -> None:
     length = 100
     for turn in range(400):
         gain, drafter, tokens = (2.0, E3, 4) if turn % 4 == 0 else (-2.0, DF, 7)
-        rows = HostRows([0], [length], None, [standing()])
+        rows = HostRows([0], [length], None, [state()])
         yields.learn(rows, yields.expect(rows, [gain]), [drafter], [tokens])
         yields.advance(rows, [tokens])
         length += tokens
@@ -96,7 +96,7 @@ def test_strange_text_says_nothing_about_levels() -> None:
 def test_trust_is_bounded() -> None:
     yields = Yields({DF: 1.0, E3: 1.0})
     length = rounds(yields, DF, 16, 200)
-    (row,) = yields.expect(HostRows([0], [length], None, [standing()]), [0.0])
+    (row,) = yields.expect(HostRows([0], [length], None, [state()]), [0.0])
     assert row.trust[DF] <= MOST
 
 

@@ -82,7 +82,7 @@ def capture_final_hidden_states(target_model: Any) -> None:
     target_model.logits_processor.register_forward_pre_hook(append, with_kwargs=True)
 
 
-def standing_batch(target_worker: Any, kv_table: torch.Tensor, num_rows: int, context: int, width: int) -> Any:
+def dummy_batch(target_worker: Any, kv_table: torch.Tensor, num_rows: int, context: int, width: int) -> Any:
     """A dummy decode batch for timing rounds: `num_rows` requests with `context` committed tokens each.
 
     Call it only while no request holds a KV slot. Rows use disjoint slots as long as the pool suffices, because shared
@@ -101,7 +101,7 @@ def standing_batch(target_worker: Any, kv_table: torch.Tensor, num_rows: int, co
     window = torch.arange(1, windows + 1, dtype=kv_table.dtype, device=device)
     kv_table[:num_rows, :context] = behind.view(num_rows, context)
     kv_table[:num_rows, context : context + width] = window.view(num_rows, width)
-    requests = [Req(f"standing-{row}", "", [0], SamplingParams(temperature=0)) for row in range(num_rows)]
+    requests = [Req(f"dummy-{row}", "", [0], SamplingParams(temperature=0)) for row in range(num_rows)]
     for row, request in enumerate(requests):
         request.req_pool_idx = row
     batch = ScheduleBatch(reqs=requests, model_config=runner.model_config, device=device)

@@ -1,6 +1,6 @@
 """WhiFlash's routes in SGLang's HTTP server.
 
-    GET /whiflash/stats            the totals of `GET /server_info` (`observe.py`), model, router, drafters, and each
+    GET /whiflash/stats            the totals of `GET /server_info` (`totals.py`), model, router, drafters, and each
                                    replica's `ranks` (`ranks.py`); with several replicas their sum, and each of them
     GET /whiflash/priors           the learned priors, as a file for `--whiflash-priors` (`priors.py`); `?replica=N`
                                    picks a replica, as each learns separately

@@ -13,7 +13,7 @@ MEANS = ("backlog_mean", "round_ms", "not_drafted_share")  # unweighted, over re
 
 
 def together(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merge the figures (`observe.Totals.snapshot`) of all replicas: sum, max or mean by key."""
+    """Merge the figures (`Totals.snapshot`) of all replicas: sum, max or mean by key."""
     keys = dict.fromkeys(key for figures in replicas for key in figures)
     result: dict[str, Any] = {}
     for key in keys:

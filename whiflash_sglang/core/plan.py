@@ -16,17 +16,14 @@ def where_allowed(rows: HostRows, names: Sequence[str | None]) -> Plan:
 
 
 def granted(rows: HostRows, plan: Plan) -> Plan:
-    """The plan with requested drafters (`Standing.route`) applied to draftable rows.
+    """The plan with requested drafters (`RowState.route`) applied to draftable rows.
 
-    Rows that request no drafts are not draftable (`Ledger.stand`), so no router plans a drafter for them.
+    Rows that request no drafts are not draftable (`Totals.with_states`), so no router plans a drafter for them.
     """
-    standings = rows.standings or ()
-    if all(standing.route in (AUTO, OFF) for standing in standings):
+    states = rows.states or ()
+    if all(state.route in (AUTO, OFF) for state in states):
         return plan
-    wanted = [
-        name if standing.route in (AUTO, OFF) else standing.route
-        for name, standing in zip(plan, standings, strict=True)
-    ]
+    wanted = [name if state.route in (AUTO, OFF) else state.route for name, state in zip(plan, states, strict=True)]
     return where_allowed(rows, wanted)
 
 

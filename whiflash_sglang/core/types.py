@@ -39,7 +39,7 @@ Plan = Sequence[str | None]
 """[rows], the drafter of each row; None: no drafts for the row in this round."""
 
 
-class Standing(NamedTuple):
+class RowState(NamedTuple):
     """A request's span and context at the beginning of a round, and its hints (see `spans.py`, `hints.py`)."""
 
     span: str  # reasoning, tool_call, answer
@@ -56,7 +56,7 @@ class HostRows(NamedTuple):
     slots: Sequence[int]  # [rows], request slots
     prefix_lens: Sequence[int]  # [rows], committed positions
     draftable: Sequence[bool] | None = None  # [rows], or None if all rows are draftable
-    standings: Sequence[Standing] | None = None  # [rows], or None if spans are not tracked
+    states: Sequence[RowState] | None = None  # [rows], or None if spans are not tracked
 
     def may_draft(self) -> list[int]:
         """Row numbers of the draftable rows, ascending."""
@@ -78,12 +78,12 @@ class Rows(NamedTuple):
 
     def pick(self, rows: Sequence[int], index: torch.Tensor) -> Rows:
         """Select the row numbers `rows` [n], in that order. `index` [n] int64: the same on the device."""
-        slots, prefix_lens, draftable, standings = self.host
+        slots, prefix_lens, draftable, states = self.host
         host = HostRows(
             [slots[row] for row in rows],
             [prefix_lens[row] for row in rows],
             None if draftable is None else [draftable[row] for row in rows],
-            None if standings is None else [standings[row] for row in rows],
+            None if states is None else [states[row] for row in rows],
         )
         return Rows(self.slots[index], self.anchors[index], self.prefix_lens[index], self.kv_slots[index], host)
 

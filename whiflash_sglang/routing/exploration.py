@@ -1,6 +1,6 @@
 """How routers use priors: adding them to scores, counting how often they decide, and the trials they are learned from.
 
-The biases themselves are in `routing/priors.py`. Each request's bias is in its `Standing`.
+The biases themselves are in `routing/priors.py`. Each request's bias is in its `RowState`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from whiflash_sglang.core.hints import AUTO
 from whiflash_sglang.core.round import Router
-from whiflash_sglang.core.types import HostRows, Plan, Probe, RoundResult, Standing
+from whiflash_sglang.core.types import HostRows, Plan, Probe, RoundResult, RowState
 from whiflash_sglang.routing.priors import Place, Priors
 from whiflash_sglang.routing.score import Score
 
@@ -25,13 +25,13 @@ HALF_KNOWN = 256  # rounds seen at a place that halve the frequency of its trial
 
 def learned_priors(rows: HostRows) -> list[float] | None:
     """Learned priors in tokens [rows]; None if all are zero."""
-    values = [standing.prior for standing in rows.standings or ()]
+    values = [state.prior for state in rows.states or ()]
     return values if any(values) else None
 
 
 def asked_priors(rows: HostRows) -> list[float] | None:
     """Requested priors in tokens [rows]; None if all are zero."""
-    values = [standing.asked_prior for standing in rows.standings or ()]
+    values = [state.asked_prior for state in rows.states or ()]
     return values if any(values) else None
 
 
@@ -40,9 +40,9 @@ def added(scores: list[float], more: list[float] | None) -> list[float]:
     return scores if more is None else [score + some for score, some in zip(scores, more, strict=True)]
 
 
-def place_of(standing: Standing) -> Place:
+def place_of(state: RowState) -> Place:
     """The place of priors for a request."""
-    return Place(standing.context_kind, standing.span, standing.tool)
+    return Place(state.context_kind, state.span, state.tool)
 
 
 class PriorShare:
@@ -56,11 +56,11 @@ class PriorShare:
     def look(self, rows: HostRows, plan: Plan, without: Callable[[], Plan]) -> None:
         """Compare `plan` with the plan `without` priors, in every `LOOK_EVERY`-th round."""
         self.rounds += 1
-        if self.rounds % LOOK_EVERY or not rows.standings:
+        if self.rounds % LOOK_EVERY or not rows.states:
             return
         other = without()
-        for row, standing in enumerate(rows.standings):
-            key = (standing.context_kind, standing.span)
+        for row, state in enumerate(rows.states):
+            key = (state.context_kind, state.span)
             self.seen[key] += 1
             self.decided[key] += plan[row] != other[row]
 
@@ -108,14 +108,14 @@ class TrialRouter(Router):
         plan = self.inner.route(rows)
         self.trial = None
         self.due += len(rows.slots)
-        if self.due < TRY_EVERY or not any(plan) or not rows.standings:
+        if self.due < TRY_EVERY or not any(plan) or not rows.states:
             return plan
-        free = [row for row, name in enumerate(plan) if name and rows.standings[row].route == AUTO]
+        free = [row for row, name in enumerate(plan) if name and rows.states[row].route == AUTO]
         if not free:
             return plan
         self.due = 0
         row, drafter = self.coin.choice(free), self.coin.choice(("df", "e3"))
-        known = self.priors.rounds(place_of(rows.standings[row]))
+        known = self.priors.rounds(place_of(rows.states[row]))
         if self.coin.random() * (HALF_KNOWN + known) > HALF_KNOWN:
             return plan
         self.trial = (row, self.inner.score.read([rows.slots[row]])[0], drafter)
@@ -132,12 +132,12 @@ class TrialRouter(Router):
 
     def learn(self, rows: HostRows, result: RoundResult, ms: float) -> None:
         self.inner.learn(rows, result, ms)
-        if self.trial is None or rows.standings is None:
+        if self.trial is None or rows.states is None:
             return
         row, gain, drafter = self.trial
         if result.plan[row] != drafter:  # the drafter was switched off
             return
-        place = place_of(rows.standings[row])
+        place = place_of(rows.states[row])
         tokens = len(result.committed[row])
         self.priors.add_trial(place, gain, drafter, tokens, self.usual_tokens)
         self.priors.settle(self.inner.margin(rows), place)

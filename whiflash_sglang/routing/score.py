@@ -31,7 +31,7 @@ class Score(ABC):
 
     @abstractmethod
     def signals(self, slots: Sequence[int]) -> dict[str, list[float]]:
-        """The inputs of these requests' next decision, [rows] each, for display (`ledger.Explains`).
+        """The inputs of these requests' next decision, [rows] each, for display (`trace.Explains`).
 
         `entropy` in nats; `score`, the expected gain of `e3` over `df`, in tokens.
         """

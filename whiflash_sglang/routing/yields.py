@@ -146,8 +146,8 @@ class Yields:
                     ratio.add(accepted * expected / max(0.5, level + gain), expected, _FAST / 2)
 
     def _place(self, rows: HostRows, row: int) -> Trust:
-        standing = None if rows.standings is None else rows.standings[row]
-        key = None if standing is None else (standing.context_kind, standing.span)
+        state = None if rows.states is None else rows.states[row]
+        key = None if state is None else (state.context_kind, state.span)
         if key not in self.places:
             self.places[key] = {name: Ratio(length - 1, length - 1) for name, length in self.lengths.items()}
         return self.places[key]

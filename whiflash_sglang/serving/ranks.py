@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from whiflash_sglang.core.round import DecodeRound, Drafter, Router, Target
 from whiflash_sglang.core.types import Drafts, Entries, HostRows, Plan, Probe, Proposal, RoundResult, Rows, Verified
-from whiflash_sglang.serving.ledger import Explains
+from whiflash_sglang.serving.trace import Explains
 
 
 class Ranks:

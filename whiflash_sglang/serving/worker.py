@@ -26,7 +26,7 @@ from whiflash_sglang.bridge.builders import (
     drafter_specs,
     metric_labels,
     prompt_token,
-    standing_batch,
+    dummy_batch,
 )
 from whiflash_sglang.bridge.logit_adjustments import penalize_next
 from whiflash_sglang.bridge.markers import span_reader
@@ -47,8 +47,9 @@ from whiflash_sglang.routing.priors import document
 from whiflash_sglang.routing.probe import RoundProbe
 from whiflash_sglang.routing.threshold import ThresholdRouter
 from whiflash_sglang.serving.batches import batch_result, decode_rows, prefill_positions
-from whiflash_sglang.serving.observe import Metrics, RequestFigures, Totals
+from whiflash_sglang.serving.metrics import Metrics
 from whiflash_sglang.serving.ranks import tp_ranks
+from whiflash_sglang.serving.totals import RequestFigures, Totals
 from whiflash_sglang.serving.verifier import SGLangTarget, all_as_tensors
 from whiflash_sglang.serving.verify_graphs import graph_sizes, made_for, verify_widths
 from whiflash_sglang.startup import progress
@@ -122,7 +123,7 @@ class WhiFlashWorker(BaseSpecWorker):
         kv_table = self.req_to_token_pool.req_to_token
         captured = captured_layers(self.specs.values())
         reader = span_reader(self.server_args, self._target_worker)
-        self.totals = Totals(self.config.drafter_names, kv_table.shape[0], reader, self.learned.priors)
+        self.totals = Totals(self.config.drafter_names, reader, self.learned.priors)
         tokens, lost = kv_tokens_lost(self._target_worker.model_runner, self.runners.values())
         self.totals.pool = {"tokens": tokens, "lost_to_draft_pools": lost}
         self.metrics = Metrics(self.totals, metric_labels(self.server_args)) if self.shows_metrics else None
@@ -170,7 +171,7 @@ class WhiFlashWorker(BaseSpecWorker):
         kv_table = self.req_to_token_pool.req_to_token
 
         def make_rows(num_rows: int, context: int) -> Rows:
-            batch = standing_batch(self._target_worker, kv_table, num_rows, context, self.max_width)
+            batch = dummy_batch(self._target_worker, kv_table, num_rows, context, self.max_width)
             self.target.bind(batch)
             return decode_rows(batch, kv_table, self.max_width)
 
@@ -257,7 +258,6 @@ class WhiFlashWorker(BaseSpecWorker):
         features, hidden = self.target.split(logits_output.hidden_states)
         prefill = prefill_positions(batch, features, hidden, result.next_token_ids)
         sampled = self.round.prefill(prefill, raw_logits.pop())
-        self.totals.start(prefill.slots)
         self.begin_records(batch, sampled)
         all_as_tensors(logits_output)
         logits_output.hidden_states = None  # large, and unused on the host
@@ -282,8 +282,8 @@ class WhiFlashWorker(BaseSpecWorker):
             self.target.bind(batch)
             rows = decode_rows(batch, self.req_to_token_pool.req_to_token, self.max_width)
             with self.totals.timed("spans"):
-                rows = rows._replace(host=self.totals.ledger.stand(rows.host))
-                signals = self.totals.ledger.signals(rows.host, self.round.router)
+                rows = rows._replace(host=self.totals.with_states(rows.host))
+                signals = self.totals.signals(rows.host, self.round.router)
             result = self.round.run(rows)
         with self.totals.timed("route"):
             self.round.router.learn(rows.host, result, 1000 * (time.perf_counter() - began))
@@ -325,6 +325,7 @@ class WhiFlashWorker(BaseSpecWorker):
         slot = int(request.req_pool_idx)
         if self.round.lags(slot, request.kv_committed_len):  # its end was not foreseen in `decode`
             self.finish([slot], [request.kv_committed_len])
+        self.totals.end(slot)
 
     def finish(self, slots: Sequence[int], lens: Sequence[int]) -> None:
         """Let the drafters catch up with ending requests, in one pass. `lens`: committed positions by slot."""

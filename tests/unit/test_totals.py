@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
+from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from whiflash_sglang.core.hints import Asked, Hints
+from whiflash_sglang.core.hints import Asked
 from whiflash_sglang.core.spans import CONTEXT_KINDS, SPANS
 from whiflash_sglang.core.types import CatchUp, HostRows, RoundResult
-from whiflash_sglang.serving.ledger import Record
-from whiflash_sglang.serving.observe import NotDrafted, RequestFigures, Totals
+from whiflash_sglang.serving.not_drafted import NotDrafted
+from whiflash_sglang.serving.record import Record
+from whiflash_sglang.serving.totals import RequestFigures, Totals
 
 
 def rows(slots: list[int]) -> HostRows:
@@ -21,7 +25,7 @@ def rows(slots: list[int]) -> HostRows:
 
 
 def record(totals: Totals) -> Record:
-    return totals.ledger.record(Hints(), None, [], [], None, None)
+    return Record(totals.reader, None, Asked(), [], [], None)
 
 
 def result(plan: dict[str, list[int]], drafts: list[int], committed: list[int], **catch_ups: CatchUp) -> RoundResult:
@@ -33,10 +37,9 @@ def result(plan: dict[str, list[int]], drafts: list[int], committed: list[int], 
 @pytest.fixture
 def totals() -> Totals:
     """Slot 2: df, df, e3. Slot 5: e3, then not drafted for."""
-    totals = Totals(("df", "e3"), 8)
-    totals.start([2, 5])
+    totals = Totals(("df", "e3"))
     for slot in (2, 5):
-        totals.ledger.begin(slot, record(totals))
+        totals.begin(slot, record(totals))
     totals.count(rows([2, 5]), result({"df": [0], "e3": [1]}, [7, 5], [8, 1]), {})
     totals.count(rows([2, 5]), result({"df": [0]}, [7, 0], [3, 1], df=CatchUp([2], [8], [0], 0.001)), {})
     totals.count(rows([2]), result({"e3": [0]}, [5], [2], e3=CatchUp([2, 5], [11, 2], [8, 0], 0.0013)), {})
@@ -62,14 +65,55 @@ def test_totals(totals: Totals) -> None:
 
 def test_a_request_is_counted_by_itself_and_stays_in_the_totals(totals: Totals) -> None:
     before = totals.snapshot()
-    assert totals.request(2)["rounds_by_drafter"] == {"df": 2, "e3": 1}
-    assert totals.request(2)["switches"] == 1
-    assert totals.request(5)["backlog_max"] == 2
-    totals.start([2])
-    assert totals.request(2)["rounds"] == totals.request(2)["backlog_max"] == 0
-    assert totals.snapshot() == before
+    ended = totals.records[2]
+    assert ended.figures()["rounds_by_drafter"] == {"df": 2, "e3": 1}
+    assert ended.figures()["switches"] == 1
+    assert totals.records[5].figures()["backlog_max"] == 2
+    totals.begin(2, record(totals))
+    assert totals.records[2].figures()["rounds"] == totals.records[2].figures()["backlog_max"] == 0
+    assert totals.snapshot() == before, "the slot is reused"
+    totals.end(5)
+    totals.end(5)
+    assert [*totals.records] == [2] and totals.snapshot() == before, "the request has ended"
     totals.count(rows([2]), result({"e3": [0]}, [5], [1]), {})
     assert totals.snapshot()["switches"] == before["switches"], "the first round of a request is no switch"
+    assert ended.figures()["rounds"] == 3, "an ended request shows its own figures"
+
+
+def numbers(figures: Mapping[str, Any], path: str = "") -> dict[str, float]:
+    """All numbers that may only grow, by their path."""
+    found: dict[str, float] = {}
+    for key, value in figures.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{path}.{key}")
+        elif key not in ("backlog_mean", "not_drafted_share"):
+            found[f"{path}.{key}"] = value
+    return found
+
+
+def test_no_count_falls_when_requests_end() -> None:
+    """A Prometheus counter must not fall, not even in its last digit, and refuses to."""
+    totals, chance, shown = Totals(("df", "e3")), random.Random(0), dict[str, float]()
+    for _ in range(500):
+        slots = sorted(chance.sample(range(6), chance.randint(1, 6)))
+        for slot in slots:
+            if slot not in totals.records or chance.random() < 0.2:
+                totals.begin(slot, record(totals))
+        plan = [chance.choice(("df", "e3", None)) for _ in slots]
+        made = result(
+            {name: [i for i, one in enumerate(plan) if one == name] for name in ("df", "e3")},
+            [3] * len(slots),
+            [chance.randint(1, 4) for _ in slots],
+        )
+        lens = [chance.randint(1, 9) for _ in slots]
+        late = CatchUp(slots, lens, [chance.randint(0, length) for length in lens], chance.random() / 1000)
+        totals.count(rows(slots), made._replace(catch_ups={"df": late}), {})
+        if chance.random() < 0.5:
+            totals.end(chance.choice(slots))
+        now = numbers(totals.snapshot())
+        assert now.keys() >= shown.keys() and all(now[path] >= value for path, value in shown.items())
+        shown = now
+    assert len(totals.records) <= 6 and shown[".rounds"] > 1000
 
 
 def test_figures_of_a_request_come_with_its_last_tokens(totals: Totals) -> None:
@@ -81,15 +125,16 @@ def test_figures_of_a_request_come_with_its_last_tokens(totals: Totals) -> None:
         origin_input_ids=[],
         output_ids=[],
     )
-    counts = totals.ledger.records[2].counts
+    counts = totals.records[2].counts
     figures = RequestFigures(totals, request, Asked())
     figures.begin(5)
     figures.record.counts = counts
     assert figures[0:5] == []
     ended = True
-    by_span = totals.ledger.records[2].figures()
-    assert by_span["by_span"] == {"answer": {"rounds": 3, "tokens": 13}}
-    assert figures[5:9] == [totals.request(2) | {"draft_kv_slots": {"df": 40, "e3": 40}} | by_span]
+    own = totals.records[2].figures()
+    assert own["by_span"] == {"answer": {"rounds": 3, "tokens": 13}}
+    totals.end(2)
+    assert figures[5:9] == [own | {"draft_kv_slots": {"df": 40, "e3": 40}}]
 
 
 @pytest.mark.slow  # it starts a program that imports torch
@@ -97,17 +142,16 @@ def test_metrics_follow_the_totals() -> None:
     # In a process of its own: metrics are registered once for a whole process.
     program = """
 from prometheus_client import generate_latest
-from whiflash_sglang.core.hints import Asked, Hints
-from whiflash_sglang.serving.ledger import Record
-from whiflash_sglang.serving.observe import Metrics, Totals
-totals = Totals(("df", "e3"), 4)
+from whiflash_sglang.serving.metrics import Metrics
+from whiflash_sglang.serving.record import Counts
+from whiflash_sglang.serving.totals import Totals
+totals = Totals(("df", "e3"))
 totals.pool = {"tokens": 100, "lost_to_draft_pools": 40}
 metrics = Metrics(totals, {"model_name": "m"})
 print(generate_latest().decode(), "----")
 for rounds in (3, 5):
-    totals.sums["df"].rounds = rounds
     totals.seconds["draft"] = rounds / 2
-    totals.ledger.counts[("user", "reasoning", "df")] = [rounds, 4 * rounds]
+    totals.ended["user", "reasoning", "df"] = Counts(rounds, 4 * rounds)
     metrics.write(totals.snapshot())
 totals.health.switch_off("e3")
 totals.health.switch_off("df")
@@ -157,10 +201,9 @@ def test_a_server_that_drafts_nothing_says_so() -> None:
 
 
 def test_rows_that_may_not_be_drafted_for_do_not_count() -> None:
-    totals = Totals(("df", "e3"), 8)
-    totals.start([2, 5])
+    totals = Totals(("df", "e3"))
     for slot in (2, 5):
-        totals.ledger.begin(slot, record(totals))
+        totals.begin(slot, record(totals))
     for _ in range(10):
         totals.count(rows([2, 5])._replace(draftable=[True, False]), result({"df": [0]}, [7, 0], [8, 1]), {})
     assert totals.snapshot()["not_drafted_share"] == 0.0
