@@ -38,6 +38,19 @@ def result(plan: dict[str, list[int]], window: list[list[int]], drafts: list[int
     return RoundResult(by_row, drafts, verified, padded, tokens, {}, {})
 
 
+def test_steps_without_drafts_are_rounds_of_their_own(ledger: Ledger) -> None:
+    trace = Trace()
+    ledger.begin(3, ledger.record(Hints(), Context(), [], [], THINK, trace))
+    steps = result({}, [[9]], [0], [[5, CLOSE, 6]])._replace(steps=3)
+    ledger.count(ledger.stand(rows([3])), steps, {"entropy": [0.5]})
+    assert ledger.records[3].figures()["by_span_drafter"] == {
+        "reasoning": {"none": {"rounds": 2, "tokens": 2}},
+        "answer": {"none": {"rounds": 1, "tokens": 1}},
+    }
+    seen = [(entry["tokens"], entry["accepted"], entry["entropy"]) for entry in trace.rounds]
+    assert seen == [([5], 0, 0.5), ([CLOSE], 0, None), ([6], 0, None)]
+
+
 def test_a_round_counts_for_the_span_in_which_it_began(ledger: Ledger) -> None:
     ledger.begin(3, ledger.record(Hints(), Context("tool_output", "get_order"), [], [], THINK, None))
     ledger.begin(1, ledger.record(Hints(), Context(), [], [], 7, None))

@@ -11,7 +11,7 @@ from sglang.srt.managers.utils import GenerationBatchResult
 
 from whiflash_sglang.bridge.algorithm import draft_input
 from whiflash_sglang.bridge.builders import prompt_token
-from whiflash_sglang.core.transfer import to_device
+from whiflash_sglang.core.transfer import columns, to_device
 from whiflash_sglang.core.types import HostRows, Prefill, RoundResult, Rows
 from whiflash_sglang.serving.verifier import draftable
 
@@ -20,8 +20,9 @@ def decode_rows(batch: Any, req_to_token: torch.Tensor, max_width: int) -> Rows:
     """Convert a decode batch to rows. SGLang has already reserved KV slots for the whole window."""
     slots = batch.req_pool_indices.to(torch.int64)
     prefix_lens = batch.seq_lens.to(torch.int64)
-    window = torch.arange(-1, max_width, device=slots.device)  # from the last committed position on
-    kv_slots = req_to_token[slots[:, None], prefix_lens[:, None] + window].to(torch.int64)
+    # One gather from the flat table, from each row's last committed position on. Indexing by two tensors is slower.
+    first = slots * req_to_token.shape[1] + prefix_lens - 1
+    kv_slots = req_to_token.take(first[:, None] + columns(1 + max_width, slots.device)).to(torch.int64)
     known = HostRows(request_slots(batch), batch.seq_lens_cpu.tolist(), draftable(batch))
     return Rows(slots, batch.spec_info.bonus_tokens, prefix_lens, kv_slots, known)
 

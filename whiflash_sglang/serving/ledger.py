@@ -151,29 +151,42 @@ class Ledger:
         return router.signals(rows.slots) if traced and isinstance(router, Explains) else {}
 
     def count(self, rows: HostRows, result: RoundResult, signals: Signals) -> None:
-        """Count a round for the span in which it began, and move spans forward."""
-        for row, (slot, committed) in enumerate(zip(rows.slots, result.committed, strict=True)):
-            record, drafter = self.records[slot], result.plan[row] or NOBODY
-            standing = record.standing
-            _add(record.counts, (standing.span, drafter), len(committed))
-            _add(self.counts, (standing.context_kind, standing.span, drafter), len(committed))
-            if record.trace is not None:
-                entry = {
-                    "drafter": drafter,
-                    "drafts": result.window[row, 1 : 1 + result.num_drafts[row]].tolist(),
-                    "accepted": len(committed) - 1,
-                    "tokens": committed,
-                    "span": standing.span,
-                }
-                added = standing.prior + standing.asked_prior
-                if added and "score" in signals:  # entropy thresholds in nats do not use priors
-                    entry["prior"] = round(added, 4)
-                record.trace.add(entry, signals, row)
-            place = self.reader.follow(record.place, committed)
-            if place.span == standing.span:
-                record.place = place
+        """Count a round for the span in which it began, and move spans forward.
+
+        Several steps without drafts count as a round each.
+        """
+        for row, tokens in enumerate(result.committed):
+            if result.steps == 1:
+                self.count_row(rows, row, result, tokens, signals)
             else:
-                record.move(place)
+                for step, token in enumerate(tokens):
+                    self.count_row(rows, row, result, [token], {} if step else signals)
+
+    def count_row(
+        self, rows: HostRows, row: int, result: RoundResult, committed: Sequence[int], signals: Signals
+    ) -> None:
+        """Count a row's round that committed these tokens."""
+        record, drafter = self.records[rows.slots[row]], result.plan[row] or NOBODY
+        standing = record.standing
+        _add(record.counts, (standing.span, drafter), len(committed))
+        _add(self.counts, (standing.context_kind, standing.span, drafter), len(committed))
+        if record.trace is not None:
+            entry = {
+                "drafter": drafter,
+                "drafts": result.window[row, 1 : 1 + result.num_drafts[row]].tolist(),
+                "accepted": len(committed) - 1,
+                "tokens": committed,
+                "span": standing.span,
+            }
+            added = standing.prior + standing.asked_prior
+            if added and "score" in signals:  # entropy thresholds in nats do not use priors
+                entry["prior"] = round(added, 4)
+            record.trace.add(entry, signals, row)
+        place = self.reader.follow(record.place, committed)
+        if place.span == standing.span:
+            record.place = place
+        else:
+            record.move(place)
 
     def snapshot(self) -> dict[str, Any]:
         """Counts as nested dicts of numbers."""

@@ -61,9 +61,9 @@ class DrafterCounts:
     catch_ups: int = 0
     catch_up_s: float = 0.0
 
-    def count_round(self, drafted: int, accepted: int, switched: bool) -> None:
-        """Add a request's round."""
-        self.rounds += 1
+    def count_rounds(self, rounds: int, drafted: int, accepted: int, switched: bool) -> None:
+        """Add a request's round, or several without drafts (`RoundResult.steps`)."""
+        self.rounds += rounds
         self.drafted += drafted
         self.accepted += accepted
         self.switches += switched
@@ -160,12 +160,13 @@ class Totals:
             self.ledger.count(rows, result, signals)
         for row, slot in enumerate(rows.slots):
             name, last = result.plan[row] or NOBODY, self.last_choice[slot]
-            accepted = len(result.committed[row]) - 1
+            accepted = len(result.committed[row]) - result.steps
             for counts in (self.sums, self.running[slot]):
-                counts[name].count_round(result.num_drafts[row], accepted, last not in (None, name))
+                counts[name].count_rounds(result.steps, result.num_drafts[row], accepted, last not in (None, name))
             self.last_choice[slot] = name
-        self.not_drafted.count(len(rows.may_draft()), sum(name is not None for name in result.plan))
-        self.steps += 1
+        num_drafted = sum(name is not None for name in result.plan)
+        self.not_drafted.count(result.steps * len(rows.may_draft()), num_drafted)
+        self.steps += result.steps
         self.count_catch_ups(result.catch_ups)
 
     def count_catch_ups(self, catch_ups: Mapping[str, CatchUp]) -> None:

@@ -18,6 +18,7 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.spec_utils import GrammarTree
 
 from whiflash_sglang.bridge.logit_adjustments import Said, adjust
+from whiflash_sglang.core.transfer import columns
 from whiflash_sglang.core.types import Proposal, Rows, Verified
 from whiflash_sglang.serving.verify_graphs import VerifyWidth
 
@@ -47,32 +48,39 @@ class SGLangTarget:
         num_rows, width = proposal.tokens.shape
         # Before the forward, so that the host computes grammar masks while the target runs.
         tree = GrammarTree.from_linear_chain(proposal.tokens) if self.batch.has_grammar else None
-        logits_output = self.forward(rows, proposal.tokens)
+        positions = rows.prefix_lens[:, None] + columns(width, rows.slots.device)
+        logits_output = self.forward(rows, proposal.tokens, positions)
         logits = logits_output.next_token_logits.view(num_rows, width, -1)
-        positions = rows.prefix_lens[:, None] + torch.arange(width, device=rows.slots.device)
         features, hidden = self.split(logits_output.hidden_states.view(num_rows, width, -1))
         return Verified(self.predict(logits, positions, proposal.tokens, tree), logits, features, hidden)
+
+    def max_steps(self) -> int:
+        """See `Target.max_steps`. One if a step's logits depend on the text before it, or if logprobs are requested."""
+        batch, sampling = self.batch, self.batch.sampling_info
+        penalized = sampling.penalizer_orchestrator is not None and sampling.penalizer_orchestrator.is_required
+        if penalized or batch.has_grammar or batch.return_logprob or sampling.has_custom_logit_processor:
+            return 1
+        return max(request.sampling_params.max_new_tokens - len(request.output_ids) for request in batch.reqs)
 
     def split(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Split `states` [..., captures * hidden + hidden] into captured features and final hidden states."""
         return states[..., : self.feature_size], states[..., self.feature_size :]
 
-    def forward(self, rows: Rows, tokens: torch.Tensor) -> LogitsProcessorOutput:
+    def forward(self, rows: Rows, tokens: torch.Tensor, positions: torch.Tensor) -> LogitsProcessorOutput:
         """One causal forward over the windows `tokens` [rows, width]; logits and features of every position."""
         batch, width = self.batch, tokens.shape[1]
-        positions = rows.prefix_lens[:, None] + torch.arange(width, device=tokens.device)
         batch.out_cache_loc = rows.kv_slots[:, 1 : 1 + width].reshape(-1)
         # Attention backends plan with the host's lengths, which must include the window.
-        committed = batch.seq_lens_cpu
-        batch.seq_lens_cpu = committed + width
-        batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
+        committed, num_committed = torch.tensor(rows.host.prefix_lens), sum(rows.host.prefix_lens)
+        batch.seq_lens = rows.prefix_lens
+        batch.seq_lens_cpu, batch.seq_lens_sum = committed + width, num_committed + width * len(tokens)
         info = DFlashVerifyInput(
             tokens.reshape(-1), positions.reshape(-1), width, capture_hidden_mode=CaptureHiddenMode.FULL
         )
         with self.widths[width].in_place(self.worker.model_runner):
             forward_batch, _ = info.prepare_for_verify(batch, self.worker)
             forward_batch.mark_forward_metadata_ready()
-            batch.seq_lens_cpu, batch.seq_lens_sum = committed, int(committed.sum())
+            batch.seq_lens_cpu, batch.seq_lens_sum = committed, num_committed
             return self.worker.forward_batch_generation(None, forward_batch=forward_batch, is_verify=True).logits_output
 
     def predict(
