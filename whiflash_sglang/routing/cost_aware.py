@@ -41,7 +41,6 @@ SURPRISE = 1.5  # factor between actual and expected cost of a trial
 LEARN_EVERY = 16  # rounds; correcting sure costs in every round would take as long as routing
 MAX_STEPS = 4  # of the target in a round without drafts
 STEPS_MS = 100.0  # maximum time of these steps, for which a new request has to wait
-HOPELESS = 0.1  # trust; with less in every drafter, no score changes the plan
 MOST_PREMIUM = 1.3  # maximum factor of the router's throughput over the best single arm's
 _MEMORY = 0.1  # weight of the latest round in the running means
 _CONTEXT_STEP = 64  # tokens; resolution of contexts in `CostAwareRouter.times`
@@ -68,8 +67,8 @@ class CostAwareRouter(Router):
         # Running means per row over rounds: tokens, and tokens that the best single arm would yield in the same time.
         self.tokens, self.par = 1.0, 1.0
         self.routed: list[Row] = []  # of the round in flight
-        self.unknown = False  # whether no drafter knows the text of any row in flight, so that scores change no plan
-        self.hopeless: HostRows | None = None  # such rows in the next round, if only their lengths change
+        self.hopeless = False  # whether no score would have made the plan in flight draft
+        self.asleep: HostRows | None = None  # such rows in the next round, if only their lengths change
         self.rounds = 0
         self.without_drafts = 0  # rounds since the last probe
         self.probes = 0
@@ -86,11 +85,12 @@ class CostAwareRouter(Router):
     def route(self, rows: HostRows) -> Plan:
         drafted = rows.may_draft()
         nothing: Plan = [None] * len(rows.slots)
-        if rows == self.hopeless:
+        if rows == self.asleep:
             plan = nothing
         else:
             plan = self.plan_by_score(rows, drafted)
-            self.unknown = not drafted or all(max(row.trust.values()) < HOPELESS for row in self.routed)
+            best = [self.at_best(row) for row in self.routed]
+            self.hopeless = not any(plan) and not any(self.best_plan(rows, best, drafted))
         self.trial = self.arm_to_try() if drafted else None
         if self.trial is None:
             return plan
@@ -106,6 +106,11 @@ class CostAwareRouter(Router):
             self.share.look(rows, plan, lambda: self.best_plan(rows, self.yields.expect(rows, scores, asked), drafted))
         return plan
 
+    def at_best(self, row: Row) -> Row:
+        """The row, as if all its drafts were accepted that its trust allows, whatever its score."""
+        tokens = {name: 1 + min(1.0, trust) * (self.costs.widths[name] - 1) for name, trust in row.trust.items()}
+        return row._replace(tokens=tokens)
+
     def arm_to_try(self) -> str | None:
         """The arm to try in this round, if a trial is due."""
         if self.next_trial is not None:
@@ -115,7 +120,7 @@ class CostAwareRouter(Router):
 
     def ahead(self, rows: HostRows) -> int:
         """More than one step where no score would change the plan."""
-        if not self.unknown or self.trial is not None:
+        if not self.hopeless or self.trial is not None:
             return 1
         _, ms = self.times(0, len(rows.slots), mean(rows.prefix_lens))
         return max(1, min(MAX_STEPS, int(STEPS_MS / ms)))
@@ -214,16 +219,16 @@ class CostAwareRouter(Router):
         self.without_drafts += result.steps - 1
         committed = [len(tokens) for tokens in result.committed]
         looked = result.probe is not None or bool(self.pending) or any(result.plan)
-        asleep = not looked and rows == self.hopeless  # nothing to learn about yields
+        asleep = not looked and rows == self.asleep  # nothing to learn about yields
         # What was just looked at may have changed the trust that the rows were routed by.
-        self.unknown = self.unknown and not looked
+        self.hopeless = self.hopeless and not looked
         self.resolve(rows, result)
         self.learn_costs(rows, result, committed, ms / result.steps)
         if not asleep:
             self.yields.learn(rows, self.routed, result.plan, committed)
         self.yields.advance(rows, committed)
         lens = [length + count for length, count in zip(rows.prefix_lens, committed, strict=True)]
-        self.hopeless = rows._replace(prefix_lens=lens) if self.unknown else None
+        self.asleep = rows._replace(prefix_lens=lens) if self.hopeless else None
 
     def learn_costs(self, rows: HostRows, result: RoundResult, committed: Sequence[int], ms: float) -> None:
         """Correct the costs and the premium by a round of `ms` milliseconds a step, and judge its trial."""
