@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whiflash_sglang.core.health import Health
 from whiflash_sglang.core.hints import Asked
@@ -21,6 +21,9 @@ from whiflash_sglang.routing.costs import RoundCosts
 from whiflash_sglang.routing.exploration import PriorShare
 from whiflash_sglang.routing.priors import Priors
 from whiflash_sglang.serving.ledger import NOBODY, Ledger, Signals, Trace
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
 
 STEPS = (
     "prefill",
@@ -256,7 +259,7 @@ class RequestFigures:
     SGLang slices this by the tokens it is about to send, last after the request has ended.
     """
 
-    def __init__(self, totals: Totals, request: Any, asked: Asked):
+    def __init__(self, totals: Totals, request: Req, asked: Asked):
         self.totals = totals
         self.request = request
         self.asked = asked

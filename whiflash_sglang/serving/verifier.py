@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -22,6 +22,11 @@ from whiflash_sglang.core.transfer import columns
 from whiflash_sglang.core.types import Proposal, Rows, Verified
 from whiflash_sglang.serving.verify_graphs import VerifyWidth
 
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
 
 class SGLangTarget:
     """Verifies with an SGLang target worker. `bind` sets the batch for the next call.
@@ -30,15 +35,15 @@ class SGLangTarget:
     and CUDA graphs by verify width.
     """
 
-    def __init__(self, worker: Any, feature_size: int, widths: Mapping[int, VerifyWidth]):
+    def __init__(self, worker: TpModelWorker, feature_size: int, widths: Mapping[int, VerifyWidth]):
         self.worker = worker
         self.feature_size = feature_size
         self.widths = widths
-        self.batch: Any = None
+        self.batch: ScheduleBatch = None  # type: ignore[assignment]
         self.said = Said()
         self.logprobs: LogitsProcessorOutput | None = None  # of the last verify, if requested
 
-    def bind(self, batch: Any) -> None:
+    def bind(self, batch: ScheduleBatch) -> None:
         """Set SGLang's batch for the next `verify`."""
         self.batch = batch
         self.logprobs = None
@@ -108,7 +113,7 @@ class SGLangTarget:
         return tokens
 
 
-def process_first(logits: torch.Tensor, sampling: Any) -> torch.Tensor:
+def process_first(logits: torch.Tensor, sampling: SamplingBatchInfo) -> torch.Tensor:
     """A copy of `logits` [rows, width, vocab] with custom logit processors applied to the first column.
 
     Processors are arbitrary code, so their rows are not drafted for (see `draftable`) and use no other columns.
@@ -120,7 +125,7 @@ def process_first(logits: torch.Tensor, sampling: Any) -> torch.Tensor:
     return logits
 
 
-def log_probabilities(batch: Any, logits: torch.Tensor, tokens: torch.Tensor) -> LogitsProcessorOutput:
+def log_probabilities(batch: ScheduleBatch, logits: torch.Tensor, tokens: torch.Tensor) -> LogitsProcessorOutput:
     """Logprobs of `tokens` [rows, width] from `logits` [rows, width, vocab], at every window column. SGLang uses the
     accepted ones."""
     num_rows, width = tokens.shape
@@ -140,14 +145,14 @@ def all_as_tensors(output: LogitsProcessorOutput) -> None:
         output.next_token_token_ids_logprobs_val = [torch.as_tensor(value) for value in values]
 
 
-def draftable(batch: Any) -> list[bool] | None:
+def draftable(batch: ScheduleBatch) -> list[bool] | None:
     """Per row [rows], whether it can be drafted for (no custom logit processor). None if all can."""
     if not batch.sampling_info.has_custom_logit_processor:
         return None
     return [request.custom_logit_processor is None for request in batch.reqs]
 
 
-def repeat_sampling(sampling: Any, width: int) -> Any:
+def repeat_sampling(sampling: SamplingBatchInfo, width: int) -> SamplingBatchInfo:
     """SGLang's sampling parameters with each row repeated `width` times."""
     repeated = copy.copy(sampling)
     for name in ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed"):
