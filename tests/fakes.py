@@ -88,12 +88,13 @@ class FakeTarget:
         self.widths: list[int] = []
         self.max_steps = lambda: max_steps
         self.said: dict[int, list[int]] = {}  # tokens of a round's earlier steps, by slot
+        self.buffers: dict[tuple[int, int], torch.Tensor] = {}  # as of CUDA graphs, by shape
 
     def verify(self, rows: Rows, proposal: Proposal) -> Verified:
         num_rows, width = proposal.tokens.shape
         self.widths.append(width)
         logits = torch.zeros(num_rows, width, VOCAB)
-        features = torch.zeros(num_rows, width, 1, dtype=torch.float64)
+        features = self.buffers.setdefault((num_rows, width), torch.zeros(num_rows, width, 1, dtype=torch.float64))
         for row in range(num_rows):
             slot = int(rows.slots[row])
             committed = self.world.texts[slot][:-1]

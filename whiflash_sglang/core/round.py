@@ -253,16 +253,16 @@ class DecodeRound:
         A round without drafts costs the host about as much as one with drafts, but yields one token. Several steps
         share that cost. Of `logits` and `hidden`, only the last step's are returned.
         """
-        done = [self.target.verify(rows, proposal)]
-        for _ in range(1, steps):
-            rows = rows.after(done[-1].predictions[:, 0])
-            done.append(self.target.verify(rows, proposal._replace(tokens=rows.anchors[:, None])))
+        verified = self.target.verify(rows, proposal)
         if steps == 1:
-            return done[0]
-        return done[-1]._replace(
-            predictions=torch.cat([step.predictions for step in done], dim=1),
-            features=torch.cat([step.features for step in done], dim=1),
-        )
+            return verified
+        predictions, features = [verified.predictions], [verified.features.clone()]
+        for _ in range(1, steps):
+            rows = rows.after(predictions[-1][:, 0])
+            verified = self.target.verify(rows, proposal._replace(tokens=rows.anchors[:, None]))
+            predictions.append(verified.predictions)
+            features.append(verified.features.clone())  # the next step overwrites what a CUDA graph returned
+        return verified._replace(predictions=torch.cat(predictions, dim=1), features=torch.cat(features, dim=1))
 
     def newest(self, logits: torch.Tensor, accepted: Accepted) -> torch.Tensor:
         """Index of each row's last committed position in the flattened `logits` [rows, width, vocab]; [rows] int64.

@@ -65,7 +65,8 @@ class SGLangTarget:
         penalized = sampling.penalizer_orchestrator is not None and sampling.penalizer_orchestrator.is_required
         if penalized or batch.has_grammar or batch.return_logprob or sampling.has_custom_logit_processor:
             return 1
-        return max(request.sampling_params.max_new_tokens - len(request.output_ids) for request in batch.reqs)
+        left = (request.sampling_params.max_new_tokens - len(request.output_ids) for request in batch.reqs)
+        return max(1, *left)
 
     def split(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Split `states` [..., captures * hidden + hidden] into captured features and final hidden states."""
