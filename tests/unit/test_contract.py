@@ -58,7 +58,7 @@ def findings(tmp_path: Path) -> Findings:
     (tmp_path / "ours" / "ours.py").write_text(OURS)
 
     def compared(**files: str) -> list[tuple[bool, str, str]]:
-        ours = compat.used(made_for, tmp_path / "ours")
+        ours = compat.used(made_for, tmp_path / "ours", {})
         return [found[:3] for found in compat.compare(ours, made_for, release(tmp_path / "other", **files))]
 
     return compared
