@@ -190,8 +190,8 @@ def used(release: Release, ours: Path = OURS, leans_on: Mapping[str, list[str]] 
         known = imports(tree)
         for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
             for base in (known.get(ast.unparse(base), "") for base in cls.bases):
-                offered = {name for own, _ in release.lineage(base) for name in own}
-                names |= {f"{base}.{name}": ("override", file) for name in members(cls) if name in offered}
+                offered = {name for own, _ in release.lineage(base) for name in own if not name.startswith("__")}
+                names |= {f"{base}.{name}": ("override", file) for name in {*members(cls)} & offered}
                 bases |= {base: file} if offered else {}
     return Used(names, bases)
 
