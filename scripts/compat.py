@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import hashlib
 import json
 import os
@@ -24,11 +25,11 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ROOT / "whiflash_sglang"
@@ -69,9 +70,9 @@ class Found(NamedTuple):
 class Release:
     """The source of the package `sglang` in the folder `root`."""
 
-    def __init__(self, root: Path, package: str = "sglang"):
-        self.root, self.package = root, package
-        self.tree = cache(self._tree)
+    def __init__(self, root: Path):
+        self.root, self.srt = root, root / "sglang" / "srt"
+        self.tree = cache(lambda module: ast.parse(self.text(module)))
 
     def text(self, module: str) -> str:
         """A module's code; empty if there is none."""
@@ -79,13 +80,10 @@ class Release:
         files = (path / "__init__.py", path.with_name(f"{path.name}.py"))
         return next((file.read_text() for file in files if file.is_file()), "")
 
-    def _tree(self, module: str) -> ast.Module:
-        return ast.parse(self.text(module))
-
     def find(self, name: str) -> Found | None:
         """The definition of a member of a module or class, through re-exports and base classes."""
         owner, _, last = name.rpartition(".")
-        if not owner.startswith(self.package):
+        if not owner.startswith("sglang"):
             return None
         tree = self.tree(owner)
         if not tree.body:
@@ -105,22 +103,22 @@ class Release:
             yield from self.lineage(known.get(base, f"{found.module}.{base}"))
 
     def where_now(self, name: str) -> str:
-        """The files that define a class or function of this name."""
+        """The files that have this name, or define a class or function of it."""
         defined = re.compile(rf"^ *(class|def|async def) {re.escape(name)}\b", re.MULTILINE)
-        home = self.root / self.package / "srt"
-        places = [
-            str(file.relative_to(home)) for file in sorted(home.rglob("*.py")) if defined.search(file.read_text())
+        files = [
+            file for file in sorted(self.srt.rglob("*.py")) if file.stem == name or defined.search(file.read_text())
         ]
-        return f"; now in {', '.join(places[:3])}" if places else ""
+        return f"; now in {', '.join(str(file.relative_to(self.srt)) for file in files[:3])}" if files else ""
 
     def has_flag(self, flag: str) -> bool:
         """Whether ServerArgs has a flag or, since 0.5.20 in other files, the field of a flag."""
-        folder = self.root / self.package / "srt"
-        text = "".join(file.read_text() for file in (folder / "server_args.py", *folder.glob("arg_groups/fields/*.py")))
+        fields = "".join(file.read_text() for file in self.srt.glob("arg_groups/fields/*.py"))
+        text = self.text("sglang.srt.server_args") + fields
         field = flag.removeprefix("--").replace("-", "_")
         return f'"{flag}"' in text or re.search(rf"^    {field}:", text, re.MULTILINE) is not None
 
 
+@cache
 def members(node: Body) -> dict[str, ast.AST]:
     """What a module or a class defines, also under `if` and `try`."""
     found: dict[str, ast.AST] = {}
@@ -142,6 +140,7 @@ def flat(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
             yield from flat([*statement.body, *statement.orelse, *handlers])
 
 
+@cache
 def imports(tree: ast.Module, module: str = "") -> dict[str, str]:
     """Names that `from ... import` binds, in functions too, and what they stand for."""
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
@@ -151,11 +150,12 @@ def imports(tree: ast.Module, module: str = "") -> dict[str, str]:
 
 def fingerprint(node: ast.AST) -> str:
     """A hash of code without its comments, docstrings and layout."""
-    node = ast.parse(ast.unparse(node))
+    node = copy.deepcopy(node)
     for inner in ast.walk(node):
         if isinstance(inner, Body | Function):
             inner.body = [one for one in inner.body if not (isinstance(one, ast.Expr) and is_text(one.value))]
-    return hashlib.sha256(ast.dump(node).encode()).hexdigest()[:12]
+    dump = ast.dump(node).replace(", type_params=[]", "")  # new in Python 3.12
+    return hashlib.sha256(dump.encode()).hexdigest()[:12]
 
 
 def is_text(node: ast.AST | None) -> bool:
@@ -166,11 +166,11 @@ def parameters(node: ast.AST) -> str:
     """The parameters of a function without their types; empty for anything else."""
     if not isinstance(node, Function):
         return ""
-    copied = ast.parse(ast.unparse(node.args).join(("lambda: 0\ndef f(", "): 0"))).body[1]
-    for argument in ast.walk(copied):
+    arguments = copy.deepcopy(node.args)
+    for argument in ast.walk(arguments):
         if isinstance(argument, ast.arg):
             argument.annotation = None
-    return f"({ast.unparse(copied.args)})"  # type: ignore[attr-defined]
+    return f"({ast.unparse(arguments)})"
 
 
 class Used(NamedTuple):
@@ -180,54 +180,35 @@ class Used(NamedTuple):
     bases: dict[str, str]
 
 
-def used(release: Release, ours: Path = OURS) -> Used:
+def used(release: Release, ours: Path = OURS, leans_on: Mapping[str, list[str]] = TABLE["leans_on"]) -> Used:
     """What our code hooks, overrides or leans on."""
-    names, bases = {}, {}
+    names = {f"{cls}.{name}": ("by name", "") for cls, own in leans_on.items() for name in own}
+    bases: dict[str, str] = {}
     for path in sorted(ours.rglob("*.py")):
         file, tree = str(path.relative_to(ours)), ast.parse(path.read_text())
-        names |= {name: (f"hook {how}", file) for name, how in hooks(tree) if name.startswith(release.package)}
+        names |= {name: (f"hook {how}", file) for name, how in hooks(tree) if name.startswith("sglang.")}
         known = imports(tree)
         for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
             for base in (known.get(ast.unparse(base), "") for base in cls.bases):
-                offered = {name for own, _ in release.lineage(base) for name in own}
-                names |= {f"{base}.{name}": ("override", file) for name in members(cls) if name in offered}
+                offered = {name for own, _ in release.lineage(base) for name in own if not name.startswith("__")}
+                names |= {f"{base}.{name}": ("override", file) for name in {*members(cls)} & offered}
                 bases |= {base: file} if offered else {}
     return Used(names, bases)
 
 
 def hooks(tree: ast.Module) -> Iterator[tuple[str, str]]:
     """(target, kind) of every hook, written as (target, function, HookType.kind) in a call or a table."""
-    nodes = [*ast.walk(tree)]
-    texts = {
-        ast.unparse(target): node.value.value
-        for node in nodes
-        if isinstance(node, ast.Assign) and is_text(node.value)
-        for target in node.targets
-    }
-
-    def text(node: ast.AST) -> str:
-        if isinstance(node, ast.JoinedStr):
-            return "".join(map(text, node.values))
-        if isinstance(node, ast.FormattedValue):
-            return text(node.value)
-        return node.value if is_text(node) else texts[ast.unparse(node)]
-
-    for node in nodes:
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and is_text(node.value)]
+    texts = {ast.unparse(target): node.value.value for node in constants for target in node.targets}
+    for node in ast.walk(tree):
         entry = node.args if isinstance(node, ast.Call) else getattr(node, "elts", [])
         if len(entry) == 3 and (kind := ast.unparse(entry[2])).startswith("HookType."):
-            yield text(entry[0]), kind.removeprefix("HookType.")
-
-
-def everything(release: Release) -> Used:
-    """`used`, with what the table says that we lean on."""
-    names, bases = used(release)
-    leans_on = {f"{cls}.{name}": ("by name", "") for cls, own in TABLE["leans_on"].items() for name in own}
-    return Used(leans_on | names, bases)
+            yield eval(ast.unparse(entry[0]), {}, texts), kind.removeprefix("HookType.")
 
 
 def fingerprints(release: Release) -> dict[str, str]:
     """Name -> fingerprint of everything that we hook, override or lean on; "gone" if it is not there."""
-    found = {name: release.find(name) for name in sorted(everything(release).names)}
+    found = {name: release.find(name) for name in sorted(used(release).names)}
     return {name: "gone" if one is None else fingerprint(one.node) for name, one in found.items()}
 
 
@@ -268,7 +249,7 @@ def new_errors(made_for: Release, other: Release) -> Iterator[Finding]:
     for message, place in sorted(errors(other) - errors(made_for)):
         places.setdefault(message, []).append(place)
     for message, where in places.items():
-        name = "".join(re.findall(r'^(?:Cannot access attribute )?"(\w+)"', message))
+        name = "".join(re.findall(r'^(?:Cannot access attribute |Import )?"(?:\w+\.)*(\w+)"', message))
         if not name or 'class "ServerArgs' not in message or not other.has_flag(name):
             yield Finding(True, message, other.where_now(name).removeprefix("; ") if name else "", tuple(where))
 
@@ -282,12 +263,11 @@ def errors(release: Release) -> set[tuple[str, str]]:
     checker = os.environ | {"PYTHONPATH": str(installed(CHECKER, "--target", str(RUNS / "checker")))}
     command = [sys.executable, "-m", "basedpyright", "-p", config, "--outputjson"]
     output = subprocess.run(command, env=checker, stdout=subprocess.PIPE, text=True, check=False).stdout
-    return set(map(shown, json.loads(output)["generalDiagnostics"]))
-
-
-def shown(error: dict[str, Any]) -> tuple[str, str]:
-    message = error["message"].splitlines()[0].replace("Cannot assign to", "Cannot access")
-    return message, f"{Path(error['file']).relative_to(OURS)}:{error['range']['start']['line'] + 1}"
+    found = set()
+    for error in json.loads(output)["generalDiagnostics"]:
+        message = error["message"].splitlines()[0].replace("assign to attribute", "access attribute")
+        found.add((message, f"{Path(error['file']).relative_to(OURS)}:{error['range']['start']['line'] + 1}"))
+    return found
 
 
 def others() -> Path:
@@ -296,14 +276,14 @@ def others() -> Path:
     In its torch, nn.Module has no `__getattr__`: its type says that every module has every attribute.
     """
     folder, site = RUNS / "others", Path(str(metadata.distribution("torch").locate_file("")))
-    copy, patched = folder / "lib" / "python3.11" / "site-packages", Path("torch/nn/modules/module.py")
-    if not (copy / patched).exists():
+    site_copy, patched = folder / "lib" / "python3.11" / "site-packages", Path("torch/nn/modules/module.py")
+    if not (site_copy / patched).exists():
         for parent in reversed(patched.parents):
-            (copy / parent).mkdir(parents=True, exist_ok=True)
+            (site_copy / parent).mkdir(parents=True, exist_ok=True)
             for path in (site / parent).iterdir():
                 if path != site / "sglang" and not (site / patched).is_relative_to(path):
-                    (copy / parent / path.name).symlink_to(path)
-        (copy / patched).write_text((site / patched).read_text().replace("def __getattr__(", "def _getattr("))
+                    (site_copy / parent / path.name).symlink_to(path)
+        (site_copy / patched).write_text((site / patched).read_text().replace("def __getattr__(", "def _getattr("))
     return folder
 
 
@@ -335,7 +315,7 @@ def main() -> int:
     try:
         folder = installed(f"sglang=={arguments.version}", "--no-deps", "--target", str(RUNS / arguments.version))
         made_for, other = Release(here), Release(folder)
-        ours = everything(made_for)
+        ours = used(made_for)
         found = [*new_errors(made_for, other), *compare(ours, made_for, other), *missing_words(other)]
     except subprocess.CalledProcessError as error:
         print(f"error: {error}", file=sys.stderr)
