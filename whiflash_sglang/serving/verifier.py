@@ -60,13 +60,16 @@ class SGLangTarget:
         return Verified(self.predict(logits, positions, proposal.tokens, tree), logits, features, hidden)
 
     def max_steps(self) -> int:
-        """See `Target.max_steps`. One if a step's logits depend on the text before it, or if logprobs are requested."""
+        """See `Target.max_steps`. They end with the first request that reaches its maximum length.
+
+        One if a step's logits depend on the text before it, or if logprobs are requested.
+        """
         batch, sampling = self.batch, self.batch.sampling_info
         penalized = sampling.penalizer_orchestrator is not None and sampling.penalizer_orchestrator.is_required
         if penalized or batch.has_grammar or batch.return_logprob or sampling.has_custom_logit_processor:
             return 1
         left = (request.sampling_params.max_new_tokens - len(request.output_ids) for request in batch.reqs)
-        return max(1, *left)
+        return max(1, min(left))
 
     def split(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Split `states` [..., captures * hidden + hidden] into captured features and final hidden states."""
