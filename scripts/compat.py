@@ -238,7 +238,7 @@ def missing_words(release: Release) -> Iterator[Finding]:
     for file in TABLE["flags"]["files"]:
         texts = [node.value for node in ast.walk(ast.parse((OURS / file).read_text())) if is_text(node)]
         flags = {found[1] for text in texts if (found := re.fullmatch(r"(--[a-z-]*[a-z])(=\S*)?", text))}
-        for flag in sorted(flags):
+        for flag in sorted(flags.union(TABLE["flags"]["set"])):
             if not re.fullmatch(TABLE["flags"]["own"], flag) and not release.has_flag(flag):
                 yield Finding(True, flag, "no such flag", (file,))
 
@@ -265,8 +265,12 @@ def errors(release: Release) -> set[tuple[str, str]]:
     output = subprocess.run(command, env=checker, stdout=subprocess.PIPE, text=True, check=False).stdout
     found = set()
     for error in json.loads(output)["generalDiagnostics"]:
-        message = error["message"].splitlines()[0].replace("assign to attribute", "access attribute")
-        found.add((message, f"{Path(error['file']).relative_to(OURS)}:{error['range']['start']['line'] + 1}"))
+        message = error["message"].replace("Cannot assign to", "Cannot access")
+        if message.startswith("Cannot access") and "is unknown" not in message:
+            continue  # another type is assigned
+        found.add(
+            (message.splitlines()[0], f"{Path(error['file']).relative_to(OURS)}:{error['range']['start']['line'] + 1}")
+        )
     return found
 
 

@@ -26,6 +26,7 @@ from whiflash_sglang.core.spans import message_context
 from whiflash_sglang.startup.config import active_config
 
 if TYPE_CHECKING:
+    from sglang.srt.entrypoints.http_server import _GlobalState
     from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
     from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
     from sglang.srt.managers.io_struct import GenerateReqInput
@@ -235,7 +236,7 @@ def _token_texts(tokenizer: Any) -> Any:
 
 
 def _is_ending(http_server: Any) -> bool:
-    serving = http_server.get_global_state()
+    serving: _GlobalState | None = http_server.get_global_state()
     return serving is not None and serving.tokenizer_manager.gracefully_exit
 
 

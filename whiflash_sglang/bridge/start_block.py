@@ -13,6 +13,7 @@ from whiflash_sglang.startup.gpu_memory import FLAG_RUNNING
 
 if TYPE_CHECKING:
     from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
@@ -60,5 +61,7 @@ def attention_line(backends: Mapping[str, str], device: str) -> str:
 def kv_tokens_lost(target_runner: ModelRunner, runners: Iterable[DraftRunner]) -> tuple[int, int]:
     """KV tokens that the pools hold, and how many more would fit into the draft pools' memory."""
     tokens = target_runner.max_total_num_tokens
-    draft_bytes = sum(sum(r.worker.model_runner.token_to_kv_pool.get_kv_size_bytes()) for r in runners)
-    return tokens, int(tokens * draft_bytes / sum(target_runner.token_to_kv_pool.get_kv_size_bytes()))
+    own: MHATokenToKVPool = target_runner.token_to_kv_pool
+    pools: list[MHATokenToKVPool] = [r.worker.model_runner.token_to_kv_pool for r in runners]
+    draft_bytes = sum(sum(pool.get_kv_size_bytes()) for pool in pools)
+    return tokens, int(tokens * draft_bytes / sum(own.get_kv_size_bytes()))
