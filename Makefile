@@ -14,7 +14,7 @@ QUESTION ?=
 BASE_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve agent agent-bench bench-priors soak fuzz chaos compat contract test test-all test-newest-client check format lock clean
+.PHONY: help setup demo serve agent agent-bench bench-priors soak fuzz chaos compat test test-all test-newest-client check format lock clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
@@ -63,10 +63,7 @@ test-newest-client: $(INSTALLED)  ## run the agents' tests with the newest langc
 	@bash scripts/test_newest_client.sh $(BIN)/python
 
 compat: $(INSTALLED)  ## print the changes needed for SGLang $(VERSION); needs the network (docs/compat.md)
-	@bash scripts/compat.sh $(BIN)/python '$(VERSION)'
-
-contract: $(INSTALLED)  ## update the record of the SGLang names that the server uses
-	@$(BIN)/python -m contract --record
+	@$(BIN)/python scripts/compat.py '$(VERSION)'
 
 check: $(INSTALLED)  ## check lint, formatting and types
 	@$(BIN)/ruff check .

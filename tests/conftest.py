@@ -18,8 +18,7 @@ from tests import zygote
 from whiflash_sglang.startup.config import ENVIRONMENT_VARIABLE
 from whiflash_workloads import server
 
-UNIT_SECONDS = 5  # CPU time, which hardly depends on the machine's load
-LIMITS = {"slow": 1500, "e2e": 1500}  # max seconds per test, including setup; for others see pyproject.toml
+UNIT_SECONDS = 5  # CPU time on an idle machine
 SECONDS = Path(__file__).parent / "seconds.json"  # per file, from a full run on two idle cores
 UNKNOWN_SECONDS = 10.0
 ZYGOTES = pytest.StashKey[ExitStack]()
@@ -59,13 +58,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run the slowest files first, to balance the workers, and set time limits and skips."""
+    """Run the slowest files first, to balance the workers, and set skips."""
     seconds = json.loads(SECONDS.read_text())
     items.sort(key=lambda item: -seconds.get(file_of(item.nodeid), UNKNOWN_SECONDS))
     for item in items:
-        for name, limit in LIMITS.items():
-            if item.get_closest_marker(name) and not item.get_closest_marker("timeout"):
-                item.add_marker(pytest.mark.timeout(limit))
         nightly = item.get_closest_marker("nightly")
         if nightly and not config.getoption("--nightly"):
             item.add_marker(pytest.mark.skip(reason=f"{nightly.kwargs['reason']}: make test-all"))
@@ -79,9 +75,17 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     spent = processor_seconds() - before
     # The first test pays for importing SGLang; do not count that.
     imports = len(sys.modules) - num_modules > 100
-    if spent > UNIT_SECONDS and not imports and "unit" in item.path.parts and not item.get_closest_marker("slow"):
+    judged = "unit" in item.path.parts and not imports and not item.get_closest_marker("slow")
+    if judged and spent > UNIT_SECONDS and spent > UNIT_SECONDS * slowness():
         pytest.fail(f"this unit test took {spent:.1f} s of CPU time: make it faster, or mark it `slow`", False)
     return result
+
+
+def slowness() -> float:
+    """CPU time of a fixed loop, relative to an idle machine. Busy neighbours slow a core down, too."""
+    before = processor_seconds()
+    sum(number % 7 for number in range(2_000_000))
+    return (processor_seconds() - before) / 0.07
 
 
 def processor_seconds() -> float:

@@ -83,17 +83,24 @@ class World:
 
 
 class FakeTarget:
-    def __init__(self, world: World):
+    def __init__(self, world: World, max_steps: int = 1):
         self.world = world
         self.widths: list[int] = []
+        self.max_steps = lambda: max_steps
+        self.said: dict[int, list[int]] = {}  # tokens of a round's earlier steps, by slot
+        self.buffers: dict[tuple[int, int], torch.Tensor] = {}  # as of CUDA graphs, by shape
 
     def verify(self, rows: Rows, proposal: Proposal) -> Verified:
         num_rows, width = proposal.tokens.shape
         self.widths.append(width)
         logits = torch.zeros(num_rows, width, VOCAB)
-        features = torch.zeros(num_rows, width, 1, dtype=torch.float64)
+        features = self.buffers.setdefault((num_rows, width), torch.zeros(num_rows, width, 1, dtype=torch.float64))
         for row in range(num_rows):
-            text = self.world.texts[int(rows.slots[row])][:-1]
+            slot = int(rows.slots[row])
+            committed = self.world.texts[slot][:-1]
+            said = self.said.get(slot, [])[: int(rows.prefix_lens[row]) - len(committed)]
+            self.said[slot] = [*said, *proposal.tokens[row].tolist()]
+            text = [*committed, *said]
             for column in range(width):
                 text = [*text, int(proposal.tokens[row, column])]
                 logits[row, column, next_token(text)] = 5.0

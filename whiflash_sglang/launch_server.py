@@ -21,7 +21,7 @@ import warnings
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whiflash_sglang.core.errors import ConfigError, WhiFlashError
 from whiflash_sglang.startup import bounds, command_line, demo, hub, ports, progress
@@ -40,6 +40,9 @@ from whiflash_sglang.startup.config import (
 from whiflash_sglang.startup.gpu_memory import surely_none
 from whiflash_sglang.startup.model_checks import check_checkpoints, check_room
 from whiflash_sglang.startup.refusals import CPU_REFUSALS, CUDA_REFUSALS, FLAG_WIDTH, REFUSALS, Given, refuse, typed
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
 
 ALGORITHM = "WHIFLASH"
 PROGRAM = "python -m whiflash_sglang.launch_server"
@@ -291,7 +294,7 @@ def serve(sglang_argv: Sequence[str]) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-def _say_when_ready(request: str, result: None, server_args: Any, *args: Any, **kwargs: Any) -> None:
+def _say_when_ready(request: str, result: None, server_args: ServerArgs, *args: Any, **kwargs: Any) -> None:
     progress.say_when_ready(server_args, request)
 
 

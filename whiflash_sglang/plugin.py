@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from whiflash_sglang import cpu
 from whiflash_sglang.startup.config import ENVIRONMENT_VARIABLE
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
 
 
 def register() -> None:
@@ -24,7 +27,7 @@ def register() -> None:
         install_hooks()
 
 
-def worker_class(server_args: Any) -> type:
+def worker_class(server_args: ServerArgs) -> type:
     """The worker class, imported lazily because only the scheduler needs it."""
     from whiflash_sglang.serving.worker import WhiFlashWorker
 

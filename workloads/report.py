@@ -13,7 +13,7 @@ from whiflash_workloads.slo import Limits, goodput
 from whiflash_workloads.speculation import RequestFigures
 
 Totals = dict[str, Any]
-"""The server's counters (`whiflash_sglang/serving/observe.py`): numbers, and dicts of numbers."""
+"""The server's counters (`whiflash_sglang/serving/totals.py`): numbers, and dicts of numbers."""
 TABLE_WIDTH = 150  # console width in characters, enough for the widest row; also used without a terminal
 
 

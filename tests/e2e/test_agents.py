@@ -65,7 +65,7 @@ def sum_of(chunks: Iterable[AIMessageChunk]) -> AIMessageChunk:
 
 @pytest.fixture
 def has_figures(base_url: str) -> None:
-    routes = httpx.get(f"{base_url}/openapi.json", timeout=30).json()["paths"]
+    routes = httpx.get(f"{base_url}/openapi.json", timeout=600).json()["paths"]
     if not any(route.startswith("/whiflash/requests/") for route in routes):
         pytest.skip("this server has no route for the figures of a request")
 

@@ -44,7 +44,7 @@ def watch(prompts: list[list[int]], base_url: str, log: Path) -> Seen:
     together = asyncio.run(generate(base_url, prompts, NUM_TOKENS, in_flight=len(prompts)))
     assert together == alone
     counted = totals(base_url)
-    shown = httpx.get(f"{base_url}/metrics", timeout=30, follow_redirects=True).text
+    shown = httpx.get(f"{base_url}/metrics", timeout=600, follow_redirects=True).text
     assert counted is not None
     return Seen(alone, dict(counted), ours(shown), log.read_text(errors="replace"))
 

@@ -50,7 +50,7 @@ def float32_server(models, tmp_path_factory):
 
 def generate(base_url: str, prompt: list[int], num_tokens: int = NUM_TOKENS) -> dict:
     sampling = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
-    reply = httpx.post(f"{base_url}/generate", json={"input_ids": prompt, "sampling_params": sampling}, timeout=120)
+    reply = httpx.post(f"{base_url}/generate", json={"input_ids": prompt, "sampling_params": sampling}, timeout=600)
     reply.raise_for_status()
     return reply.json()
 
@@ -104,7 +104,7 @@ def test_chat_completion_streams(float32_server):
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    with httpx.stream("POST", f"{float32_server}/v1/chat/completions", json=request, timeout=60) as reply:
+    with httpx.stream("POST", f"{float32_server}/v1/chat/completions", json=request, timeout=600) as reply:
         lines = [line for line in reply.iter_lines() if line.startswith("data: ")]
     assert lines[-1] == "data: [DONE]"
     assert '"prompt_tokens":' in lines[-2]

@@ -102,7 +102,7 @@ class DumpingServer:
     def ask(self, rid: str, prompt: list[int], extra_key: str | None = None, **params: Any) -> Answer:
         body = {"rid": rid, "input_ids": prompt, "sampling_params": {"temperature": 0, **params}}
         body |= {"extra_key": extra_key} if extra_key else {}
-        reply = httpx.post(f"{self.base_url}/generate", json=body, timeout=120)
+        reply = httpx.post(f"{self.base_url}/generate", json=body, timeout=600)
         reply.raise_for_status()
         return self.answer(rid, prompt, reply.json())
 
@@ -117,12 +117,12 @@ class DumpingServer:
         params = {"temperature": 0, "max_new_tokens": 600, "ignore_eos": True}
         body = {"rid": rid, "input_ids": prompt, "sampling_params": params, "stream": True}
         last: dict[str, Any] = {}
-        with httpx.stream("POST", f"{self.base_url}/generate", json=body, timeout=120) as reply:
+        with httpx.stream("POST", f"{self.base_url}/generate", json=body, timeout=600) as reply:
             for line in reply.iter_lines():
                 if not line.startswith("data: {"):
                     continue
                 if not last:
-                    httpx.post(f"{self.base_url}/abort_request", json={"rid": rid}, timeout=30).raise_for_status()
+                    httpx.post(f"{self.base_url}/abort_request", json={"rid": rid}, timeout=600).raise_for_status()
                 last = json.loads(line.removeprefix("data: "))
         return self.answer(rid, prompt, last)
 

@@ -56,7 +56,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def workers(gateway: Server) -> list[str]:
-    return [worker["url"] for worker in httpx.get(f"{gateway.base_url}/workers", timeout=30).json()["workers"]]
+    return [worker["url"] for worker in httpx.get(f"{gateway.base_url}/workers", timeout=600).json()["workers"]]
 
 
 def test_a_session_stays_at_one_server(gateway: Server) -> None:
@@ -66,12 +66,12 @@ def test_a_session_stays_at_one_server(gateway: Server) -> None:
         for session in ("ada", "grace", "mary", "joan"):
             body = {"model": "whiflash-demo", "messages": [{"role": "user", "content": session}], "max_tokens": 4}
             reply = httpx.post(
-                f"{gateway.base_url}/v1/chat/completions", json=body, headers={GATEWAY_HEADER: session}, timeout=120
+                f"{gateway.base_url}/v1/chat/completions", json=body, headers={GATEWAY_HEADER: session}, timeout=600
             ).json()
             found = [
                 url
                 for url in workers(gateway)
-                if httpx.get(f"{url}/whiflash/requests/{reply['id']}", timeout=30).status_code == 200
+                if httpx.get(f"{url}/whiflash/requests/{reply['id']}", timeout=600).status_code == 200
             ]
             assert len(found) == 1
             homes.setdefault(session, set()).update(found)

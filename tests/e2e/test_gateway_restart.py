@@ -84,7 +84,7 @@ def gateway(tmp_path: Path, steady: server.Server, killed: list[server.Server]) 
 
 
 def healthy(base_url: str) -> set[str]:
-    known = httpx.get(f"{base_url}/workers", timeout=30).json()["workers"]
+    known = httpx.get(f"{base_url}/workers", timeout=600).json()["workers"]
     return {worker["url"] for worker in known if worker["is_healthy"]}
 
 
@@ -103,7 +103,7 @@ class Session:
     def __init__(self, base_url: str, number: int, recorded: dict[str, Any]):
         headers = {GATEWAY_HEADER: f"session-{number}"}
         self.client = openai.OpenAI(
-            base_url=f"{base_url}/v1", api_key="none", timeout=120, default_headers=headers, max_retries=RETRIES
+            base_url=f"{base_url}/v1", api_key="none", timeout=600, default_headers=headers, max_retries=RETRIES
         )
         self.recorded = recorded
         self.begun = [Event() for _ in range(TURNS)]

@@ -94,7 +94,7 @@ def base_url(server: Server) -> str:
 def chat(base_url: str, **more: object) -> dict:
     messages = [{"role": "user", "content": f"where is order 1042? {SECRET}"}]
     body = {"model": "whiflash-demo", "messages": messages, "max_tokens": 12, "temperature": 0, **more}
-    reply = httpx.post(f"{base_url}/v1/chat/completions", json=body, headers=USER, timeout=120)
+    reply = httpx.post(f"{base_url}/v1/chat/completions", json=body, headers=USER, timeout=600)
     return reply.raise_for_status().json()
 
 
@@ -106,13 +106,13 @@ def chat(base_url: str, **more: object) -> dict:
 def test_our_routes_are_shut_without_a_key(base_url: str, path: str, method: str) -> None:
     wrong = {"Authorization": f"Bearer {KEY}x"}
     for headers in ({}, wrong, {"Authorization": KEY}):
-        reply = httpx.request(method, f"{base_url}/whiflash/{path}", headers=headers, timeout=30)
+        reply = httpx.request(method, f"{base_url}/whiflash/{path}", headers=headers, timeout=600)
         assert reply.status_code == 401
 
 
 def test_a_user_sees_figures_and_an_operator_what_was_learned(base_url: str) -> None:
     """Priors name tools, which are words of requests."""
-    get = lambda path, headers: httpx.get(f"{base_url}/{path}", headers=headers, timeout=30)  # noqa: E731
+    get = lambda path, headers: httpx.get(f"{base_url}/{path}", headers=headers, timeout=600)  # noqa: E731
     assert get("whiflash/stats", USER).json()["router"] == "random:1"
     assert get("whiflash/requests/x", USER).status_code == 404
     assert get("whiflash/priors", USER).status_code == 401
@@ -123,7 +123,7 @@ def test_a_user_sees_figures_and_an_operator_what_was_learned(base_url: str) -> 
 def test_server_info_shows_neither_keys_nor_priors(base_url: str) -> None:
     """SGLang shows all arguments there, to every user the operator's key."""
     for path in ("server_info", "get_server_info"):
-        reply = httpx.get(f"{base_url}/{path}", headers=USER, timeout=30)
+        reply = httpx.get(f"{base_url}/{path}", headers=USER, timeout=600)
         assert KEY not in reply.text and ADMIN_KEY not in reply.text
         assert "whiflash_priors" not in reply.text
         assert reply.json()["internal_states"][0]["whiflash"]["rounds"] >= 0
@@ -160,11 +160,11 @@ def test_only_this_machine_is_listened_to(server: Server, base_url: str) -> None
 def test_a_trace_is_for_who_knows_its_id(base_url: str) -> None:
     traced = {"custom_params": {"whiflash": {"trace": True}}}
     own = chat(base_url, **traced)
-    kept = httpx.get(f"{base_url}/whiflash/requests/{own['id']}", headers=USER, timeout=30).json()
+    kept = httpx.get(f"{base_url}/whiflash/requests/{own['id']}", headers=USER, timeout=600).json()
     assert kept["first"] is not None and kept["trace"] is not None
     chosen = chat(base_url, rid="job-1", **traced)
     assert chosen["id"] == "job-1"
-    withheld = httpx.get(f"{base_url}/whiflash/requests/job-1", headers=USER, timeout=30).json()
+    withheld = httpx.get(f"{base_url}/whiflash/requests/job-1", headers=USER, timeout=600).json()
     assert (withheld["trace"], withheld["trace_withheld"], withheld.get("first")) == (None, True, None)
     assert withheld["completion_tokens"] == chosen["usage"]["completion_tokens"]
 
@@ -172,7 +172,7 @@ def test_a_trace_is_for_who_knows_its_id(base_url: str) -> None:
 def test_a_client_that_chose_its_id_has_the_trace_in_its_reply(base_url: str) -> None:
     params = {"max_new_tokens": 8, "temperature": 0, "custom_params": {"whiflash": {"trace": True}}}
     body = {"rid": "job-2", "text": "where is", "sampling_params": params}
-    reply = httpx.post(f"{base_url}/generate", json=body, headers=USER, timeout=120).raise_for_status().json()
+    reply = httpx.post(f"{base_url}/generate", json=body, headers=USER, timeout=600).raise_for_status().json()
     (figures,) = reply["meta_info"]["whiflash"]
     tokens = [figures["first"], *(token for entry in figures["trace"] for token in entry["tokens"])]
     assert "".join(tokens).startswith(reply["text"])
@@ -189,7 +189,7 @@ def test_an_id_that_is_in_use_is_nobody_elses(base_url: str) -> None:
     replies: list[httpx.Response] = []
 
     def ask(body: dict) -> None:
-        replies.append(httpx.post(f"{base_url}/generate", json=body, headers=USER, timeout=120))
+        replies.append(httpx.post(f"{base_url}/generate", json=body, headers=USER, timeout=600))
 
     with ThreadPoolExecutor() as pool:
         first = pool.submit(ask, job(900))
@@ -198,12 +198,12 @@ def test_an_id_that_is_in_use_is_nobody_elses(base_url: str) -> None:
             assert time.monotonic() < deadline and not first.done()
             time.sleep(0.02)
         ask(job(3))
-        httpx.post(f"{base_url}/abort_request", json={"rid": "job-3"}, headers=OPERATOR, timeout=30)
+        httpx.post(f"{base_url}/abort_request", json={"rid": "job-3"}, headers=OPERATOR, timeout=600)
         first.result(60)
     second = replies[0]
     assert second.status_code == 400 and "Duplicate request ID" in second.text
     ask(job(3))
-    kept = httpx.get(f"{base_url}/whiflash/requests/job-3", headers=USER, timeout=30).json()
+    kept = httpx.get(f"{base_url}/whiflash/requests/job-3", headers=USER, timeout=600).json()
     assert kept["completion_tokens"] == 3
 
 
@@ -220,9 +220,9 @@ def test_no_text_in_totals_and_metrics(base_url: str) -> None:
     ]
     chat(base_url, custom_params=hints)
     chat(base_url, messages=messages, rid=f"rid-{SECRET}")
-    assert "whiflash_span_rounds" in httpx.get(f"{base_url}/metrics", timeout=30).text, "metrics are open to everybody"
+    assert "whiflash_span_rounds" in httpx.get(f"{base_url}/metrics", timeout=600).text, "metrics are open to everybody"
     for path in ("metrics", "whiflash/stats", "server_info", "v1/loads"):
-        reply = httpx.get(f"{base_url}/{path}", headers=USER, timeout=30)
+        reply = httpx.get(f"{base_url}/{path}", headers=USER, timeout=600)
         assert reply.status_code == 200 and SECRET not in reply.text, path
 
 
@@ -257,7 +257,7 @@ KILLERS = [
 def test_what_ends_sglang_is_answered_with_400(base_url: str, body: dict) -> None:
     content = json.dumps(body).encode()
     headers = USER | {"Content-Type": "application/json"}
-    reply = httpx.post(f"{base_url}/generate", content=content, headers=headers, timeout=60)
+    reply = httpx.post(f"{base_url}/generate", content=content, headers=headers, timeout=600)
     assert reply.status_code == 400, reply.text
     assert chat(base_url)["usage"]["completion_tokens"] > 0
 
@@ -265,6 +265,6 @@ def test_what_ends_sglang_is_answered_with_400(base_url: str, body: dict) -> Non
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_grammar_that_allows_nothing_fails_its_request_only(base_url: str, temperature: float) -> None:
     params = {"ebnf": "root ::= root", "max_new_tokens": 4, "temperature": temperature}
-    reply = httpx.post(f"{base_url}/generate", json={"text": "a", "sampling_params": params}, headers=USER, timeout=60)
+    reply = httpx.post(f"{base_url}/generate", json={"text": "a", "sampling_params": params}, headers=USER, timeout=600)
     assert reply.json()["meta_info"]["finish_reason"]["type"] == "abort"
     assert chat(base_url)["usage"]["completion_tokens"] > 0

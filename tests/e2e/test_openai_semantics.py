@@ -478,7 +478,7 @@ def test_the_reply_is_that_of_the_server_without_speculation(case: Case, replies
 def test_drafts_were_verified_meanwhile(
     name: str, servers: dict[str, Server], replies: dict[str, dict[str, Reply]]
 ) -> None:
-    state = httpx.get(f"{servers[name].base_url}/server_info", timeout=60).json()["internal_states"][0]
+    state = httpx.get(f"{servers[name].base_url}/server_info", timeout=600).json()["internal_states"][0]
     assert state["whiflash"]["accepted_drafts"] > 0
     assert {"df", "e3"} <= set(state["whiflash"]["rounds_by_drafter"])
 

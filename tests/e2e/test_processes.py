@@ -57,7 +57,7 @@ def reference(servers: dict[str, str], prompts: list[list[int]]) -> list[list[in
 
 
 def stats(base_url: str) -> dict[str, Any]:
-    reply = httpx.get(f"{base_url}/whiflash/stats", timeout=60)
+    reply = httpx.get(f"{base_url}/whiflash/stats", timeout=600)
     reply.raise_for_status()
     return dict(reply.json())
 
@@ -98,7 +98,7 @@ def test_ranks_did_the_same_rounds(servers, prompts):
     ]
     with ThreadPoolExecutor(len(bodies)) as pool:
         replies = list(
-            pool.map(lambda body: httpx.post(f"{servers['tp']}/generate", json=body, timeout=200).json(), bodies)
+            pool.map(lambda body: httpx.post(f"{servers['tp']}/generate", json=body, timeout=600).json(), bodies)
         )
     assert [len(reply["output_ids"]) for reply in replies] == [48] * len(bodies)
     seen = stats(servers["tp"])
@@ -122,6 +122,6 @@ def test_both_replicas_serve_and_their_figures_add_up(servers, prompts):
 def test_a_requests_figures_are_found_whichever_replica_served_it(servers, prompts):
     for _ in range(2):
         body = {"input_ids": prompts[0], "sampling_params": {"temperature": 0, "max_new_tokens": 8}}
-        reply = httpx.post(f"{servers['dp']}/generate", json=body, timeout=60).json()
-        figures = httpx.get(f"{servers['dp']}/whiflash/requests/{reply['meta_info']['id']}", timeout=60)
+        reply = httpx.post(f"{servers['dp']}/generate", json=body, timeout=600).json()
+        figures = httpx.get(f"{servers['dp']}/whiflash/requests/{reply['meta_info']['id']}", timeout=600)
         assert figures.status_code == 200 and figures.json()["completion_tokens"] == 8

@@ -43,7 +43,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with httpx.Client(base_url=server, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as client:
+    with httpx.Client(base_url=server, headers={"Authorization": f"Bearer {KEY}"}, timeout=600) as client:
         yield client
 
 
@@ -320,8 +320,8 @@ def test_routes_are_guarded_by_the_api_key(server, client):
     paths = ("/whiflash/stats", f"/whiflash/requests/{known}", "/server_info")
     for path in paths:
         assert client.get(path).status_code == 200
-        without = httpx.get(f"{server}{path}", timeout=30)
-        wrong = httpx.get(f"{server}{path}", headers={"Authorization": "Bearer guess"}, timeout=30)
+        without = httpx.get(f"{server}{path}", timeout=600)
+        wrong = httpx.get(f"{server}{path}", headers={"Authorization": "Bearer guess"}, timeout=600)
         assert (without.status_code, wrong.status_code) == (401, 401)
         assert "rounds" not in without.text
     missing = client.get("/whiflash/requests/nobody")

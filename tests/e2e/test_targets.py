@@ -71,7 +71,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def greedy(base_url: str, prompt: list[int], rid: str) -> list[int]:
     params = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
     body = {"input_ids": prompt, "sampling_params": params, "rid": rid}
-    reply = httpx.post(f"{base_url}/generate", json=body, timeout=120)
+    reply = httpx.post(f"{base_url}/generate", json=body, timeout=600)
     reply.raise_for_status()
     return list(reply.json()["output_ids"])
 

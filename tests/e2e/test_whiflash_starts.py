@@ -69,7 +69,7 @@ def texts(server: Server, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def totals(server: Server) -> dict:
-    return httpx.get(f"{server.base_url}/server_info", timeout=30).json()["internal_states"][0]["whiflash"]
+    return httpx.get(f"{server.base_url}/server_info", timeout=600).json()["internal_states"][0]["whiflash"]
 
 
 def ends(server: Server) -> bool:
@@ -119,7 +119,7 @@ def asks(command: str, server: Server) -> None:
     _, url, flag, header, data, body = shlex.split(command)
     assert url == f"{server.base_url}/v1/chat/completions" and (flag, data) == ("-H", "-d")
     content = (ROOT / body.removeprefix("@")).read_bytes() if body.startswith("@") else body.encode()
-    reply = httpx.post(url, headers=dict([header.split(": ")]), content=content, timeout=60)
+    reply = httpx.post(url, headers=dict([header.split(": ")]), content=content, timeout=600)
     (call,) = reply.json()["choices"][0]["message"]["tool_calls"]
     assert "1042" in call["function"]["arguments"]
 
@@ -142,12 +142,12 @@ def ends_soon_while_it_streams(server: Server) -> None:
     """SIGTERM: a request that would take much longer is ended as aborted, and what comes later is refused."""
     params = {"max_new_tokens": 7000, "ignore_eos": True, "temperature": 0}
     body = {"input_ids": [5, 6, 7], "sampling_params": params, "stream": True}
-    with httpx.stream("POST", f"{server.base_url}/generate", json=body, timeout=60) as reply:
+    with httpx.stream("POST", f"{server.base_url}/generate", json=body, timeout=600) as reply:
         lines = (line for line in reply.iter_lines() if line)
         next(lines)
         os.kill(server.process.pid, signal.SIGTERM)
         short = {"input_ids": [5], "sampling_params": {"max_new_tokens": 1}}
-        while (late := httpx.post(f"{server.base_url}/generate", json=short, timeout=60)).status_code == 200:
+        while (late := httpx.post(f"{server.base_url}/generate", json=short, timeout=600)).status_code == 200:
             pass  # it has not heard of it yet
         assert late.status_code == 503 and "is shutting down" in late.json()["message"]
         *_, last, done = lines

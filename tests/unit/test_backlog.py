@@ -33,7 +33,7 @@ def test_what_is_taken_is_what_waits(data: st.DataObject, capacity: int) -> None
         slots = data.draw(st.lists(st.integers(0, SLOTS - 1), min_size=1, unique=True))
         last = backlog.last(torch.tensor(slots), torch.tensor([lens[slot] for slot in slots]))
         assert last[:, 0].tolist() == [10000 * slot + lens[slot] - 1 for slot in slots]
-        due = [slot for slot in slots if backlog.overdue("df", slot, lens[slot], WIDTH) or data.draw(st.booleans())]
+        due = [slot for slot in slots if backlog.overdue("df", [slot], [lens[slot]], WIDTH) or data.draw(st.booleans())]
         entries = backlog.take("df", due, [lens[slot] for slot in due])
         waiting = [(slot, position) for slot in due for position in range(ingested[slot], lens[slot])]
         if entries is None:

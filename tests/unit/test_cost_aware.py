@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.learned import cost_table
 from whiflash_sglang.core.plan import grouped
 from whiflash_sglang.core.types import HostRows, Plan, Probe, RoundResult, RowState
-from whiflash_sglang.routing.cost_aware import PROBE_EVERY, TRY_AFTER, CostAwareRouter
+from whiflash_sglang.routing.cost_aware import MAX_STEPS, PROBE_EVERY, STEPS_MS, TRY_AFTER, CostAwareRouter
 from whiflash_sglang.routing.costs import RoundCosts
 from whiflash_sglang.routing.score import Score
 from whiflash_sglang.routing.yields import Yields
@@ -120,9 +120,38 @@ def test_rows_that_no_drafter_knows_are_planned_again_only_after_a_probe() -> No
     # `serve` begins a request: that is one plan too, and what it is trusted with falls for a few rounds.
     assert probes >= 5 and probes <= decided.score.num_reads - before <= 3 * probes + 10
     length = 256 + 400
-    decided.hopeless = HostRows([0], [length])
+    decided.asleep = HostRows([0], [length])
     decided.route(HostRows([0], [length + 1]))
     assert decided.score.num_reads > before, "a length that does not follow is another request"
+
+
+def test_the_target_runs_ahead_where_no_score_would_change_the_plan() -> None:
+    """At most for STEPS_MS, and not for text that a drafter may know."""
+    decided = router([4.0], cost_table(none=5.0))
+    assert any(decided.route(rows(1))) and decided.ahead(rows(1)) == 1
+    serve(decided, 400, MS, BAD)
+    known = rows(1, context=256 + 400)
+    assert not any(decided.route(known)) and decided.ahead(known) == MAX_STEPS
+    decided.known.clear()
+    for grid in decided.costs.rest.values():
+        for cell, _ in grid.places():
+            cell.ms = 0.4 * STEPS_MS / decided.costs.speed
+    assert decided.ahead(known) == 2
+    decided.next_trial = "none"
+    decided.route(known)
+    assert decided.ahead(known) == 1, "a trial is one round"
+
+
+def test_steps_count_as_rounds() -> None:
+    decided = router([0.0], cost_table(none=5.0))
+    serve(decided, 400, MS, BAD)
+    decided.asleep, decided.hopeless = rows(1), True
+    before, ms = decided.without_drafts, decided.costs.round_ms({}, 1, 256)
+    plan = decided.route(decided.asleep)
+    decided.learn(decided.asleep, result(plan, [4])._replace(steps=4), 4 * ms)
+    assert decided.without_drafts == before + 3  # and one in `probe`
+    assert decided.costs.round_ms({}, 1, 256) == pytest.approx(ms, rel=0.05)
+    assert decided.tokens == pytest.approx(1.0, abs=0.2)
 
 
 def test_drafts_come_back_with_the_text_that_drafters_know() -> None:

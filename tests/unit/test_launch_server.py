@@ -328,7 +328,7 @@ def refusals_without_imports(lines: list[list[str]]) -> list[str]:
         "    assert not imported, f'{imported} for {argv}'\n"
     )
     command = [sys.executable, "-c", program]
-    result = subprocess.run(command, input=json.dumps(lines), capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, input=json.dumps(lines), capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     said = result.stderr.splitlines()
     assert len(said) == len(lines), said
@@ -490,7 +490,7 @@ def test_a_bad_config_file_is_named(
 @pytest.mark.slow  # it starts a program that imports SGLang
 def test_flags_that_do_not_go_together_are_one_line() -> None:
     command = [sys.executable, "-m", "whiflash_sglang.launch_server", "--demo", "--attention-backend", "triton"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 2
     assert "error: --attention-backend triton" in result.stderr
     assert "Traceback" not in result.stderr
@@ -507,7 +507,7 @@ def test_our_flags_come_first_in_one_group() -> None:
 @pytest.mark.slow  # it starts a program that imports SGLang
 def test_help_goes_on_with_sglangs_own() -> None:
     command = [sys.executable, "-m", "whiflash_sglang.launch_server", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
     assert 0 < text.index("--whiflash-router") < text.index("--tensor-parallel-size")
 
 

@@ -700,7 +700,7 @@ def test_a_signal_ends_the_recording_with_a_report(tmp_path: Path, number: signa
         with openai_client(line.split()[1]) as client:
             run_agent(client, True, start())
         process.send_signal(number)
-        printed, errors = process.communicate(timeout=20)
+        printed, errors = process.communicate(timeout=600)
     assert (process.returncode, errors) == (0, "")
     assert printed == f"recorded 3 turns of 1 sessions in {out}\n"
     assert sessions_of(out) == {"session-1": (2, 4, 6)}
@@ -711,7 +711,7 @@ def test_an_upstream_that_is_not_there_yet_is_said_at_the_start(tmp_path: Path) 
         gone = upstream.url
     with command("--upstream", gone, "--port", 0, "--out", tmp_path / "a") as (process, _):
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=600)
     assert errors.startswith(f"warning: --upstream {gone} does not respond (ConnectError")
     assert "until then clients get status 502" in errors and "Traceback" not in errors
 

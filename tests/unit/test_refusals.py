@@ -106,7 +106,7 @@ def test_a_flag_that_sglang_does_not_have_is_left_to_its_parser() -> None:
 def test_a_refusal_is_one_line_and_nothing_is_loaded(tmp_path: Path) -> None:
     """Before anything is fetched: the model here does not even exist."""
     command = [sys.executable, "-m", "whiflash_sglang.launch_server", "--model-path", str(tmp_path / "none")]
-    result = subprocess.run([*command, "--enable-lora"], capture_output=True, text=True, timeout=240)
+    result = subprocess.run([*command, "--enable-lora"], capture_output=True, text=True, timeout=600)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: --enable-lora: the drafters expect features of")
     assert "Traceback" not in result.stderr

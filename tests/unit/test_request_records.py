@@ -20,6 +20,7 @@ from whiflash_sglang.serving.trace import MAX_TRACED_ROUNDS, Trace
 from whiflash_sglang.startup.config import WhiFlashConfig
 
 THINK, CLOSE, CALL, END = range(4)
+HINTS, CONTEXT = Hints(), Context()
 MARKERS = Markers(Pair("<think>", "</think>"), Pair("<call>", "</call>"))
 PIECES = {THINK: "<think>", CLOSE: "</think>", CALL: "<call>", END: "</call>"} | {i: f"w{i}" for i in range(4, 20)}
 
@@ -31,8 +32,8 @@ def totals() -> Totals:
 
 def record(
     totals: Totals,
-    hints: Hints = Hints(),
-    context: Context | None = Context(),
+    hints: Hints = HINTS,
+    context: Context | None = CONTEXT,
     prompt: Sequence[int] = (),
     output: Sequence[int] = (),
     sampled: int | None = 5,
@@ -51,6 +52,22 @@ def result(plan: dict[str, list[int]], window: list[list[int]], drafts: list[int
     padded, verified = (torch.tensor([row + [99] * (width - len(row)) for row in part]) for part in (tokens, window))
     by_row = [next((name for name, rows in plan.items() if row in rows), None) for row in range(len(drafts))]
     return RoundResult(by_row, drafts, verified, padded, tokens, {}, {})
+
+
+def test_steps_without_drafts_are_rounds_of_their_own(totals: Totals) -> None:
+    trace = Trace()
+    totals.begin(3, record(totals, Hints(), Context(), [], [], THINK, trace))
+    steps = result({}, [[9]], [0], [[5, CLOSE, 6]])._replace(steps=3)
+    totals.count(totals.with_states(rows([3])), steps, {"entropy": [0.5]})
+    assert totals.steps == 3
+    figures = totals.records[3].figures()
+    assert (figures["rounds"], figures["accepted_drafts"], figures["switches"]) == (3, 0, 0)
+    assert figures["by_span_drafter"] == {
+        "reasoning": {"none": {"rounds": 2, "tokens": 2}},
+        "answer": {"none": {"rounds": 1, "tokens": 1}},
+    }
+    seen = [(entry["tokens"], entry["accepted"], entry["entropy"]) for entry in trace.rounds]
+    assert seen == [([5], 0, 0.5), ([CLOSE], 0, None), ([6], 0, None)]
 
 
 def test_a_round_counts_for_the_span_in_which_it_began(totals: Totals) -> None:

@@ -87,6 +87,53 @@ def test_perfect_drafts_commit_the_whole_window() -> None:
     assert result.window.tolist() == [[3, *plain_greedy([1, 2, 3], 7)]]
 
 
+class Asleep(Router):
+    """No drafts in most rounds, with several steps of the target. Its signals: the best token of every position."""
+
+    def __init__(self, seed: int):
+        self.random = random.Random(seed)
+        self.kept: dict[int, float] = {}
+
+    def route(self, rows: HostRows) -> Plan:
+        name = self.random.choice(["df", "e3", None, None, None])
+        return [name] * len(rows.slots)
+
+    def ahead(self, rows: HostRows) -> int:
+        return self.random.randint(1, 9)
+
+    def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return logits.flatten(0, -2)[at].argmax(-1, keepdim=True).float()
+
+    def keep(self, slots: Sequence[int], signals: Sequence[Sequence[float]]) -> None:
+        self.kept = {slot: signal for slot, (signal,) in zip(slots, signals, strict=True)}
+
+
+@pytest.mark.parametrize("max_steps", [1, 4, 20])
+def test_several_steps_without_drafts_are_the_same_text(max_steps: int) -> None:
+    """The steps are bounded by router, target and window. Signals are those of the last one."""
+    world = World(SLOTS, MAX_LEN)
+    prompts = [[slot, 5, 7] for slot in range(3)]
+    for slot, prompt in enumerate(prompts):
+        world.texts[slot] = [*prompt]
+    router = Asleep(0)
+    decode = decode_round(world, router, ["df", "e3"], [0, 1, 2])
+    decode.target = FakeTarget(world, max_steps)
+    seen = set()
+    for _ in range(12):
+        result = decode.run(world.rows([0, 1, 2], 8))
+        if not any(result.plan):
+            assert [len(tokens) for tokens in result.committed] == [result.steps] * 3
+            seen.add(result.steps)
+        else:
+            assert result.steps == 1
+        assert router.kept == {slot: tokens[-1] for slot, tokens in enumerate(result.committed)}
+        commit(world, [0, 1, 2], result)
+    assert max(seen) == min(max_steps, 8), seen
+    for slot, prompt in enumerate(prompts):
+        said = world.texts[slot][len(prompt) :]
+        assert said == plain_greedy(prompt, len(said))
+
+
 class Mixed(Router):
     """Row 0 to `df`, row 1 to `e3`, row 2 to nobody. Its signals: the best token of every position, and twice that."""
 

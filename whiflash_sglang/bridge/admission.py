@@ -15,12 +15,15 @@ import math
 import re
 from array import array
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from whiflash_sglang.core.errors import RequestError, shown
+
+if TYPE_CHECKING:
+    from sglang.srt.sampling.sampling_params import SamplingParams
 
 TYPE_FIX = "use the type that SGLang documents"
 FILLED_IN = ("stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len", "is_normalized")
@@ -90,7 +93,7 @@ def judge_prompt(input_ids: array[int] | None, vocab_size: int) -> None:
         raise RequestError("input_ids", outside, "outside the vocabulary", f"give ids from 0 to {vocab_size - 1}")
 
 
-def judge_sampling(params: Any, vocab_size: int) -> None:
+def judge_sampling(params: SamplingParams, vocab_size: int) -> None:
     """Reject numbers that overflow their tensors, index out of bounds, or turn logits into NaN."""
     for field in ("top_k", "min_new_tokens"):
         value = getattr(params, field)
@@ -112,7 +115,7 @@ def judge_sampling(params: Any, vocab_size: int) -> None:
             raise RequestError(f"logit_bias[{shown(token)}]", shown(bias), "out of bounds", "give e.g. -100 to 100")
 
 
-def judge_grammars(params: Any) -> None:
+def judge_grammars(params: SamplingParams) -> None:
     """Reject text that crashes the grammar compiler (xgrammar 0.2), native code in the scheduler's process."""
     for field in ("json_schema", "regex", "ebnf", "structural_tag"):
         text = getattr(params, field)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
@@ -16,6 +16,12 @@ from whiflash_sglang.core.transfer import to_device
 from whiflash_sglang.startup.checkpoints import DRAFTER_FLAGS, FLAG_TARGET, check_ranks
 from whiflash_sglang.startup.config import active_config
 from whiflash_sglang.startup.gpu_memory import MAX_RUNNING
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.overlap_utils import FutureMap
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+    from sglang.srt.server_args import ServerArgs
 
 ALGORITHM = "WHIFLASH"
 LATE_KV = "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
@@ -46,19 +52,19 @@ class WhiFlashAlgorithm(CustomSpecAlgo):
     def create_future_map(
         self,
         device: torch.device,
-        req_to_token_pool: Any,
+        req_to_token_pool: ReqToTokenPool,
         needs_cpu_seq_lens: bool = True,
         needs_confidence_relay: bool = False,
-    ) -> Any:
+    ) -> FutureMap:
         from sglang.srt.managers.overlap_utils import FutureMap
 
         return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
 
-    def create_worker(self, server_args: Any) -> type:
+    def create_worker(self, server_args: ServerArgs) -> type:
         """Overridden because the base class warns about the missing overlap schedule, which is intended here."""
         return self.factory(server_args)
 
-    def handle_server_args(self, server_args: Any) -> None:
+    def handle_server_args(self, server_args: ServerArgs) -> None:
         """Set arguments that the algorithm implies; called during SGLang's argument resolution.
 
         Raises CheckpointError if `--tp-size` does not divide a model, ConfigError for deferred KV allocation.
@@ -82,7 +88,7 @@ class WhiFlashAlgorithm(CustomSpecAlgo):
 class WhiFlashDraftInput(DFlashDraftInputV2):
     """State between rounds: each request's bonus token and length."""
 
-    def prepare_for_decode(self, batch: Any) -> None:
+    def prepare_for_decode(self, batch: ScheduleBatch) -> None:
         """Reserve KV slots for each request's next window.
 
         SGLang reserves two windows, because lengths lag by one round in its overlap schedule. We need one; unused
@@ -124,7 +130,7 @@ def draft_input(bonus_tokens: torch.Tensor, new_seq_lens: torch.Tensor) -> WhiFl
     )
 
 
-def register_algorithm(worker_class: Callable[[Any], type]) -> None:
+def register_algorithm(worker_class: Callable[[ServerArgs], type]) -> None:
     """Register `--speculative-algorithm WHIFLASH` with SGLang in this process. `worker_class`: server_args -> class."""
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
     from sglang.srt.speculative.spec_registry import get_spec

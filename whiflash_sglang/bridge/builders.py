@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,8 +16,16 @@ from whiflash_sglang.drafters.runner import DraftRunner
 from whiflash_sglang.startup.checkpoints import DrafterSpec, load_drafter_spec, load_target_spec
 from whiflash_sglang.startup.config import WhiFlashConfig
 
+if TYPE_CHECKING:
+    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.models.llama_eagle3 import LlamaForCausalLMEagle3
+    from sglang.srt.models.qwen3 import Qwen3ForCausalLM
+    from sglang.srt.server_args import ServerArgs
 
-def drafter_specs(config: WhiFlashConfig, server_args: Any) -> dict[str, DrafterSpec]:
+
+def drafter_specs(config: WhiFlashConfig, server_args: ServerArgs) -> dict[str, DrafterSpec]:
     """Drafter name -> spec, checked against the target. Raises CheckpointError."""
     target = load_target_spec(server_args.model_path)
     return {name: load_drafter_spec(path, name, target) for name, path in config.draft_paths.items()}
@@ -29,7 +37,12 @@ def captured_layers(specs: Iterable[DrafterSpec]) -> tuple[int, ...]:
 
 
 def build_draft_runner(
-    spec: DrafterSpec, server_args: Any, gpu_id: int, ps: Any, nccl_port: int, target_worker: Any
+    spec: DrafterSpec,
+    server_args: ServerArgs,
+    gpu_id: int,
+    ps: ParallelState,
+    nccl_port: int,
+    target_worker: TpModelWorker,
 ) -> DraftRunner:
     """Load one drafter with SGLang's own model class and loader."""
     from sglang.srt.speculative.draft_worker_common import build_draft_tp_worker
@@ -55,7 +68,7 @@ def build_draft_runner(
     return DraftRunner(spec, bundle.draft_worker, target_runner.spec_algorithm, target_runner.model)
 
 
-def _share_embedding(draft_model: Any, target_model: Any) -> None:
+def _share_embedding(draft_model: LlamaForCausalLMEagle3, target_model: Qwen3ForCausalLM) -> None:
     """EAGLE-3 shares the target's embedding, and its head if the checkpoint has none."""
     embedding, head = target_model.get_embed_and_head()
     if draft_model.load_lm_head_from_target:
@@ -64,7 +77,7 @@ def _share_embedding(draft_model: Any, target_model: Any) -> None:
         draft_model.set_embed(embedding)
 
 
-def capture_final_hidden_states(target_model: Any) -> None:
+def capture_final_hidden_states(target_model: Qwen3ForCausalLM) -> None:
     """Make the target append its final hidden states to the captured features, in the same tensor.
 
     SGLang returns one or the other. Passed to its logits processor as one more captured layer, they go through
@@ -82,7 +95,9 @@ def capture_final_hidden_states(target_model: Any) -> None:
     target_model.logits_processor.register_forward_pre_hook(append, with_kwargs=True)
 
 
-def dummy_batch(target_worker: Any, kv_table: torch.Tensor, num_rows: int, context: int, width: int) -> Any:
+def dummy_batch(
+    target_worker: TpModelWorker, kv_table: torch.Tensor, num_rows: int, context: int, width: int
+) -> ScheduleBatch:
     """A dummy decode batch for timing rounds: `num_rows` requests with `context` committed tokens each.
 
     Call it only while no request holds a KV slot. Rows use disjoint slots as long as the pool suffices, because shared
@@ -116,7 +131,7 @@ def dummy_batch(target_worker: Any, kv_table: torch.Tensor, num_rows: int, conte
     return batch
 
 
-def prompt_token(request: Any, position: int) -> int | None:
+def prompt_token(request: Req, position: int) -> int | None:
     """The token of a request's text at `position`, or None if it is still being sampled."""
     prompt = request.origin_input_ids
     if position < len(prompt):
@@ -125,7 +140,7 @@ def prompt_token(request: Any, position: int) -> int | None:
     return int(request.output_ids[position]) if position < len(request.output_ids) else None
 
 
-def asked(request: Any, config: WhiFlashConfig) -> Asked:
+def asked(request: Req, config: WhiFlashConfig) -> Asked:
     """A request's hints and context; empty if its hints are invalid and it is about to be rejected."""
     try:
         return parse(request.sampling_params.custom_params, config.drafter_names)
@@ -133,6 +148,6 @@ def asked(request: Any, config: WhiFlashConfig) -> Asked:
         return Asked()
 
 
-def metric_labels(server_args: Any) -> dict[str, str]:
+def metric_labels(server_args: ServerArgs) -> dict[str, str]:
     """Prometheus labels that identify this server, named as SGLang names them."""
     return {"model_name": server_args.served_model_name, "engine_type": "unified"}

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whiflash_sglang.bridge.admission import (
     judge_grammars,
@@ -25,10 +25,20 @@ from whiflash_sglang.core.hints import CONTEXT_FIELD, context_params
 from whiflash_sglang.core.spans import message_context
 from whiflash_sglang.startup.config import active_config
 
+if TYPE_CHECKING:
+    from sglang.srt.entrypoints.http_server import _GlobalState
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+    from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+    from sglang.srt.managers.io_struct import GenerateReqInput
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from sglang.srt.server_args import ServerArgs
+
+    from whiflash_sglang.bridge.http_routes import Finished
+
 logger = logging.getLogger(__name__)
 
 
-def install_http(server_args: Any) -> None:
+def install_http(server_args: ServerArgs) -> None:
     """Install our routes, and hooks on incoming requests and outgoing results."""
     from sglang.srt.entrypoints import http_server
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -82,15 +92,15 @@ def install_http(server_args: Any) -> None:
         http_server.app.add_api_route(route.path, route.endpoint, methods=[*route.methods])
 
 
-def _judge_samples(result: None, asked: Any) -> None:
+def _judge_samples(result: None, asked: GenerateReqInput) -> None:
     judge_samples(asked.parallel_sample_num)
 
 
-def _judge_names(manager: Any, asked: Any, *args: Any, **kwargs: Any) -> None:
+def _judge_names(manager: TokenizerManager, asked: GenerateReqInput, *args: Any, **kwargs: Any) -> None:
     judge_names(asked.sampling_params)
 
 
-def _judge_request(manager: Any, sent: Any) -> None:
+def _judge_request(manager: TokenizerManager, sent: Any) -> None:
     """Reject a request that would crash the scheduler, just before it is sent there.
 
     Also rejects what the scheduler would reject: its errors arrive as replies without logprobs, which streams with
@@ -138,20 +148,22 @@ async def _keep_custom_params(original: Any, serving: Any, asked: Any, raw_reque
     return await original(serving, asked, raw_request)
 
 
-def _hand_on_custom_params(manager: Any, asked: Any, raw_request: Any = None) -> None:
+def _hand_on_custom_params(manager: TokenizerManager, asked: GenerateReqInput, raw_request: Any = None) -> None:
     if kept := getattr(getattr(raw_request, "state", None), "custom_params", None):
         own = asked.sampling_params.get("custom_params") or {}
         asked.sampling_params = {**asked.sampling_params, "custom_params": {**kept, **own}}
 
 
-def _tell_context(result: tuple[Any, Any], serving: Any, request: Any, *args: Any) -> None:
+def _tell_context(
+    result: tuple[GenerateReqInput, Any], serving: OpenAIServingChat, request: ChatCompletionRequest, *args: Any
+) -> None:
     adapted, _ = result
     context = context_params(message_context(request.messages))
     params = adapted.sampling_params
     params["custom_params"] = {**(params.get("custom_params") or {}), CONTEXT_FIELD: context}
 
 
-def _each_its_own(original: Any, serving: Any, logprobs: Any, use_token_index: bool = False) -> Any:
+def _each_its_own(original: Any, serving: OpenAIServingChat, logprobs: Any, use_token_index: bool = False) -> Any:
     return original(serving, logprobs, use_token_index=True)
 
 
@@ -159,11 +171,11 @@ def _without_keys(arguments: dict[str, Any], *args: Any) -> dict[str, Any]:
     return {name: None if name in ("api_key", "admin_api_key") else value for name, value in arguments.items()}
 
 
-async def _states_without_keys(original: Any, manager: Any) -> list[dict[str, Any]]:
+async def _states_without_keys(original: Any, manager: TokenizerManager) -> list[dict[str, Any]]:
     return [_without_keys(state) for state in await original(manager)]
 
 
-async def ask_schedulers(manager: Any, priors: bool) -> list[dict[str, Any]]:
+async def ask_schedulers(manager: TokenizerManager, priors: bool) -> list[dict[str, Any]]:
     """The state of every replica's scheduler, like `TokenizerManager.get_internal_state`.
 
     Priors are added only on request: they take as long as several rounds to build, and contain tool names.
@@ -181,7 +193,7 @@ def replica_of(state: Mapping[str, Any]) -> int:
     return int(state.get(RANKS_FIELD, {}).get("replica", 0))
 
 
-def _keep_finished(finished: Any, manager: Any, batch: Any) -> None:
+def _keep_finished(finished: Finished, manager: TokenizerManager, batch: Any) -> None:
     from sglang.srt.managers.io_struct import BatchStrOutput, BatchTokenIDOutput, unwrap_from_pickle, wrap_as_pickle
 
     if not isinstance(batch, BatchStrOutput | BatchTokenIDOutput) or batch.customized_info is None:
@@ -206,7 +218,7 @@ def _keep_finished(finished: Any, manager: Any, batch: Any) -> None:
     batch.customized_info = wrap_as_pickle(shown)
 
 
-def _readable(manager: Any, figures: dict[str, Any]) -> dict[str, Any]:
+def _readable(manager: TokenizerManager, figures: dict[str, Any]) -> dict[str, Any]:
     """A request's figures, with the token ids of its trace as text if this process has a tokenizer."""
     from whiflash_sglang.bridge.http_routes import with_texts
 
@@ -224,11 +236,11 @@ def _token_texts(tokenizer: Any) -> Any:
 
 
 def _is_ending(http_server: Any) -> bool:
-    serving = http_server.get_global_state()
+    serving: _GlobalState | None = http_server.get_global_state()
     return serving is not None and serving.tokenizer_manager.gracefully_exit
 
 
-async def _end_soon(original: Any, manager: Any) -> None:
+async def _end_soon(original: Any, manager: TokenizerManager) -> None:
     if not await requests_have_ended(manager):
         logger.error("WHIFLASH: some requests did not end after abort; shutting down without them")
         os.environ["SGL_FORCE_SHUTDOWN"] = "1"  # SGLang's own: do not wait for them

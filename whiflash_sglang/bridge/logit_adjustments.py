@@ -17,13 +17,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 
 from whiflash_sglang.core.stop_conditions import forbidden_ends
 from whiflash_sglang.core.transfer import Indices, to_device
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.sampling.sampling_params import SamplingParams
 
 kept_on = cache(Indices)
 """Row numbers, penalty strengths and forbidden tokens on a device, cached while the batch is the same."""
@@ -63,7 +67,11 @@ class Said:
 
 
 def adjust(
-    logits: torch.Tensor, window: torch.Tensor, batch: Any, tree: GrammarTree | None = None, said: Said | None = None
+    logits: torch.Tensor,
+    window: torch.Tensor,
+    batch: ScheduleBatch,
+    tree: GrammarTree | None = None,
+    said: Said | None = None,
 ) -> torch.Tensor:
     """Adjust `logits` [rows, width, vocab], which follow `window` [rows, width], for the requests of the batch.
 
@@ -112,7 +120,7 @@ class Penalized(NamedTuple):
     # tokens as flat indices into [k, vocab]
 
     @classmethod
-    def of(cls, requests: Sequence[Any], vocab: int, device: torch.device, said: Said) -> Penalized | None:
+    def of(cls, requests: Sequence[Req], vocab: int, device: torch.device, said: Said) -> Penalized | None:
         """The batch's penalized rows, or None if there are none."""
         rows = tuple(row for row, request in enumerate(requests) if has_penalty(request.sampling_params))
         if not rows:
@@ -162,7 +170,7 @@ def places(row: int, tokens: Sequence[int], vocab: int) -> list[int]:
     return [row * vocab + token for token in tokens if token < vocab]
 
 
-def penalize_next(batch: Any) -> None:
+def penalize_next(batch: ScheduleBatch) -> None:
     """Make SGLang's sampling after a prefill count the output of retracted requests."""
     if not any(request.output_ids for request in batch.reqs):
         return
@@ -176,7 +184,7 @@ def penalize_next(batch: Any) -> None:
     sampling.acc_scaling_penalties = scaling.new_ones(shape).index_copy_(0, penalized.rows, scaling)
 
 
-def has_penalty(params: Any) -> bool:
+def has_penalty(params: SamplingParams) -> bool:
     """Whether sampling parameters contain a penalty or `min_new_tokens`."""
     return bool(
         params.frequency_penalty != 0

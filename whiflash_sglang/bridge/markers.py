@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whiflash_sglang.core.spans import TURN_ENDS_AFTER_OUTPUT, Markers, Pair, SpanReader, ToolOutput
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +29,7 @@ class Pieces(dict[int, str]):
         return self[token]
 
 
-def span_reader(server_args: Any, target_worker: Any) -> SpanReader:
+def span_reader(server_args: ServerArgs, target_worker: TpModelWorker) -> SpanReader:
     """A span reader with the markers of `--reasoning-parser` and `--tool-call-parser`."""
     tokenizer = target_worker.tokenizer
     if tokenizer is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,8 +26,13 @@ from whiflash_sglang.startup.gpu_memory import (
 )
 from whiflash_sglang.startup.safetensors_header import weight_bytes
 
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.server_args import ServerArgs
 
-def check_accelerator(server_args: Any) -> None:
+
+def check_accelerator(server_args: ServerArgs) -> None:
     """Check resolved server arguments against the GPU, before anything is loaded.
 
     Raises ConfigError or CheckpointError for an unsupported attention backend or head size, or too little memory.
@@ -51,7 +56,9 @@ def check_accelerator(server_args: Any) -> None:
     check_room(memory, token_bytes, server_args.speculative_num_draft_tokens)
 
 
-def check_memory(config: WhiFlashConfig, specs: Mapping[str, DrafterSpec], target_runner: Any, requests: Any) -> None:
+def check_memory(
+    config: WhiFlashConfig, specs: Mapping[str, DrafterSpec], target_runner: ModelRunner, requests: ReqToTokenPool
+) -> None:
     """Raise ConfigError if the GPU has too little free memory for draft pools, rings and CUDA graphs.
 
     `requests`: SGLang's `ReqToTokenPool`.
@@ -61,7 +68,7 @@ def check_memory(config: WhiFlashConfig, specs: Mapping[str, DrafterSpec], targe
 
 
 def memory_needs(
-    config: WhiFlashConfig, specs: Mapping[str, DrafterSpec], target_runner: Any, requests: Any
+    config: WhiFlashConfig, specs: Mapping[str, DrafterSpec], target_runner: ModelRunner, requests: ReqToTokenPool
 ) -> list[Need]:
     """Memory needs of draft pools, rings and CUDA graphs."""
     element, tokens = target_runner.kv_cache_dtype.itemsize, target_runner.max_total_num_tokens

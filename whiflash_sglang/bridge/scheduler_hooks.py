@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -15,6 +15,19 @@ from whiflash_sglang.bridge.logit_adjustments import open_dead_ends
 from whiflash_sglang.core.errors import HintError
 from whiflash_sglang.core.hints import parse
 from whiflash_sglang.startup.config import active_config
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateReqOutput
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+    from sglang.srt.sampling.sampling_params import SamplingParams
+    from sglang.srt.server_args import ServerArgs
 
 TRIED_ATTENTION = "triton"
 PRIORS_FIELD, RANKS_FIELD = "whiflash_priors", "whiflash_ranks"  # of the scheduler's state
@@ -70,12 +83,12 @@ raw_logits: list[torch.Tensor] = []
 """Logits [requests, vocab] of the target's latest prefill, before sampling; at most one element."""
 
 
-def _keep_raw_logits(model_runner: Any, logits_output: Any, forward_batch: Any) -> None:
+def _keep_raw_logits(model_runner: ModelRunner, logits_output: LogitsProcessorOutput, forward_batch: object) -> None:
     raw_logits[:] = [logits_output.next_token_logits.clone()]
 
 
 def _capture_union(
-    original: Any, *, server_args: Any, model_config: Any, spec_algorithm: Any, is_draft_worker: bool
+    original: Any, *, server_args: ServerArgs, model_config: ModelConfig, spec_algorithm: object, is_draft_worker: bool
 ) -> Any:
     if is_draft_worker or not isinstance(spec_algorithm, WhiFlashAlgorithm):
         return original(
@@ -97,30 +110,30 @@ def _capture_union(
     )
 
 
-def _bigram_keys(context: Any) -> None:
+def _bigram_keys(context: TreeCacheBuildContext) -> None:
     if "e3" in active_config().drafter_names and context.server_args.speculative_algorithm == ALGORITHM:
         context.params.is_eagle = True
 
 
-def _one_window(original: Any, server_args: Any = None) -> int:
+def _one_window(original: Any, server_args: ServerArgs | None = None) -> int:
     from sglang.srt.mem_cache.allocation_sizing import get_alloc_len_per_decode
 
     return int(get_alloc_len_per_decode(server_args))
 
 
-def _tried_attention(original: Any, server_args: Any, use_mla_backend: bool, model_config: Any) -> str:
+def _tried_attention(original: Any, server_args: ServerArgs, use_mla_backend: bool, model_config: ModelConfig) -> str:
     ours = server_args.speculative_algorithm == ALGORITHM and server_args.device.startswith("cuda")
     return TRIED_ATTENTION if ours else str(original(server_args, use_mla_backend, model_config))
 
 
-def _leave_room_for_a_window(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
+def _leave_room_for_a_window(info: tuple[Any, ...], worker: TpModelWorker) -> tuple[Any, ...]:
     pool_tokens, max_request_len, max_prompt_len = info[0], info[4], info[5]
     room = pool_tokens - 1 - worker.server_args.speculative_num_draft_tokens
     excess = max(0, max_request_len - room)
     return (*info[:4], max_request_len - excess, max_prompt_len - excess, *info[6:])
 
 
-def _name_ourselves(original: Any, request: Any, *args: Any, **kwargs: Any) -> str | None:
+def _name_ourselves(original: Any, request: Req, *args: Any, **kwargs: Any) -> str | None:
     refusal = original(request, *args, **kwargs)
     if refusal is not None and "return_logprob" in refusal:
         refusal = None  # we support them
@@ -136,12 +149,12 @@ def _name_ourselves(original: Any, request: Any, *args: Any, **kwargs: Any) -> s
     return f"{refusal.replace('DFLASH', ALGORITHM)} {fix}"
 
 
-def _open_dead_ends(result: None, sampling: Any, logits: torch.Tensor) -> None:
+def _open_dead_ends(result: None, sampling: SamplingBatchInfo, logits: torch.Tensor) -> None:
     if sampling.grammar_mask is not None:
         open_dead_ends(logits)
 
 
-def _judge_custom_params(drafters: tuple[str, ...], result: Any, params: Any, *args: Any) -> None:
+def _judge_custom_params(drafters: tuple[str, ...], result: Any, params: SamplingParams, *args: Any) -> None:
     from sglang.srt.sampling.sampling_params import CustomParamValue
 
     parse(params.custom_params, drafters)
@@ -153,8 +166,10 @@ def _judge_custom_params(drafters: tuple[str, ...], result: Any, params: Any, *a
         raise HintError("custom_params", None, str(error), fix) from error
 
 
-def _add_figures(result: Any, scheduler: Any, request: Any) -> Any:
-    worker = scheduler.draft_worker
+def _add_figures(
+    result: GetInternalStateReqOutput, scheduler: Scheduler, request: GetInternalStateReq
+) -> GetInternalStateReqOutput:
+    worker: Any = scheduler.draft_worker
     if getattr(worker, "totals", None) is not None:
         # The state request reaches every rank in the same step, so ranks can be compared here.
         result.internal_state["whiflash"] = worker.totals.snapshot()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from whiflash_sglang.bridge.scheduler_hooks import TRIED_ATTENTION
 from whiflash_sglang.drafters.runner import DraftRunner
@@ -11,11 +11,16 @@ from whiflash_sglang.startup.checkpoints import DrafterSpec
 from whiflash_sglang.startup.config import WhiFlashConfig
 from whiflash_sglang.startup.gpu_memory import FLAG_RUNNING
 
+if TYPE_CHECKING:
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
 
 def print_start_block(
     config: WhiFlashConfig,
     specs: dict[str, DrafterSpec],
-    target_worker: Any,
+    target_worker: TpModelWorker,
     runners: dict[str, DraftRunner],
     widths: Iterable[int],
     router: str,
@@ -53,8 +58,10 @@ def attention_line(backends: Mapping[str, str], device: str) -> str:
     return f"{line}; untested: --attention-backend {TRIED_ATTENTION} is the default"
 
 
-def kv_tokens_lost(target_runner: Any, runners: Iterable[DraftRunner]) -> tuple[int, int]:
+def kv_tokens_lost(target_runner: ModelRunner, runners: Iterable[DraftRunner]) -> tuple[int, int]:
     """KV tokens that the pools hold, and how many more would fit into the draft pools' memory."""
     tokens = target_runner.max_total_num_tokens
-    draft_bytes = sum(sum(r.worker.model_runner.token_to_kv_pool.get_kv_size_bytes()) for r in runners)
-    return tokens, int(tokens * draft_bytes / sum(target_runner.token_to_kv_pool.get_kv_size_bytes()))
+    own: MHATokenToKVPool = target_runner.token_to_kv_pool
+    pools: list[MHATokenToKVPool] = [r.worker.model_runner.token_to_kv_pool for r in runners]
+    draft_bytes = sum(sum(pool.get_kv_size_bytes()) for pool in pools)
+    return tokens, int(tokens * draft_bytes / sum(own.get_kv_size_bytes()))

@@ -14,20 +14,22 @@ from __future__ import annotations
 
 import torch
 
+from whiflash_sglang.core.transfer import columns
 from whiflash_sglang.core.types import Accepted, Proposal
 
 
 def accept(proposal: Proposal, predictions: torch.Tensor) -> Accepted:
     """Accept the longest prefix of each row's drafts that equals the target's choices, plus the bonus token.
 
-    `predictions` [rows, width] int64: column j is the target's choice after window column j.
+    `predictions` [rows, width] int64: column j is the target's choice after window column j. A window of one token
+    may have more columns, of steps that followed; all are committed.
     """
     width = proposal.tokens.shape[1]
     if width == 1:
-        return Accepted(predictions, torch.ones_like(proposal.num_drafts))
-    columns = torch.arange(1, width, device=predictions.device)
+        return Accepted(predictions, torch.full_like(proposal.num_drafts, predictions.shape[1]))
     matches = proposal.tokens[:, 1:] == predictions[:, :-1]  # [rows, width - 1]; draft j vs. the choice before it
-    matches &= columns <= proposal.num_drafts[:, None]  # padding is never accepted, even if it matches
+    # Padding is never accepted, even if it matches.
+    matches &= columns(width, predictions.device)[1:] <= proposal.num_drafts[:, None]
     accepted_drafts = matches.to(torch.int64).cumprod(dim=1).sum(dim=1)  # [rows]
     # Accepted drafts equal the target's choices, so the choices themselves are the committed tokens.
     return Accepted(predictions, accepted_drafts + 1)

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from whiflash_sglang.core.transfer import to_device
+from whiflash_sglang.core.transfer import columns, to_device
 from whiflash_sglang.core.types import Entries
 
 
@@ -46,7 +46,6 @@ class Backlog:
         num_rows = num_slots * capacity
         self.next_tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
         self.features = torch.zeros(num_rows, feature_size, dtype=dtype, device=self.device)
-        self.window = torch.arange(capacity, device=self.device)
 
     def begin(self, slots: Sequence[int], lens: Sequence[int], last: torch.Tensor) -> None:
         """Mark positions 0 .. lens - 1 of `slots` as ingested by every drafter, after a prefill.
@@ -70,7 +69,7 @@ class Backlog:
 
         `features` [rows, width, feature]: of each position. `next_tokens` [rows, width] int64: the token after it.
         """
-        positions = prefix_lens[:, None] + self.window[: next_tokens.shape[1]]
+        positions = prefix_lens[:, None] + columns(next_tokens.shape[1], self.device)
         rows = self.rows(slots[:, None], positions).view(-1)
         self.next_tokens.index_copy_(0, rows, next_tokens.reshape(-1))
         self.features.index_copy_(0, rows, features.flatten(0, 1))
@@ -92,9 +91,10 @@ class Backlog:
         for slot, length in zip(slots, committed, strict=True):
             self.previous[slot] = length
 
-    def overdue(self, name: str, slot: int, committed: int, width: int) -> bool:
-        """Whether one more window of `width` tokens could exceed the capacity."""
-        return self.length(name, slot, committed) > self.capacity - width
+    def overdue(self, name: str, slots: Sequence[int], committed: Sequence[int], width: int) -> list[int]:
+        """Row numbers of requests whose backlog could exceed the capacity with one more window of `width` tokens."""
+        ingested, room = self.ingested[name], self.capacity - width
+        return [row for row, end in enumerate(committed) if end - ingested[slots[row]] > room]
 
     def take(self, name: str, slots: Sequence[int], committed: Sequence[int]) -> Entries | None:
         """Return the drafter's backlog, flat over the requests, and mark it as ingested; None if it is empty."""

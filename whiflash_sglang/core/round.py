@@ -41,6 +41,7 @@ class Router(Protocol):
 
     plan = router.route(rows)                       on the host
     probe = router.probe(rows, plan)                on the host, right after it
+    steps = router.ahead(rows)                      on the host, if nothing is drafted
     signals = router.observe(logits, hidden, at)    on the device, after a verify or a prefill
     router.keep(slots, signals)                     the same numbers, once they are on the host
     router.learn(rows, result, ms)                  after the round
@@ -53,6 +54,10 @@ class Router(Protocol):
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
         """A draft to make without verifying it, for a row that `plan` does not give to that drafter."""
         return None
+
+    def ahead(self, rows: HostRows) -> int:
+        """For a plan without drafts: the number of the target's steps after which to plan again."""
+        return 1
 
     def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor | None:
         """Compute the signals [rows, k] of the next round, in any floating dtype; None if the router has none.
@@ -96,6 +101,10 @@ class Target(Protocol):
     def verify(self, rows: Rows, proposal: Proposal) -> Verified:
         """One causal forward over all windows. Writes KV at positions prefix_len .. prefix_len + width - 1."""
         ...
+
+    def max_steps(self) -> int:
+        """The number of steps of one token that may follow each other in a round without drafts."""
+        return 1
 
 
 Groups = Mapping[str, tuple[int, ...]]
@@ -159,8 +168,9 @@ class DecodeRound:
             num_drafts = [0 if name is None else self.drafters[name].num_drafts for name in plan]
             proposal, finite = self.propose(rows, groups, num_drafts)
             probed = [] if probe is None else [self.draft(rows, probe.drafter, (probe.row,)).tokens[0]]
+        steps = 1 if groups or probe else min(self.router.ahead(rows.host), self.target.max_steps(), self.max_width)
         with self.timed("verify"):
-            verified = self.target.verify(rows, proposal)
+            verified = self.verify(rows, proposal, steps)
         accepted = accept(proposal, verified.predictions)
         with self.timed("commit"):
             # Position prefix_len + j holds window token j. Its successor is the target's choice after column j: an
@@ -168,7 +178,7 @@ class DecodeRound:
             # shapes stay fixed. Rejected positions are overwritten before they count as committed.
             self.backlog.push(rows.slots, rows.prefix_lens, accepted.tokens, verified.features)
         with self.timed("route"):
-            signals = self.observe(verified.logits, verified.hidden, self.newest(accepted))
+            signals = self.observe(verified.logits, verified.hidden, self.newest(verified.logits, accepted))
         with self.timed("read"):
             read = to_host(
                 proposal.tokens, accepted.tokens, accepted.num_committed, *finite.values(), *probed, *signals
@@ -180,7 +190,7 @@ class DecodeRound:
         self.keep(rows.host.slots, told[len(finite) + len(probed) :])
         committed = [row[:count] for row, count in zip(tokens.tolist(), num_committed.tolist(), strict=True)]
         is_finite = dict(zip(finite, told, strict=False))
-        return RoundResult(plan, num_drafts, window, tokens, committed, is_finite, catch_ups, probe)
+        return RoundResult(plan, num_drafts, window, tokens, committed, is_finite, catch_ups, probe, steps)
 
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
         """The router's probe; None if the drafter is not allowed for the row or already drafts for it."""
@@ -194,17 +204,13 @@ class DecodeRound:
         slots, committed = rows.slots, rows.prefix_lens
         done = {}
         for name in self.drafters:
-            due = {
-                row
-                for row in range(len(slots))
-                if self.backlog.overdue(name, slots[row], committed[row], self.max_width)
-            }
-            due.update(groups.get(name, ()))
+            due = {*self.backlog.overdue(name, slots, committed, self.max_width), *groups.get(name, ())}
             if probe is not None and probe.drafter == name:
                 due.add(probe.row)
-            caught_up = self.ingest(name, [slots[row] for row in due], [committed[row] for row in due])
-            if caught_up is not None:
-                done[name] = caught_up
+            if due:
+                caught_up = self.ingest(name, [slots[row] for row in due], [committed[row] for row in due])
+                if caught_up is not None:
+                    done[name] = caught_up
         self.backlog.begin_round(slots, committed)
         return done
 
@@ -241,12 +247,29 @@ class DecodeRound:
         picked = rows if len(chosen) == len(rows.host.slots) else rows.pick(chosen, self.indices.of(chosen))
         return self.drafters[name].draft(picked, self.backlog.last(picked.slots, picked.prefix_lens))
 
-    def newest(self, accepted: Accepted) -> torch.Tensor:
-        """Index of each row's last committed position in the flattened windows; [rows] int64.
+    def verify(self, rows: Rows, proposal: Proposal, steps: int) -> Verified:
+        """Verify the proposal. Windows of one token may be followed by more steps, each from the choice of the last.
+
+        A round without drafts costs the host about as much as one with drafts, but yields one token. Several steps
+        share that cost. Of `logits` and `hidden`, only the last step's are returned.
+        """
+        verified = self.target.verify(rows, proposal)
+        if steps == 1:
+            return verified
+        predictions, features = [verified.predictions], [verified.features.clone()]
+        for _ in range(1, steps):
+            rows = rows.after(predictions[-1][:, 0])
+            verified = self.target.verify(rows, proposal._replace(tokens=rows.anchors[:, None]))
+            predictions.append(verified.predictions)
+            features.append(verified.features.clone())  # the next step overwrites what a CUDA graph returned
+        return verified._replace(predictions=torch.cat(predictions, dim=1), features=torch.cat(features, dim=1))
+
+    def newest(self, logits: torch.Tensor, accepted: Accepted) -> torch.Tensor:
+        """Index of each row's last committed position in the flattened `logits` [rows, width, vocab]; [rows] int64.
 
         It is window column num_committed - 1, at which the bonus token was chosen.
         """
-        num_rows, width = accepted.tokens.shape
+        num_rows, width = logits.shape[:2]
         if width == 1:
             return self.indices.of(tuple(range(num_rows)))
         return self.indices.of(tuple(range(-1, num_rows * width - 1, width))) + accepted.num_committed

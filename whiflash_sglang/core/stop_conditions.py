@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
 
 
 class Kept(NamedTuple):
@@ -19,7 +22,7 @@ class Kept(NamedTuple):
     ends: bool  # whether the text ends there
 
 
-def tokens_to_end(request: Any, tokens: Sequence[int]) -> Kept:
+def tokens_to_end(request: Req, tokens: Sequence[int]) -> Kept:
     """Keep the accepted `tokens` up to and including the first that ends the request's text. At least one is kept."""
     params = request.sampling_params
     left = params.max_new_tokens - len(request.output_ids)
@@ -40,12 +43,12 @@ def tokens_to_end(request: Any, tokens: Sequence[int]) -> Kept:
     return Kept(count, ends) if stop is None else Kept(stop, True)
 
 
-def end_ids(request: Any) -> set[int]:
+def end_ids(request: Req) -> set[int]:
     """Tokens that end the request, unless `ignore_eos` is set."""
     return forbidden_ends(request) | set(request.eos_token_ids or ())
 
 
-def forbidden_ends(request: Any) -> set[int]:
+def forbidden_ends(request: Req) -> set[int]:
     """The end tokens that `min_new_tokens` forbids. As in SGLang, without those only in the model's config."""
     ids = set(request.sampling_params.stop_token_ids or ())
     if request.tokenizer is not None:
@@ -53,7 +56,7 @@ def forbidden_ends(request: Any) -> set[int]:
     return ids - {None}
 
 
-def stops(request: Any, said: Sequence[int]) -> bool:
+def stops(request: Req, said: Sequence[int]) -> bool:
     """Whether the text of the tokens `said` contains a stop string or matches a stop regex of the request."""
     params = request.sampling_params
     text = request.tokenizer.decode(said)

@@ -8,6 +8,7 @@ and its copies to the device do not block (`to_device`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,7 +33,10 @@ def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
     Shapes are kept. Integers and bools are returned as int64, floats as float64, without loss. Both have eight bytes,
     so one int64 tensor carries the bits of all.
     """
-    packed = torch.cat([_bits(tensor).reshape(-1) for tensor in tensors]).cpu()
+    bits = [_bits(tensor) for tensor in tensors]
+    if tensors[0].device.type == "cpu":  # nothing to transfer
+        return [_unpacked(part, tensor) for part, tensor in zip(bits, tensors, strict=True)]
+    packed = torch.cat([part.reshape(-1) for part in bits]).cpu()
     parts = torch.split(packed, [tensor.numel() for tensor in tensors])
     return [_unpacked(part, tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
@@ -45,6 +49,12 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def _unpacked(part: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return (part.view(torch.float64) if tensor.is_floating_point() else part).view(tensor.shape)
+
+
+@lru_cache(maxsize=_KEPT)
+def columns(count: int, device: torch.device) -> torch.Tensor:
+    """The numbers 0 .. count - 1 as an int64 tensor. It is shared: do not write to it."""
+    return torch.arange(count, device=device)
 
 
 class Indices:

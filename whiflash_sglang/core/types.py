@@ -87,6 +87,11 @@ class Rows(NamedTuple):
         )
         return Rows(self.slots[index], self.anchors[index], self.prefix_lens[index], self.kv_slots[index], host)
 
+    def after(self, tokens: torch.Tensor) -> Rows:
+        """The rows after their anchors were committed. `tokens` [rows] int64: the new anchors."""
+        host = self.host._replace(prefix_lens=[length + 1 for length in self.host.prefix_lens])
+        return Rows(self.slots, tokens, self.prefix_lens + 1, self.kv_slots[:, 1:], host)
+
 
 class Proposal(NamedTuple):
     """The verify windows. Columns beyond 1 + num_drafts are padding, which is never accepted."""
@@ -169,3 +174,9 @@ class RoundResult(NamedTuple):
     finite: Mapping[str, Sequence[bool]]  # `Drafts.finite` of its rows, by drafter that drafted
     catch_ups: Mapping[str, CatchUp]  # by drafter
     probe: Probe | None = None
+    steps: int = 1  # of the target; more only without drafts
+
+    def rounds(self, row: int) -> Sequence[Sequence[int]]:
+        """The row's tokens by round, for figures: several steps without drafts count as a round each."""
+        committed = self.committed[row]
+        return [committed] if self.steps == 1 else [[token] for token in committed]

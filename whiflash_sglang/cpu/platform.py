@@ -18,6 +18,8 @@ from sglang.srt.platforms.interface import SRTPlatform
 from whiflash_sglang.startup.refusals import CPU_REFUSALS, Given, refuse
 
 if TYPE_CHECKING:
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.server_args import ServerArgs
 
 ATTENTION_BACKEND = "torch_native"
@@ -78,7 +80,7 @@ class WhiFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
         register_attention_backend(ATTENTION_BACKEND)(_create_attention_backend)
 
 
-def _create_attention_backend(model_runner):
+def _create_attention_backend(model_runner: ModelRunner) -> AttentionBackend:
     from whiflash_sglang.cpu.attention import CpuAttentionBackend
 
     return CpuAttentionBackend(model_runner)

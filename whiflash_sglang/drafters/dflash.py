@@ -8,8 +8,9 @@ on its own position only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import rms_norm
@@ -28,6 +29,9 @@ from whiflash_sglang.drafters.runner import (
     select_columns,
 )
 
+if TYPE_CHECKING:
+    from sglang.srt.models.dflash import DFlashDecoderLayer, DFlashDraftModel
+
 
 class DFlashDrafter:
     """See `core.round.Drafter`."""
@@ -42,19 +46,21 @@ class DFlashDrafter:
         block = torch.full((1, runner.spec.block_size), runner.spec.mask_token_id, dtype=torch.int64)
         self.block = block.to(runner.device)  # [1, block]
         self.head = TargetHead(runner.target_model, runner.spec.vocab_size)
-        layers = [layer.self_attn for layer in runner.model.layers]
+        model: DFlashDraftModel = runner.model
+        blocks: Iterable[DFlashDecoderLayer] = model.layers
+        layers = [layer.self_attn for layer in blocks]
         rows = [kv_rows(runner.spec, layer.qkv_proj, layer.q_size) for layer in layers]
         kv = KVProjection(
             layers,
             weight=by_kind([weight for weight, _ in rows]),
             bias=by_kind([bias for _, bias in rows if bias is not None]) if rows[0][1] is not None else None,
-            norms=[runner.model.hidden_norm],
+            norms=[model.hidden_norm],
             epsilon=layers[0].k_norm.variance_epsilon,
             k_norm=torch.stack([layer.k_norm.weight for layer in layers]),
         )
         fused = write_entries(runner, kv)
         # The kernel applies hidden_norm on read, so features are stored as `fc` outputs them.
-        self.reduce = runner.model.project_target_hidden if fused is None else runner.model.fc
+        self.reduce = model.project_target_hidden if fused is None else model.fc
         self.write = fused or partial(self.write_layers, kv)
         block_size = self.block.shape[1]
         self.fill = runs(runner, self.propose, num_queries=block_size, num_entries=block_size)

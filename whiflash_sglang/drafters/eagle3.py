@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +24,9 @@ from whiflash_sglang.core.types import Drafts, Entries, Rows
 from whiflash_sglang.drafters.fused import KVProjection, write_entries
 from whiflash_sglang.drafters.graphs import Begin, is_one_graph, runs
 from whiflash_sglang.drafters.runner import DraftBlock, DraftRunner, Plan, columns_of, kv_rows, project, select_columns
+
+if TYPE_CHECKING:
+    from sglang.srt.models.llama_eagle3 import LlamaDecoderLayer, LlamaForCausalLMEagle3
 
 
 class Eagle3Drafter:
@@ -35,8 +39,10 @@ class Eagle3Drafter:
         self.num_drafts = num_drafts
         columns = columns_of(runner.spec.layer_ids, captured, runner.spec.target_hidden_size)
         self.columns = None if columns is None else columns.to(runner.device)
-        model = runner.model
-        self.layer = model.model.layers[0]
+        model: LlamaForCausalLMEagle3 = runner.model
+        self.model = model.model
+        layer: LlamaDecoderLayer = self.model.layers[0]
+        self.layer = layer
         attention, norms = self.layer.self_attn, [self.layer.input_layernorm, self.layer.hidden_norm]
         weight, bias = kv_rows(runner.spec, attention.qkv_proj, attention.q_size)
         kv = KVProjection([attention], weight, bias, norms, self.layer.hidden_norm.variance_epsilon)
@@ -49,7 +55,7 @@ class Eagle3Drafter:
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """Reduce captured features [n, captures * hidden] to [n, hidden], with the norms that some checkpoints add."""
-        model = self.runner.model.model
+        model = self.model
         features = select_columns(features, self.columns).to(model.fc.weight.dtype)
         if model.input_norm is not None:
             features = model.input_norm(features)
@@ -60,7 +66,7 @@ class Eagle3Drafter:
 
     def ingest(self, entries: Entries) -> None:
         """Write K and V of `entries`."""
-        embeds = self.runner.model.model.embed_tokens(entries.next_tokens)
+        embeds = self.model.embed_tokens(entries.next_tokens)
         self.write((embeds, self.fuse(entries.features)), entries.positions, entries.kv_slots)
 
     def write_layer(

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from whiflash_sglang.drafters.runner import DraftRunner
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.layernorm import RMSNorm
+    from sglang.srt.models.dflash import DFlashAttention
+    from sglang.srt.models.llama import LlamaAttention
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +32,10 @@ WriteEntries = Callable[[Sequence[torch.Tensor], torch.Tensor, torch.Tensor], No
 class KVProjection(NamedTuple):
     """A drafter's K and V projections of all layers."""
 
-    layers: Sequence[Any]  # attention of each layer
+    layers: Sequence[DFlashAttention | LlamaAttention]  # attention of each layer
     weight: torch.Tensor  # [2 * layers * kv_size, width], K of all layers, then V of all layers
     bias: torch.Tensor | None  # [2 * layers * kv_size]
-    norms: Sequence[Any]  # per input part: DFlash's features, or EAGLE-3's embeddings and features
+    norms: Sequence[RMSNorm]  # per input part: DFlash's features, or EAGLE-3's embeddings and features
     epsilon: float  # of all norms; a checkpoint has one value
     k_norm: torch.Tensor | None = None  # [layers, head_dim]
 
@@ -43,7 +48,8 @@ def write_entries(runner: DraftRunner, kv: KVProjection) -> WriteEntries | None:
     # Lazy: a CPU server does not need Triton.
     from whiflash_sglang.drafters.ingest_kernel import Ingestion, folded, ingest, warm_up
 
-    pool, rotary = runner.worker.model_runner.token_to_kv_pool, kv.layers[0].rotary_emb
+    pool: MHATokenToKVPool = runner.worker.model_runner.token_to_kv_pool
+    rotary = kv.layers[0].rotary_emb
     reason = lacking(runner, kv, pool, rotary)
     if reason is not None:
         logger.warning("WHIFLASH: drafter %s does not use the fused ingestion kernel: %s", runner.spec.kind, reason)
@@ -65,7 +71,7 @@ def write_entries(runner: DraftRunner, kv: KVProjection) -> WriteEntries | None:
     return write
 
 
-def lacking(runner: DraftRunner, kv: KVProjection, pool: Any, rotary: Any) -> str | None:
+def lacking(runner: DraftRunner, kv: KVProjection, pool: MHATokenToKVPool, rotary: RotaryEmbedding) -> str | None:
     """The reason why the kernel does not support this drafter, or None."""
     from whiflash_sglang.drafters.ingest_kernel import DTYPES, HEAD_DIMS
 

@@ -15,13 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner.shape_key import ShapeKey
 
 from whiflash_sglang.drafters.runner import DraftBlock, DraftRunner, Plan, tell_lens
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.model_executor.runner_backend.full_cuda_graph_backend import FullCudaGraphBackend
 
 
 class Begin(NamedTuple):
@@ -138,7 +142,7 @@ class CapturedDraft:
 
 
 @contextmanager
-def capturing(model_runner: Any) -> Iterator[Any]:
+def capturing(model_runner: ModelRunner) -> Iterator[FullCudaGraphBackend]:
     """SGLang's capture context: its memory pool, streams and, with ranks, collectives."""
     from sglang.srt.distributed.parallel_state import graph_capture
     from sglang.srt.model_executor.runner.base_cuda_graph_runner import freeze_gc

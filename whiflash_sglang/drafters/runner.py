@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,16 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 
 from whiflash_sglang.startup.checkpoints import DrafterSpec
 
+if TYPE_CHECKING:
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.layers.linear import QKVParallelLinear
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.models.qwen3 import Qwen3ForCausalLM
+    from sglang.srt.speculative.spec_registry import CustomSpecAlgo
+
 Plan = Callable[[ForwardBatch, int], None]
 """Plans attention for a forward. The int is the number of entries cached since drafting began."""
 
@@ -24,9 +34,9 @@ class DraftRunner(NamedTuple):
     """A draft model in SGLang, and the target model that it borrows parts of."""
 
     spec: DrafterSpec
-    worker: Any  # TpModelWorker
-    algorithm: Any  # CustomSpecAlgo
-    target_model: torch.nn.Module
+    worker: TpModelWorker
+    algorithm: CustomSpecAlgo
+    target_model: Qwen3ForCausalLM
     graph_sizes: tuple[int, ...] = ()  # batch sizes to capture drafts at; empty: run eagerly
 
     @property
@@ -35,7 +45,7 @@ class DraftRunner(NamedTuple):
         return self.worker.model_runner.model
 
     @property
-    def attention(self) -> Any:
+    def attention(self) -> AttentionBackend:
         """The draft model's attention backend."""
         return self.worker.model_runner.attn_backend
 
@@ -44,7 +54,7 @@ class DraftRunner(NamedTuple):
         """The draft model's device."""
         return torch.device(self.worker.model_runner.device)
 
-    def forward(self, block: DraftBlock, plan: Plan) -> Any:
+    def forward(self, block: DraftBlock, plan: Plan) -> LogitsProcessorOutput:
         """Run the draft model on a block of queries per row. Returns a LogitsProcessorOutput, flat over rows.
 
         The queries see the row's first `block.prefix_lens` entries and the block (causal or not, depending on the
@@ -86,9 +96,8 @@ class DraftRunner(NamedTuple):
     def write_kv(self, attention: RadixAttention, kv_slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store K and V [n, kv_heads * head_dim] of one layer at `kv_slots` [n]."""
         shape = (-1, attention.tp_k_head_num, attention.head_dim)
-        self.worker.model_runner.token_to_kv_pool.set_kv_buffer(
-            attention, kv_slots, k.view(shape), v.view(shape), attention.k_scale, attention.v_scale
-        )
+        pool: MHATokenToKVPool = self.worker.model_runner.token_to_kv_pool
+        pool.set_kv_buffer(attention, kv_slots, k.view(shape), v.view(shape), attention.k_scale, attention.v_scale)
 
 
 def tell_lens(batch: ForwardBatch, lens: Sequence[int]) -> None:
@@ -107,8 +116,8 @@ class TargetHead:
     all ranks wins; ties go to the lowest token id, as without ranks. Raises ValueError if a rank would hold no tokens.
     """
 
-    def __init__(self, target_model: torch.nn.Module, vocab_size: int):
-        head = target_model.lm_head
+    def __init__(self, target_model: Qwen3ForCausalLM, vocab_size: int):
+        head: ParallelLMHead = target_model.lm_head
         self.group = get_tp_group()
         self.first = head.shard_indices.org_vocab_start_index
         num_rows = min(head.shard_indices.org_vocab_end_index, vocab_size) - self.first  # without padding rows
@@ -168,7 +177,7 @@ def select_columns(features: torch.Tensor, columns: torch.Tensor | None) -> torc
     return features if columns is None else features.index_select(-1, columns)
 
 
-def kv_rows(spec: DrafterSpec, qkv: torch.nn.Module, q_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def kv_rows(spec: DrafterSpec, qkv: QKVParallelLinear, q_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Views of the K and V rows of a fused QKV projection's weight and bias. Raises ValueError if it is quantized."""
     if qkv.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(

@@ -39,7 +39,8 @@ PROBE_SHARE = 0.01  # a probe's share of the time between probes, which sets the
 TRY_AFTER, TRY_AFTER_MOST = 256, 8192  # rounds since an arm was run
 SURPRISE = 1.5  # factor between actual and expected cost of a trial
 LEARN_EVERY = 16  # rounds; correcting sure costs in every round would take as long as routing
-HOPELESS = 0.1  # trust; with less in every drafter, no score changes the plan
+MAX_STEPS = 4  # of the target in a round without drafts
+STEPS_MS = 100.0  # maximum time of these steps, for which a new request has to wait
 MOST_PREMIUM = 1.3  # maximum factor of the router's throughput over the best single arm's
 _MEMORY = 0.1  # weight of the latest round in the running means
 _CONTEXT_STEP = 64  # tokens; resolution of contexts in `CostAwareRouter.times`
@@ -66,7 +67,8 @@ class CostAwareRouter(Router):
         # Running means per row over rounds: tokens, and tokens that the best single arm would yield in the same time.
         self.tokens, self.par = 1.0, 1.0
         self.routed: list[Row] = []  # of the round in flight
-        self.hopeless: HostRows | None = None  # rows of the next round, if only their lengths change
+        self.hopeless = False  # whether no score would have made the plan in flight draft
+        self.asleep: HostRows | None = None  # such rows in the next round, if only their lengths change
         self.rounds = 0
         self.without_drafts = 0  # rounds since the last probe
         self.probes = 0
@@ -78,11 +80,17 @@ class CostAwareRouter(Router):
         self.known: dict[
             tuple[int, int, int], tuple[list[float], float]
         ] = {}  # cache of `times`, cleared when costs change
+        self.sure: set[tuple[frozenset[tuple[str, int]], int, int]] = set()  # cache of `is_sure`, likewise
 
     def route(self, rows: HostRows) -> Plan:
         drafted = rows.may_draft()
         nothing: Plan = [None] * len(rows.slots)
-        plan = nothing if rows == self.hopeless else self.plan_by_score(rows, drafted)
+        if rows == self.asleep:
+            plan = nothing
+        else:
+            plan = self.plan_by_score(rows, drafted)
+            best = [self.at_best(row) for row in self.routed]
+            self.hopeless = not any(plan) and not any(self.best_plan(rows, best, drafted))
         self.trial = self.arm_to_try() if drafted else None
         if self.trial is None:
             return plan
@@ -98,12 +106,24 @@ class CostAwareRouter(Router):
             self.share.look(rows, plan, lambda: self.best_plan(rows, self.yields.expect(rows, scores, asked), drafted))
         return plan
 
+    def at_best(self, row: Row) -> Row:
+        """The row, as if all its drafts were accepted that its trust allows, whatever its score."""
+        tokens = {name: 1 + min(1.0, trust) * (self.costs.widths[name] - 1) for name, trust in row.trust.items()}
+        return row._replace(tokens=tokens)
+
     def arm_to_try(self) -> str | None:
         """The arm to try in this round, if a trial is due."""
         if self.next_trial is not None:
             arm, self.next_trial = self.next_trial, None
             return arm
         return next((arm for arm, rounds in self.idle.items() if rounds >= self.patience[arm]), None)
+
+    def ahead(self, rows: HostRows) -> int:
+        """More than one step where no score would change the plan."""
+        if not self.hopeless or self.trial is not None:
+            return 1
+        _, ms = self.times(0, len(rows.slots), mean(rows.prefix_lens))
+        return max(1, min(MAX_STEPS, int(STEPS_MS / ms)))
 
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
         """A probe, if one is due in rounds without drafts. Rows and drafters take turns."""
@@ -196,36 +216,46 @@ class CostAwareRouter(Router):
 
     def learn(self, rows: HostRows, result: RoundResult, ms: float) -> None:
         self.rounds += 1
+        self.without_drafts += result.steps - 1
         committed = [len(tokens) for tokens in result.committed]
-        looked = result.probe is not None or bool(self.pending)
+        looked = result.probe is not None or bool(self.pending) or any(result.plan)
+        asleep = not looked and rows == self.asleep  # nothing to learn about yields
+        # What was just looked at may have changed the trust that the rows were routed by.
+        self.hopeless = self.hopeless and not looked
         self.resolve(rows, result)
-        self.learn_costs(rows, result, committed, ms)
-        if looked or any(result.plan) or rows != self.hopeless:
+        self.learn_costs(rows, result, committed, ms / result.steps)
+        if not asleep:
             self.yields.learn(rows, self.routed, result.plan, committed)
         self.yields.advance(rows, committed)
         lens = [length + count for length, count in zip(rows.prefix_lens, committed, strict=True)]
-        # What was just looked at may have changed the trust that the rows were routed by.
-        unknown = not looked and not any(result.plan) and all(max(row.trust.values()) < HOPELESS for row in self.routed)
-        self.hopeless = rows._replace(prefix_lens=lens) if unknown else None
+        self.asleep = rows._replace(prefix_lens=lens) if self.hopeless else None
 
     def learn_costs(self, rows: HostRows, result: RoundResult, committed: Sequence[int], ms: float) -> None:
-        """Correct the costs and the premium by a round, and judge its trial."""
+        """Correct the costs and the premium by a round of `ms` milliseconds a step, and judge its trial."""
         num_rows, context = len(committed), mean(rows.prefix_lens)
         counts = Counter(name for name in result.plan if name is not None)
         for arm in self.idle:
             self.idle[arm] = 0 if arm in (counts or (NONE,)) else self.idle[arm] + 1
         trial, self.trial = self.trial, None
-        if trial is None and self.rounds % LEARN_EVERY and self.costs.is_sure(counts, num_rows, context):
+        if trial is None and self.rounds % LEARN_EVERY and self.is_sure(counts, num_rows, context):
             return
         probed = {} if result.probe is None else {result.probe.drafter: 1}
         off_by = self.costs.observe(counts, num_rows, context, ms, probed)
         self.known.clear()
+        self.sure.clear()
         if trial is None:
             single = self.best_single(self.routed, context) * ms / num_rows
-            self.tokens = running(self.tokens, sum(committed) / num_rows)
+            self.tokens = running(self.tokens, sum(committed) / num_rows / result.steps)
             self.par = running(self.par, single)
         elif trial in (counts or (NONE,)):
             self.judge_trial(trial, off_by, sum(committed) - num_rows, self.extra_tokens(trial, num_rows, context))
+
+    def is_sure(self, counts: Mapping[str, int], num_rows: int, context: float) -> bool:
+        """`RoundCosts.is_sure`, cached."""
+        key = (frozenset(counts.items()), num_rows, int(context) // _CONTEXT_STEP)
+        if key not in self.sure and self.costs.is_sure(counts, num_rows, context):
+            self.sure.add(key)
+        return key in self.sure
 
     def judge_trial(self, arm: str, off_by: float, gained: int, needed: float) -> None:
         """Repeat a trial at once if its cost was a surprise, or if it paid off and no plan would expect that."""

@@ -124,6 +124,9 @@ class TrialRouter(Router):
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
         return self.inner.probe(rows, plan)
 
+    def ahead(self, rows: HostRows) -> int:
+        return self.inner.ahead(rows)
+
     def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor | None:
         return self.inner.observe(logits, hidden, at)
 

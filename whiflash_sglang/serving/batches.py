@@ -4,35 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.managers.utils import GenerationBatchResult
 
 from whiflash_sglang.bridge.algorithm import draft_input
 from whiflash_sglang.bridge.builders import prompt_token
-from whiflash_sglang.core.transfer import to_device
+from whiflash_sglang.core.transfer import columns, to_device
 from whiflash_sglang.core.types import HostRows, Prefill, RoundResult, Rows
 from whiflash_sglang.serving.verifier import draftable
 
+if TYPE_CHECKING:
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
 
-def decode_rows(batch: Any, req_to_token: torch.Tensor, max_width: int) -> Rows:
+    from whiflash_sglang.bridge.algorithm import WhiFlashDraftInput
+
+
+def decode_rows(batch: ScheduleBatch, req_to_token: torch.Tensor, max_width: int) -> Rows:
     """Convert a decode batch to rows. SGLang has already reserved KV slots for the whole window."""
     slots = batch.req_pool_indices.to(torch.int64)
     prefix_lens = batch.seq_lens.to(torch.int64)
-    window = torch.arange(-1, max_width, device=slots.device)  # from the last committed position on
-    kv_slots = req_to_token[slots[:, None], prefix_lens[:, None] + window].to(torch.int64)
+    # One gather from the flat table, from each row's last committed position on. Indexing by two tensors is slower.
+    first = slots * req_to_token.shape[1] + prefix_lens - 1
+    kv_slots = req_to_token.take(first[:, None] + columns(1 + max_width, slots.device)).to(torch.int64)
     known = HostRows(request_slots(batch), batch.seq_lens_cpu.tolist(), draftable(batch))
-    return Rows(slots, batch.spec_info.bonus_tokens, prefix_lens, kv_slots, known)
+    state: WhiFlashDraftInput = batch.spec_info
+    return Rows(slots, state.bonus_tokens, prefix_lens, kv_slots, known)
 
 
-def request_slots(batch: Any) -> list[int]:
+def request_slots(batch: ScheduleBatch) -> list[int]:
     """The rows' request slots, from the host."""
     return [int(request.req_pool_idx) for request in batch.reqs]
 
 
 def prefill_positions(
-    batch: Any, features: torch.Tensor, hidden: torch.Tensor, next_token_ids: torch.Tensor
+    batch: ScheduleBatch, features: torch.Tensor, hidden: torch.Tensor, next_token_ids: torch.Tensor
 ) -> Prefill:
     """All positions of a prefill batch, flat over requests, for the drafters to ingest.
 
@@ -63,7 +71,9 @@ def prefill_positions(
     )
 
 
-def batch_result(rows: Rows, result: RoundResult, kept: Sequence[int], logprobs: Any) -> GenerationBatchResult:
+def batch_result(
+    rows: Rows, result: RoundResult, kept: Sequence[int], logprobs: LogitsProcessorOutput | None
+) -> GenerationBatchResult:
     """Convert a round's result to SGLang's format: one stride for all rows, `accept_lens` including the bonus token.
 
     `kept` [rows]: committed tokens up to each request's end.

@@ -104,26 +104,32 @@ class SharedRouter(Router):
         self.ranks = ranks
         self.names = names
         self.shared_probe: Probe | None = None  # for the last plan
+        self.steps = 1  # likewise
 
     def route(self, rows: HostRows) -> Plan:
-        """Rank 0's plan, broadcast with its probe."""
-        # [rows + 2]: each row's index into names, or -1 without drafts; then the probe's drafter and row, or -1.
-        choice = torch.full((len(rows.slots) + 2,), -1, dtype=torch.int64)
+        """Rank 0's plan, broadcast with its probe and steps."""
+        # [rows + 3]: each row's index into names, or -1 without drafts; the probe's drafter and row, or -1; the steps.
+        choice = torch.full((len(rows.slots) + 3,), -1, dtype=torch.int64)
         if self.ranks.is_first:
             plan = self.inner.route(rows)
             for row, name in enumerate(plan):
                 if name is not None:
                     choice[row] = self.names.index(name)
             if (probe := self.inner.probe(rows, plan)) is not None:
-                choice[-2], choice[-1] = self.names.index(probe.drafter), probe.row
+                choice[-3], choice[-2] = self.names.index(probe.drafter), probe.row
+            choice[-1] = self.inner.ahead(rows)
         dist.broadcast(choice, group=self.ranks.host_group, group_src=0)
-        *chosen, drafter, row = choice.tolist()
+        *chosen, drafter, row, self.steps = choice.tolist()
         self.shared_probe = Probe(self.names[drafter], row) if drafter >= 0 else None
         return [None if index < 0 else self.names[index] for index in chosen]
 
     def probe(self, rows: HostRows, plan: Plan) -> Probe | None:
         """Rank 0's probe for the last plan."""
         return self.shared_probe
+
+    def ahead(self, rows: HostRows) -> int:
+        """Rank 0's steps for the last plan."""
+        return self.steps
 
     def observe(self, logits: torch.Tensor, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor | None:
         """Signals on rank 0, None on the others."""
@@ -171,6 +177,9 @@ class SharedTarget(Target):
     def verify(self, rows: Rows, proposal: Proposal) -> Verified:
         verified = self.inner.verify(rows, proposal)
         return verified._replace(predictions=self.ranks.same(verified.predictions))
+
+    def max_steps(self) -> int:
+        return self.inner.max_steps()  # depends on the batch only, which is the same on every rank
 
 
 def tp_ranks() -> Ranks:

@@ -92,11 +92,12 @@ class Totals:
         with self.timed("spans"):
             for row, slot in enumerate(rows.slots):
                 record = self.records[slot]
-                if record.trace is not None:
-                    record.trace.add(result, row, record.state, signals)
-                record.count(result.plan[row], result.num_drafts[row], result.committed[row])
-        self.not_drafted.count(len(rows.may_draft()), sum(name is not None for name in result.plan))
-        self.steps += 1
+                for step, tokens in enumerate(result.rounds(row)):
+                    if record.trace is not None:
+                        record.trace.add(result, row, tokens, record.state, {} if step else signals)
+                    record.count(result.plan[row], result.num_drafts[row], tokens)
+        self.not_drafted.count(result.steps * len(rows.may_draft()), sum(name is not None for name in result.plan))
+        self.steps += result.steps
         self.count_catch_ups(result.catch_ups)
 
     def count_catch_ups(self, catch_ups: Mapping[str, CatchUp]) -> None:

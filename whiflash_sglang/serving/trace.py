@@ -38,14 +38,17 @@ class Trace:
         else:
             self._append(NOBODY, [], [token], span, {})
 
-    def add(self, result: RoundResult, row: int, state: RowState, signals: Signals) -> None:
-        """Append the round of `row`, up to `MAX_TRACED_ROUNDS`. `state`: the row's at the beginning of the round."""
+    def add(self, result: RoundResult, row: int, tokens: Sequence[int], state: RowState, signals: Signals) -> None:
+        """Append a round of `row` that committed `tokens`, up to `MAX_TRACED_ROUNDS`.
+
+        `state`: the row's at the beginning of the round.
+        """
         inputs = {kind: signals[kind][row] for kind in ("entropy", "score") if kind in signals}
         prior = state.prior + state.asked_prior
         if prior and "score" in signals:  # entropy thresholds in nats do not use priors
             inputs["prior"] = round(prior, 4)
         drafts = result.window[row, 1 : 1 + result.num_drafts[row]].tolist()
-        self._append(result.plan[row] or NOBODY, drafts, result.committed[row], state.span, inputs)
+        self._append(result.plan[row] or NOBODY, drafts, tokens, state.span, inputs)
 
     def _append(
         self, drafter: str, drafts: list[int], tokens: Sequence[int], span: str, inputs: Mapping[str, float]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -18,8 +18,14 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.spec_utils import GrammarTree
 
 from whiflash_sglang.bridge.logit_adjustments import Said, adjust
+from whiflash_sglang.core.transfer import columns
 from whiflash_sglang.core.types import Proposal, Rows, Verified
 from whiflash_sglang.serving.verify_graphs import VerifyWidth
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 
 class SGLangTarget:
@@ -29,15 +35,15 @@ class SGLangTarget:
     and CUDA graphs by verify width.
     """
 
-    def __init__(self, worker: Any, feature_size: int, widths: Mapping[int, VerifyWidth]):
+    def __init__(self, worker: TpModelWorker, feature_size: int, widths: Mapping[int, VerifyWidth]):
         self.worker = worker
         self.feature_size = feature_size
         self.widths = widths
-        self.batch: Any = None
+        self.batch: ScheduleBatch = None  # type: ignore[assignment]
         self.said = Said()
         self.logprobs: LogitsProcessorOutput | None = None  # of the last verify, if requested
 
-    def bind(self, batch: Any) -> None:
+    def bind(self, batch: ScheduleBatch) -> None:
         """Set SGLang's batch for the next `verify`."""
         self.batch = batch
         self.logprobs = None
@@ -47,32 +53,43 @@ class SGLangTarget:
         num_rows, width = proposal.tokens.shape
         # Before the forward, so that the host computes grammar masks while the target runs.
         tree = GrammarTree.from_linear_chain(proposal.tokens) if self.batch.has_grammar else None
-        logits_output = self.forward(rows, proposal.tokens)
+        positions = rows.prefix_lens[:, None] + columns(width, rows.slots.device)
+        logits_output = self.forward(rows, proposal.tokens, positions)
         logits = logits_output.next_token_logits.view(num_rows, width, -1)
-        positions = rows.prefix_lens[:, None] + torch.arange(width, device=rows.slots.device)
         features, hidden = self.split(logits_output.hidden_states.view(num_rows, width, -1))
         return Verified(self.predict(logits, positions, proposal.tokens, tree), logits, features, hidden)
+
+    def max_steps(self) -> int:
+        """See `Target.max_steps`. They end with the first request that reaches its maximum length.
+
+        One if a step's logits depend on the text before it, or if logprobs are requested.
+        """
+        batch, sampling = self.batch, self.batch.sampling_info
+        penalized = sampling.penalizer_orchestrator is not None and sampling.penalizer_orchestrator.is_required
+        if penalized or batch.has_grammar or batch.return_logprob or sampling.has_custom_logit_processor:
+            return 1
+        left = (request.sampling_params.max_new_tokens - len(request.output_ids) for request in batch.reqs)
+        return max(1, min(left))
 
     def split(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Split `states` [..., captures * hidden + hidden] into captured features and final hidden states."""
         return states[..., : self.feature_size], states[..., self.feature_size :]
 
-    def forward(self, rows: Rows, tokens: torch.Tensor) -> LogitsProcessorOutput:
+    def forward(self, rows: Rows, tokens: torch.Tensor, positions: torch.Tensor) -> LogitsProcessorOutput:
         """One causal forward over the windows `tokens` [rows, width]; logits and features of every position."""
         batch, width = self.batch, tokens.shape[1]
-        positions = rows.prefix_lens[:, None] + torch.arange(width, device=tokens.device)
         batch.out_cache_loc = rows.kv_slots[:, 1 : 1 + width].reshape(-1)
         # Attention backends plan with the host's lengths, which must include the window.
-        committed = batch.seq_lens_cpu
-        batch.seq_lens_cpu = committed + width
-        batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
+        committed, num_committed = torch.tensor(rows.host.prefix_lens), sum(rows.host.prefix_lens)
+        batch.seq_lens = rows.prefix_lens
+        batch.seq_lens_cpu, batch.seq_lens_sum = committed + width, num_committed + width * len(tokens)
         info = DFlashVerifyInput(
             tokens.reshape(-1), positions.reshape(-1), width, capture_hidden_mode=CaptureHiddenMode.FULL
         )
         with self.widths[width].in_place(self.worker.model_runner):
             forward_batch, _ = info.prepare_for_verify(batch, self.worker)
             forward_batch.mark_forward_metadata_ready()
-            batch.seq_lens_cpu, batch.seq_lens_sum = committed, int(committed.sum())
+            batch.seq_lens_cpu, batch.seq_lens_sum = committed, num_committed
             return self.worker.forward_batch_generation(None, forward_batch=forward_batch, is_verify=True).logits_output
 
     def predict(
@@ -100,7 +117,7 @@ class SGLangTarget:
         return tokens
 
 
-def process_first(logits: torch.Tensor, sampling: Any) -> torch.Tensor:
+def process_first(logits: torch.Tensor, sampling: SamplingBatchInfo) -> torch.Tensor:
     """A copy of `logits` [rows, width, vocab] with custom logit processors applied to the first column.
 
     Processors are arbitrary code, so their rows are not drafted for (see `draftable`) and use no other columns.
@@ -112,7 +129,7 @@ def process_first(logits: torch.Tensor, sampling: Any) -> torch.Tensor:
     return logits
 
 
-def log_probabilities(batch: Any, logits: torch.Tensor, tokens: torch.Tensor) -> LogitsProcessorOutput:
+def log_probabilities(batch: ScheduleBatch, logits: torch.Tensor, tokens: torch.Tensor) -> LogitsProcessorOutput:
     """Logprobs of `tokens` [rows, width] from `logits` [rows, width, vocab], at every window column. SGLang uses the
     accepted ones."""
     num_rows, width = tokens.shape
@@ -132,14 +149,14 @@ def all_as_tensors(output: LogitsProcessorOutput) -> None:
         output.next_token_token_ids_logprobs_val = [torch.as_tensor(value) for value in values]
 
 
-def draftable(batch: Any) -> list[bool] | None:
+def draftable(batch: ScheduleBatch) -> list[bool] | None:
     """Per row [rows], whether it can be drafted for (no custom logit processor). None if all can."""
     if not batch.sampling_info.has_custom_logit_processor:
         return None
     return [request.custom_logit_processor is None for request in batch.reqs]
 
 
-def repeat_sampling(sampling: Any, width: int) -> Any:
+def repeat_sampling(sampling: SamplingBatchInfo, width: int) -> SamplingBatchInfo:
     """SGLang's sampling parameters with each row repeated `width` times."""
     repeated = copy.copy(sampling)
     for name in ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed"):

@@ -10,19 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sglang.srt.runtime_context import get_context, get_spec
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
 
 
 class VerifyWidth(NamedTuple):
     """Attention backend and graphs for windows of one width."""
 
-    attention: Any  # AttentionBackend
-    graphs: Any  # DecodeCudaGraphRunner, or None without CUDA graphs
+    attention: AttentionBackend
+    graphs: DecodeCudaGraphRunner | None  # None without CUDA graphs
 
     @contextmanager
-    def in_place(self, target_runner: Any) -> Iterator[None]:
+    def in_place(self, target_runner: ModelRunner) -> Iterator[None]:
         """Context in which the target's forwards use this width."""
         others = target_runner.attn_backend, target_runner.decode_cuda_graph_runner
         target_runner.attn_backend, target_runner.decode_cuda_graph_runner = self
@@ -32,7 +37,7 @@ class VerifyWidth(NamedTuple):
             target_runner.attn_backend, target_runner.decode_cuda_graph_runner = others
 
 
-def verify_widths(target_runner: Any, widths: Iterable[int]) -> Mapping[int, VerifyWidth]:
+def verify_widths(target_runner: ModelRunner, widths: Iterable[int]) -> Mapping[int, VerifyWidth]:
     """Width -> backend and graphs. For the server's own width, reuses what SGLang has already created."""
     own = VerifyWidth(target_runner.attn_backend, target_runner.decode_cuda_graph_runner)
     made = {get_spec().speculative_num_draft_tokens: own}
@@ -41,9 +46,9 @@ def verify_widths(target_runner: Any, widths: Iterable[int]) -> Mapping[int, Ver
     return made
 
 
-def graph_sizes(target_runner: Any) -> tuple[int, ...]:
+def graph_sizes(target_runner: ModelRunner) -> tuple[int, ...]:
     """Batch sizes of SGLang's captured graphs; empty without CUDA graphs. Drafts are captured at the same sizes."""
-    graphs = target_runner.decode_cuda_graph_runner
+    graphs: DecodeCudaGraphRunner | None = target_runner.decode_cuda_graph_runner
     return () if graphs is None else tuple(graphs.capture_bs)
 
 
@@ -55,7 +60,7 @@ def made_for(width: int) -> Iterator[None]:
         yield
 
 
-def _make(target_runner: Any, width: int) -> VerifyWidth:
+def _make(target_runner: ModelRunner, width: int) -> VerifyWidth:
     with made_for(width):
         attention = target_runner._get_attention_backend(init_new_workspace=True)
         graphs = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.managers.utils import GenerationBatchResult
@@ -24,9 +24,9 @@ from whiflash_sglang.bridge.builders import (
     capture_final_hidden_states,
     captured_layers,
     drafter_specs,
+    dummy_batch,
     metric_labels,
     prompt_token,
-    dummy_batch,
 )
 from whiflash_sglang.bridge.logit_adjustments import penalize_next
 from whiflash_sglang.bridge.markers import span_reader
@@ -55,13 +55,22 @@ from whiflash_sglang.serving.verify_graphs import graph_sizes, made_for, verify_
 from whiflash_sglang.startup import progress
 from whiflash_sglang.startup.config import WhiFlashConfig, active_config
 
+if TYPE_CHECKING:
+    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
+    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.server_args import ServerArgs
+
 logger = logging.getLogger(__name__)
 
 
 class WhiFlashWorker(BaseSpecWorker):
     """Holds the target worker and one draft worker per drafter. Created by SGLang's scheduler."""
 
-    def __init__(self, server_args: Any, gpu_id: int, ps: Any, nccl_port: int, target_worker: Any):
+    def __init__(
+        self, server_args: ServerArgs, gpu_id: int, ps: ParallelState, nccl_port: int, target_worker: TpModelWorker
+    ):
         super().__init__()
         self.config: WhiFlashConfig = active_config()
         self.specs = drafter_specs(self.config, server_args)
@@ -238,7 +247,7 @@ class WhiFlashWorker(BaseSpecWorker):
         return tuple(worker.model_runner.attn_backend for worker in workers)
 
     def forward_batch_generation(
-        self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None
+        self, batch: ScheduleBatch, on_publish: Any = None, grammar_barrier: Any = None
     ) -> GenerationBatchResult:
         """Run one scheduler step: a prefill, an idle step or a decode round."""
         with torch.inference_mode():
@@ -248,7 +257,7 @@ class WhiFlashWorker(BaseSpecWorker):
                 return self.idle(batch)
             return self.decode(batch)
 
-    def prefill(self, batch: Any) -> GenerationBatchResult:
+    def prefill(self, batch: ScheduleBatch) -> GenerationBatchResult:
         """Run the target over the prompts and let every drafter ingest them, so that the radix tree may share them."""
         penalize_next(batch)
         with self.totals.timed("prefill"):
@@ -266,7 +275,7 @@ class WhiFlashWorker(BaseSpecWorker):
         result.next_token_ids = torch.tensor(sampled)  # already on the host, where SGLang reads it
         return result
 
-    def begin_records(self, batch: Any, sampled: list[int]) -> None:
+    def begin_records(self, batch: ScheduleBatch, sampled: list[int]) -> None:
         """Start the record of each prefilled request, which ends up in its meta_info."""
         for row, request in enumerate(batch.reqs):
             if request.customized_info is None:  # else this is a later chunk, or follows a retraction
@@ -275,7 +284,7 @@ class WhiFlashWorker(BaseSpecWorker):
             is_whole = prompt_token(request, batch.prefix_lens[row] + batch.extend_lens[row]) is None
             request.customized_info["whiflash"].begin(sampled[row] if is_whole else None)
 
-    def decode(self, batch: Any) -> GenerationBatchResult:
+    def decode(self, batch: ScheduleBatch) -> GenerationBatchResult:
         """Run one round for the batch."""
         began = time.perf_counter()
         with self.totals.timed_round():
@@ -315,7 +324,7 @@ class WhiFlashWorker(BaseSpecWorker):
             self.round.health.wait[name],
         )
 
-    def prepare_for_kv_cache_release(self, request: Any) -> None:
+    def prepare_for_kv_cache_release(self, request: Req) -> None:
         """Called by SGLang when a request has ended, just before its KV slots go into the radix tree.
 
         Cuts off tokens that were accepted after a stop or the last allowed token: no later prompt would match them.
@@ -342,13 +351,13 @@ class WhiFlashWorker(BaseSpecWorker):
             return None
         return document({self.config.router: priors}, identity)
 
-    def update_weights_from_disk(self, recv_req: Any) -> tuple[bool, str]:
+    def update_weights_from_disk(self, recv_req: UpdateWeightFromDiskReqInput) -> tuple[bool, str]:
         """Keep the drafters' weights when the target's change. Output stays exact, but acceptance may drop."""
         return True, "The target's weights were updated; WHIFLASH's drafters keep theirs, so acceptance may drop."
 
     update_weights_from_ipc = update_weights_from_disk
 
-    def idle(self, batch: Any) -> GenerationBatchResult:
+    def idle(self, batch: ScheduleBatch) -> GenerationBatchResult:
         """Step of a data-parallel rank without requests."""
         empty = torch.empty(0, dtype=torch.int64, device=batch.device)
         return GenerationBatchResult(

@@ -6,10 +6,13 @@ import argparse
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from whiflash_sglang.core.errors import ConfigError
 from whiflash_sglang.startup.config import SCORED, WhiFlashConfig
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
 
 DEMO_MODELS = Path(__file__).parents[1] / "demo_models"
 DEMO_REQUEST = DEMO_MODELS / "request.json"  # a request that the bundled models can answer
@@ -63,7 +66,7 @@ def _fill_router(flags: argparse.Namespace) -> None:
         flags.whiflash_priors = str(DEMO_MODELS / "priors.json")
 
 
-def curl(server_args: Any) -> str:
+def curl(server_args: ServerArgs) -> str:
     """A shell command that sends an example request to this server."""
     if server_args.model_path == str(DEMO_MODELS / "target"):
         body = f"@{DEMO_REQUEST}"

@@ -6,10 +6,11 @@ Printed, not logged, because our default log level is `warning`.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import httpx
+    from sglang.srt.server_args import ServerArgs
 
 ASK_EVERY = 0.5  # seconds
 
@@ -19,7 +20,7 @@ def say(doing: str) -> None:
     print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] WHIFLASH: {doing}", flush=True)
 
 
-def say_when_ready(server_args: Any, request: str) -> None:
+def say_when_ready(server_args: ServerArgs, request: str) -> None:
     """Wait until the server responds, then print that it is ready, with an example `request`."""
     import httpx
 

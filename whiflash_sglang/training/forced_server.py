@@ -159,9 +159,9 @@ def install(recording: Recording) -> None:
     import torch
 
     from whiflash_sglang.core import accept, round
-    from whiflash_sglang.serving import observe
+    from whiflash_sglang.serving.totals import Totals
 
-    decode_round, totals = round.DecodeRound, observe.Totals
+    decode_round = round.DecodeRound
     replaced: list[tuple[Any, str, Any]] = [
         (round, "accept", ForcedAcceptance(recording, accept.accept)),
         (decode_round, "run", forced_run(decode_round.run, recording)),
@@ -169,7 +169,7 @@ def install(recording: Recording) -> None:
     if recording.synchronize:
         synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
         replaced += [
-            (totals, "timed", synchronized(totals.timed, synchronize)),
+            (Totals, "timed", synchronized(Totals.timed, synchronize)),
             (decode_round, "ingest", synchronized_ingest(decode_round.ingest, synchronize)),
         ]
     for owner, name, new in replaced:

@@ -20,7 +20,7 @@ PARTS = {
     "verify": ("verify",),
     "commit": ("commit",),
 }
-"""Parts of a round -> the server's steps (`whiflash_sglang/serving/observe.py`). The rest of a round is host time.
+"""Parts of a round -> the server's steps (`whiflash_sglang/serving/totals.py`). The rest of a round is host time.
 
 `between`, the time from one round to the next, is not part of a round.
 """
