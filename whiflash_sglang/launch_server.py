@@ -39,7 +39,15 @@ from whiflash_sglang.startup.config import (
 )
 from whiflash_sglang.startup.gpu_memory import surely_none
 from whiflash_sglang.startup.model_checks import check_checkpoints, check_room
-from whiflash_sglang.startup.refusals import CPU_REFUSALS, CUDA_REFUSALS, FLAG_WIDTH, REFUSALS, Given, refuse, typed
+from whiflash_sglang.startup.refused_flags import (
+    CPU_REFUSALS,
+    CUDA_REFUSALS,
+    FLAG_WIDTH,
+    REFUSALS,
+    Given,
+    refuse,
+    typed,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs

@@ -9,7 +9,7 @@ import pytest
 from whiflash_sglang.core.errors import ConfigError
 from whiflash_sglang.startup import bounds, command_line
 from whiflash_sglang.startup.bounds import BOUNDS
-from whiflash_sglang.startup.refusals import CPU_REFUSALS, CUDA_REFUSALS, DEFAULTS, REFUSALS
+from whiflash_sglang.startup.refused_flags import CPU_REFUSALS, CUDA_REFUSALS, DEFAULTS, REFUSALS
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from sglang.srt.platforms.interface import SRTPlatform
 from whiflash_sglang.core.errors import ConfigError
 from whiflash_sglang.cpu import PLATFORM_CLASS, activate, fallbacks
 from whiflash_sglang.cpu.platform import WhiFlashCpuPlatform, refuse_unsupported_flags
-from whiflash_sglang.startup.refusals import CPU_REFUSALS
+from whiflash_sglang.startup.refused_flags import CPU_REFUSALS
 
 
 def test_activates_only_without_an_accelerator(monkeypatch):

@@ -24,7 +24,7 @@ from whiflash_sglang.bridge.http_hooks import _judge_request, _states_without_ke
 from whiflash_sglang.bridge.scheduler_hooks import (
     PRIORS_FIELD,
     RANKS_FIELD,
-    _add_figures,
+    _add_stats,
     _judge_custom_params,
     _name_ourselves,
 )
@@ -160,7 +160,7 @@ def test_a_document_of_priors_is_made_only_where_it_is_asked_for() -> None:
     scheduler = SimpleNamespace(draft_worker=worker, ps=SimpleNamespace(dp_rank=None))
 
     async def ask(request: GetInternalStateReq) -> list[Any]:
-        return [_add_figures(SimpleNamespace(internal_state={}), scheduler, request)]
+        return [_add_stats(SimpleNamespace(internal_state={}), scheduler, request)]
 
     manager = SimpleNamespace(auto_create_handle_loop=lambda: None, get_internal_state_communicator=ask)
     for _ in range(10):

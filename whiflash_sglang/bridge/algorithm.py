@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,10 +97,9 @@ class WhiFlashDraftInput(DFlashDraftInputV2):
         from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
         from sglang.srt.runtime_context import get_spec
 
-        window = get_spec().speculative_num_draft_tokens
         committed = [request.kv_committed_len for request in batch.reqs]
         allocated = [request.kv.kv_allocated_len for request in batch.reqs]
-        reserved = [max(known, length + window) for known, length in zip(allocated, committed, strict=True)]
+        reserved = reserved_lens(allocated, committed, get_spec().speculative_num_draft_tokens)
         lens = torch.tensor((allocated, reserved), dtype=torch.int32)
         on_device = to_device(lens, torch.device(batch.device), torch.int32)
         alloc_for_spec_decode(
@@ -116,6 +115,11 @@ class WhiFlashDraftInput(DFlashDraftInputV2):
             batch=batch,
         )
         batch.seq_lens_cpu, batch.seq_lens_sum = torch.tensor(committed, dtype=torch.int64), sum(committed)
+
+
+def reserved_lens(allocated: Sequence[int], committed: Sequence[int], window: int) -> list[int]:
+    """The positions [rows] that have KV slots in the next round, for windows of `window` tokens."""
+    return [max(known, length + window) for known, length in zip(allocated, committed, strict=True)]
 
 
 def draft_input(bonus_tokens: torch.Tensor, new_seq_lens: torch.Tensor) -> WhiFlashDraftInput:

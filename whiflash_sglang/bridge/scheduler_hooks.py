@@ -47,15 +47,15 @@ def install_hooks() -> None:
     # its next token (bigram keys, as for SGLang's own EAGLE).
     HookRegistry.register("sglang.srt.mem_cache.registry.create_tree_cache", _bigram_keys, HookType.BEFORE)
     # Live figures: /server_info shows the scheduler's internal state, which plugins cannot extend otherwise.
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _add_figures, HookType.AFTER)
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _add_stats, HookType.AFTER)
     # Reserve: SGLang's admission and retraction reserve two windows per running request; we need one, see
     # WhiFlashDraftInput.prepare_for_decode.
     HookRegistry.register(
-        "sglang.srt.mem_cache.allocation_sizing.get_alloc_reserve_per_decode", _one_window, HookType.AROUND
+        "sglang.srt.mem_cache.allocation_sizing.get_alloc_reserve_per_decode", _reserve_one_window, HookType.AROUND
     )
     # Longest request: SGLang allows a request to fill the whole pool, leaving no room for its last verify window.
     HookRegistry.register(
-        "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info", _leave_room_for_a_window, HookType.AFTER
+        "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info", _cap_longest_request, HookType.AFTER
     )
     # Attention: SGLang defaults to fa3 or flashinfer, but rounds have been tested with triton only.
     HookRegistry.register(
@@ -115,7 +115,7 @@ def _bigram_keys(context: TreeCacheBuildContext) -> None:
         context.params.is_eagle = True
 
 
-def _one_window(original: Any, server_args: ServerArgs | None = None) -> int:
+def _reserve_one_window(original: Any, server_args: ServerArgs | None = None) -> int:
     from sglang.srt.mem_cache.allocation_sizing import get_alloc_len_per_decode
 
     return int(get_alloc_len_per_decode(server_args))
@@ -126,7 +126,7 @@ def _tried_attention(original: Any, server_args: ServerArgs, use_mla_backend: bo
     return TRIED_ATTENTION if ours else str(original(server_args, use_mla_backend, model_config))
 
 
-def _leave_room_for_a_window(info: tuple[Any, ...], worker: TpModelWorker) -> tuple[Any, ...]:
+def _cap_longest_request(info: tuple[Any, ...], worker: TpModelWorker) -> tuple[Any, ...]:
     pool_tokens, max_request_len, max_prompt_len = info[0], info[4], info[5]
     room = pool_tokens - 1 - worker.server_args.speculative_num_draft_tokens
     excess = max(0, max_request_len - room)
@@ -166,7 +166,7 @@ def _judge_custom_params(drafters: tuple[str, ...], result: Any, params: Samplin
         raise HintError("custom_params", None, str(error), fix) from error
 
 
-def _add_figures(
+def _add_stats(
     result: GetInternalStateReqOutput, scheduler: Scheduler, request: GetInternalStateReq
 ) -> GetInternalStateReqOutput:
     worker: Any = scheduler.draft_worker

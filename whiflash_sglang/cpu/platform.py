@@ -15,7 +15,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from whiflash_sglang.startup.refusals import CPU_REFUSALS, Given, refuse
+from whiflash_sglang.startup.refused_flags import CPU_REFUSALS, Given, refuse
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend

@@ -106,7 +106,7 @@ def load_target_spec(path: str) -> TargetSpec:
     """Read the target's sizes. Raises CheckpointError for an unsupported model. `path`: a local folder
     (see `hub.resolve`)."""
     checkpoint = open_checkpoint(FLAG_TARGET, path)
-    problem = targets.refusal(checkpoint.config)
+    problem = targets.why_unsupported(checkpoint.config)
     if problem is not None:
         raise checkpoint.error(problem, _OTHER_TARGET)
     refuse_pickled(FLAG_TARGET, checkpoint.path)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from whiflash_sglang.core.errors import CheckpointError, ConfigError
 from whiflash_sglang.startup.checkpoints import DRAFTER_FLAGS, FLAG_TARGET, DrafterSpec, TargetSpec
 from whiflash_sglang.startup.config import FLAG_DRAFTERS
-from whiflash_sglang.startup.refusals import CUDA_BACKENDS, FLAG_ATTENTION
+from whiflash_sglang.startup.refused_flags import CUDA_BACKENDS, FLAG_ATTENTION
 
 HEAD_SIZES: Mapping[str, Sequence[int]] = {
     "triton": range(16, 257),

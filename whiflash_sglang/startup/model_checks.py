@@ -17,7 +17,7 @@ from whiflash_sglang.startup.checkpoints import (
 )
 from whiflash_sglang.startup.config import FLAG_BACKLOG, FLAG_STEPS, WhiFlashConfig
 from whiflash_sglang.startup.gpu_memory import FLAG_POOL
-from whiflash_sglang.startup.refusals import FLAG_WIDTH
+from whiflash_sglang.startup.refused_flags import FLAG_WIDTH
 
 
 def check_checkpoints(

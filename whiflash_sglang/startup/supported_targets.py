@@ -1,6 +1,6 @@
 """Supported targets: those covered by tests. All others are rejected before anything is loaded.
 
-    problem = refusal(config)       # config: a parsed config.json; None if supported
+    problem = why_unsupported(config)       # config: a parsed config.json; None if supported
 
 SGLang supports many more models. Some would start, but would capture the wrong layers or could not roll back rejected
 drafts, and produce slow or wrong text. `docs/limits.md` has the list.
@@ -22,7 +22,7 @@ _RECURRENT = (
 _PLAIN = "full_attention"
 
 
-def refusal(config: Mapping[str, Any]) -> str | None:
+def why_unsupported(config: Mapping[str, Any]) -> str | None:
     """Why a target with this config.json is not supported, in one line; None if it is."""
     architectures = config.get("architectures") or []
     kind = _kind(config, architectures)

@@ -92,7 +92,8 @@ class ForcedAcceptance:
             self.generator = torch.Generator(predictions.device).manual_seed(self.seed)
         weights = self.weights.index_select(0, proposal.num_drafts)
         drafts = torch.multinomial(weights, 1, generator=self.generator)  # [rows, 1]
-        return accepted._replace(num_committed=drafts[:, 0] + 1)
+        num_committed = torch.where(proposal.num_drafts > 0, drafts[:, 0] + 1, accepted.num_committed)
+        return accepted._replace(num_committed=num_committed)
 
 
 class ForcedChoices:

@@ -16,7 +16,15 @@ pytest.importorskip("sglang")
 from whiflash_sglang import launch_server
 from whiflash_sglang.core.errors import ConfigError
 from whiflash_sglang.startup import demo
-from whiflash_sglang.startup.refusals import CPU_REFUSALS, CUDA_REFUSALS, REFUSALS, Given, Refusal, markdown, refuse
+from whiflash_sglang.startup.refused_flags import (
+    CPU_REFUSALS,
+    CUDA_REFUSALS,
+    REFUSALS,
+    Given,
+    Refusal,
+    markdown,
+    refuse,
+)
 
 LIMITS = Path(__file__).parents[2] / "docs" / "limits.md"
 
@@ -121,7 +129,7 @@ def documented(heading: str) -> Iterator[str]:
 def test_the_docs_have_the_table_of_the_code() -> None:
     text = LIMITS.read_text()
     for table in (REFUSALS, CPU_REFUSALS, CUDA_REFUSALS):
-        assert markdown(table) in text, "python -m whiflash_sglang.startup.refusals"
+        assert markdown(table) in text, "python -m whiflash_sglang.startup.refused_flags"
 
 
 def test_every_flag_of_sglang_is_in_one_class(actions: dict[str, argparse.Action]) -> None:

@@ -1,6 +1,6 @@
 """SGLang's flags that WHIFLASH rejects at startup, as tables of flag, reason and fix.
 
-    python -m whiflash_sglang.startup.refusals     # print the tables of docs/limits.md
+    python -m whiflash_sglang.startup.refused_flags     # print the tables of docs/limits.md
 
 A flag is listed if WHIFLASH would ignore it, break it, or silently lose the benefit of drafting. `refuse` checks flags
 as given, before SGLang resolves them and before checkpoints are downloaded or loaded.
