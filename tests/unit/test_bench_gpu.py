@@ -382,7 +382,7 @@ def test_flags_of_servers_stand_behind_two_dashes(script: Any) -> None:
 
 def test_every_server_of_the_bundled_models_gets_those_flags(script: Any) -> None:
     """SGLang's own too, and the type that `--demo` names: its default is another."""
-    models = script.demo(script.parse(["--tiny", "--", "--attention-backend", "triton"]))
+    models = load_script("bench_gpu_models").demo(script.parse(["--tiny", "--", "--attention-backend", "triton"]))
     for flags in (models.launcher_flags, models.flags):
         assert flags[-2:] == ("--attention-backend", "triton")
     assert models.launcher_flags[0] == "--demo" and "--dtype=float32" in models.flags
