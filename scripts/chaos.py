@@ -106,11 +106,13 @@ def questions(count: int) -> list[Question]:
 
 
 def connect(base_url: str) -> httpx.AsyncClient:
+    """A client without a limit on connections."""
     limits = httpx.Limits(max_connections=None)
     return httpx.AsyncClient(base_url=base_url, timeout=REQUEST_S, limits=limits)
 
 
 async def reference(asks: Sequence[Request], log: Path) -> Reference:
+    """The greedy texts of a server without speculation."""
     # SGLang's overlapped schedule counts a token for penalties one step late.
     flags = ("--demo", "--whiflash-router", "off", "--disable-overlap-schedule")
     with server.running_server(LAUNCHER, *flags, log=log) as base_url:
@@ -148,12 +150,14 @@ async def phase(running: server.Server, known: Reference, draw: Draw, clients: i
 
 
 async def counters(base_url: str) -> dict[str, Any]:
+    """The server's `whiflash` totals."""
     found = await asyncio.to_thread(totals, base_url)
     assert found is not None
     return dict(found)
 
 
 async def watch_memory(process_id: int, sizes: list[float]) -> None:
+    """Append the resident memory of all server processes in MiB to `sizes`, until cancelled."""
     while True:
         sizes.append(sum((await asyncio.to_thread(resident, process_id)).values()))
         await asyncio.sleep(MEMORY_EVERY_S)
@@ -187,6 +191,7 @@ def note(text: str) -> None:
 
 
 async def run(args: argparse.Namespace, logs: Path) -> tuple[dict[str, Phase], Reference, int]:
+    """Run all phases. Returns them by name, the reference, and the number of KV slots."""
     end = time.monotonic() + 60 * args.minutes
     asked = questions(args.questions)
     bad = bad_requests(asked[0], CONTEXT)
@@ -253,6 +258,7 @@ def main() -> None:
 
 
 def about(known: Reference, pool: int) -> dict[str, Any]:
+    """What is asked, for the JSON line."""
     kinds = dict(Counter(ask.kind for ask in known.asks))
     need = round(statistics.mean(ask.tokens for ask in known.asks))
     return {"asks": {"kinds": kinds, "left_out": known.left_out, "mean_tokens": need}, "pool": pool}
@@ -301,6 +307,7 @@ def figures(found: dict[str, Phase], poisoned: str) -> dict[str, Any]:
 
 
 def shown(one: Phase) -> dict[str, Any]:
+    """A phase, for the JSON line."""
     whiflash = {
         name: one.counted.get(name) for name in ("rounds_by_drafter", "switches", "backlog_max", "switched_off")
     }

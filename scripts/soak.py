@@ -92,9 +92,11 @@ class Client:
         await asyncio.gather(*(talk() for _ in range(concurrency)))
 
     def goes_on(self, until: float) -> bool:
+        """Whether to send another request."""
         return time.monotonic() < until and len(self.tally.failures) < MAX_FAILURES
 
     async def turn(self, prompt: TokenIds) -> None:
+        """Send a request, and let it finish, abort it, or leave it."""
         (fate,) = self.random.choices(list(FATES), list(FATES.values()))
         rid = f"{self.random.getrandbits(64):x}"
         body = {"rid": rid, "input_ids": prompt, "sampling_params": self.sampling(), "stream": fate != "finish"}
@@ -272,10 +274,12 @@ def judge(
 
 
 def shown(sizes: dict[str, float]) -> dict[str, float]:
+    """Sizes in MiB, rounded."""
     return {name: round(size, 1) for name, size in sizes.items()}
 
 
 def al(answers: Answers) -> float:
+    """Acceptance length, rounded."""
     return round(answers.acceptance_length, 3)
 
 

@@ -133,6 +133,7 @@ def pool_for(asks: Sequence[Request], clients: int) -> int:
 
 
 def as_stream(ask: Request, streamed: bool = True) -> Request:
+    """The same ask, streamed or not."""
     return replace(ask, body={**_object(ask), "stream": streamed})
 
 
@@ -237,6 +238,7 @@ class Draw:
         self.rng = rng
 
     def request(self) -> Request:
+        """The next request."""
         return self.rng.choice(self.bad) if self.rng.random() < BAD else self.good(self.rng.choice(self.asks))
 
     def good(self, ask: Request) -> Request:

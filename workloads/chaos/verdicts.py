@@ -39,6 +39,7 @@ Expected = Mapping[tuple[int, bool], Replies]
 
 
 def judge(request: Request, heard: Heard, expected: Expected) -> Verdict:
+    """Compare what a client heard with what it should have heard."""
     if heard.late:
         return "hung"
     if request.refused:
@@ -118,6 +119,7 @@ class Tally:
     faults: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, request: Request, heard: Heard, expected: Expected) -> Verdict:
+        """Count a reply. Keeps examples of faults."""
         verdict = judge(request, heard, expected)
         self.verdicts[verdict] += 1
         self.kinds["bad" if request.refused else request.kind] += 1
@@ -131,6 +133,7 @@ class Tally:
         return self.verdicts.total()
 
     def count(self, *verdicts: Verdict) -> int:
+        """The number of replies with these verdicts."""
         return sum(self.verdicts[verdict] for verdict in verdicts)
 
 

@@ -65,6 +65,7 @@ async def attack(
 
 
 async def send(client: httpx.AsyncClient, case: Case) -> Outcome:
+    """Send a case and read the reply. Raises httpx.ConnectError if the server has ended."""
     try:
         async with client.stream(case.method, case.path, content=case.body, headers=HEADERS) as reply:
             if case.leaves:
@@ -149,6 +150,7 @@ class Reference:
         self.running: server.Server | None = None
 
     def url(self) -> str:
+        """The reference server's URL. Starts it if it has ended."""
         if self.running is None or self.running.process.poll() is not None:
             self.stop()
             self.running = server.start(self.module, *self.arguments, log=self.log)
@@ -174,6 +176,7 @@ class Reference:
         return error
 
     def stop(self) -> None:
+        """Stop the reference server."""
         if self.running is not None:
             self.running.stop()
             self.running = None
@@ -201,6 +204,7 @@ def judge(outcomes: Sequence[Outcome], reference: Reference) -> tuple[Counter[st
 
 
 def described(outcome: Outcome) -> dict[str, Any]:
+    """An outcome, for the JSON line."""
     case = outcome.case
     body = case.body[:2000].decode(errors="replace")
     return {"request": f"{case.method} {case.path}", "body": body, "status": outcome.status, "said": outcome.said[:500]}
