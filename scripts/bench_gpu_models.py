@@ -21,7 +21,7 @@ from whiflash_sglang.training.models import ModelPaths
 from whiflash_sglang.training.train_drafter import default_layers
 from whiflash_workloads.bench import LAUNCHER, Command, note, servers
 from whiflash_workloads.gpu.judge import ROUTERS
-from whiflash_workloads.pressure import WINDOW
+from whiflash_workloads.stress.servers import WINDOW
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = ("--skip-server-warmup", "--sleep-on-idle")

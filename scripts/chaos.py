@@ -1,19 +1,18 @@
-"""Put everything at once to a server that is short of memory: no text may be wrong, nobody may wait for ever.
+"""All kinds of load and faults at once, on a server short of memory: no wrong text, and no request waits without end.
 
     python scripts/chaos.py [--minutes N] [--clients N] [--seed N] [--router ROUTER] [--poison {e3,df}] [--results FILE]
     python scripts/chaos.py --minutes 2 --clients 8 --questions 12      # short
 
 Three demo servers, one after the other:
 
-    reference   without speculation: the texts of greedy asks
-    load        a KV pool of a quarter of what the clients need, and requests of all kinds at once: one in ten is bad,
-                some are sampled, some aborted or left by their client; then SIGTERM while it streams to every client
-    poisoned    the same with a drafter that yields NaN, until it is told to end as a service manager does: all of its
-                processes at once
+    reference   without speculation: the expected texts of greedy asks
+    load        a KV pool of a quarter of what the clients need, and requests of all kinds: one in ten is bad, some are
+                sampled, aborted or left; then SIGTERM while it streams to every client
+    poisoned    the same with a drafter that produces NaN; then SIGTERM to all of its processes at once
 
-Each request has a time limit. Each greedy text is compared with the reference's, of what was cut short the beginning.
-A server that is told to end has ten seconds, and each of its streams an end or an error. The last line is JSON; exit
-status 1 if one of its `checks` is false.
+Each request has a time limit. Each greedy text is compared with the reference's, or its prefix if it was cut short.
+After SIGTERM, a server has ten seconds, and each stream must get an end or an error. The last line is JSON; exit status
+1 if one of its `checks` is false.
 """
 
 from __future__ import annotations
@@ -39,17 +38,26 @@ import httpx
 from whiflash_sglang.startup.demo import DEMO_MODELS
 from whiflash_workloads import server
 from whiflash_workloads.bench import finish
-from whiflash_workloads.chaos.client import Client, hear
-from whiflash_workloads.chaos.mix import Draw, Question, Request, as_stream, bad_requests, greedy_asks, pool_for
-from whiflash_workloads.chaos.poison import FLAGS, with_nan
-from whiflash_workloads.chaos.reference import Reference, collect
-from whiflash_workloads.chaos.verdicts import FAULTS, WITH_ERROR, Tally
 from whiflash_workloads.demo.generate import sessions
-from whiflash_workloads.pressure import LAUNCHER, MAX_BACKLOG, RETRACT, longest_in, pressed
 from whiflash_workloads.provenance import provenance
 from whiflash_workloads.report import difference
+from whiflash_workloads.stress.client import Client, hear
+from whiflash_workloads.stress.poison import FLAGS, with_nan
+from whiflash_workloads.stress.reference import Reference, collect
+from whiflash_workloads.stress.requests import Draw, Question, Request, as_stream, bad_requests, greedy_asks, pool_for
+from whiflash_workloads.stress.servers import (
+    LAUNCHER,
+    MAX_BACKLOG,
+    RETRACT,
+    flush,
+    longest_in,
+    pressed,
+    resident,
+    settled,
+    wait_until_free,
+)
+from whiflash_workloads.stress.verdicts import FAULTS, WITH_ERROR, Tally
 from whiflash_workloads.tokens import TOKENIZER, totals
-from whiflash_workloads.vitals import flush, resident, settled, wait_until_free
 
 CONTEXT = 8192  # of the demo
 MAX_MINUTES = 18.0
@@ -65,10 +73,10 @@ PROBES = 8
 
 @dataclass
 class Phase:
-    """What one server came to."""
+    """The result of one server."""
 
     tally: Tally
-    leaked: int | None = None  # KV slots; None where the server did not live to tell
+    leaked: int | None = None  # KV slots; None if the server ended early
     alive: bool = False
     memory: list[float] = field(default_factory=list)  # MiB
     counted: dict[str, Any] = field(default_factory=dict)  # WHIFLASH's totals
@@ -79,12 +87,12 @@ class Phase:
 
 @dataclass
 class Ending:
-    """How a server ended that was told to."""
+    """How a server ended after SIGTERM."""
 
     seconds: float
     processes_left: int
     streams: Tally
-    late_refused: bool  # what was asked while it was ending
+    late_refused: bool  # a request while it was ending
 
 
 def questions(count: int) -> list[Question]:
@@ -121,7 +129,7 @@ async def reference(asks: Sequence[Request], log: Path) -> Reference:
 
 
 async def phase(running: server.Server, known: Reference, draw: Draw, clients: int, until: float, group: bool) -> Phase:
-    """Load on a server until then, what it left, and its end. `group`: all of its processes are told to end."""
+    """Load a server until the time `until`, check for leaks, and end it. `group`: SIGTERM to all of its processes."""
     url = running.base_url
     async with connect(url) as http:
         client = Client(http, known.expected, REQUEST_S)
@@ -145,7 +153,7 @@ async def phase(running: server.Server, known: Reference, draw: Draw, clients: i
             found.alive = (await http.get("/health_generate")).status_code == 200
             found.end = await end_while_streaming(http, running, known, clients, group)
         except httpx.HTTPError as error:
-            note(f"the server did not live to the end of its phase: {error!r}")
+            note(f"the server ended before its phase did: {error!r}")
     return found
 
 
@@ -265,7 +273,7 @@ def about(known: Reference, pool: int) -> dict[str, Any]:
 
 
 def figures(found: dict[str, Phase], poisoned: str) -> dict[str, Any]:
-    """All that the run came to, and whether each of it is as it has to be. Pure."""
+    """The figures and checks of the run. Pure."""
     load, other = found["load"], found["poisoned"]
     ends = [one.end for one in found.values()]
     tallies = [tally for one in found.values() for tally in (one.tally, one.probes)]
@@ -279,7 +287,7 @@ def figures(found: dict[str, Phase], poisoned: str) -> dict[str, Any]:
         **{f"none_{verdict.replace(' ', '_')}": verdicts[verdict] == 0 for verdict in FAULTS},
         "servers_lived": lived,
         "no_slot_leaked": all(one.leaked == 0 for one in found.values()),
-        # What was committed last has reached the drafter that drafted it and the other one alike.
+        # Both drafters have ingested the last committed tokens.
         "no_backlog_left": lived
         and load.probed["ingested_by_drafter"]["df"] == load.probed["ingested_by_drafter"]["e3"]
         and load.counted["backlog_max"] <= MAX_BACKLOG,

@@ -1,13 +1,12 @@
-"""Send a server hostile requests, and see that it answers each, lives on and still gives the right text.
+"""Send malformed requests, and check that the server answers each, survives, and its output stays right.
 
     python scripts/fuzz.py [--cases N] [--seed N] [--router ROUTER] [--minutes N] [--results FILE]
 
-One demo server, with a random router unless told otherwise, and beside it the reference, the same with
-`--whiflash-router off`. Requests are drawn by hypothesis (`workloads/fuzz/cases.py`) for `/generate`,
-`/v1/completions`, `/v1/chat/completions` and `/whiflash/...`, several in flight. What is answered with 5xx, or not to
-its end, is sent to the reference: where that fails too, it is SGLang's own and listed by kind (`sglang_own`); where
-not, it is ours. A few greedy prompts are asked before and after, and of the reference. The last line is JSON; exit
-status 1 if one of its `checks` is false.
+One demo server with a random router, and the reference: the same with `--whiflash-router off`. Requests for
+`/generate`, `/v1/completions`, `/v1/chat/completions` and `/whiflash/...` are drawn by hypothesis
+(`workloads/stress/malformed.py`), several in flight. A request that is answered with 5xx, or not completely, is sent to
+the reference: if that fails too, the fault is SGLang's own (`sglang_own`), else ours. A few greedy prompts are sent
+before, after, and to the reference. The last line is JSON; exit status 1 if one of its `checks` is false.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ import httpx
 
 from whiflash_workloads import server
 from whiflash_workloads.bench import finish
-from whiflash_workloads.fuzz.cases import cases
-from whiflash_workloads.fuzz.drive import Reference, fuzz
 from whiflash_workloads.provenance import provenance
+from whiflash_workloads.stress.blame import Reference, fuzz
+from whiflash_workloads.stress.malformed import cases
+from whiflash_workloads.stress.servers import LAUNCHER
 from whiflash_workloads.tokens import heldout_histories
 
-LAUNCHER = "whiflash_sglang.launch_server"
 FLAGS = ("--demo", "--context-length", "1024", "--max-total-tokens", "16384")  # an endless text ends soon
 PROMPTS = 8
 

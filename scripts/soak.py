@@ -1,20 +1,19 @@
-"""Serve multi-turn sessions from a KV pool a quarter of what they need, abort some, and see what is left behind.
+"""Serve multi-turn sessions from a small KV pool, abort some requests, and check for leaks.
 
     python scripts/soak.py [--minutes N] [--concurrency N] [--router ROUTER] [--results FILE] [-- flags of other models]
 
-One demo server with a random router, or one of the models that are named behind `--`; a small backlog bound and chunked
-prefill. Prompts are the recorded histories of held-out sessions. An eighth of the requests are aborted and as many left
-by their client, at a random place; SGLang is told to retract one now and then, besides those that it has no room for.
-The run is cut into blocks: at the end of each the server has to become idle with every KV slot free or evictable
-(SGLang itself ends a server that has lost one), its memory is read, and its cache is flushed. A few prompts are asked
-alone before and after it all. The last line is JSON; exit status 1 if one of its `checks` is false.
+One demo server (or one of the models given after `--`) with a random router, a small backlog, chunked prefill and a KV
+pool of a quarter of what the sessions need. Prompts are the histories of held-out sessions. An eighth of the requests
+are aborted, and as many are left by their client, at random. SGLang also retracts requests at intervals. At the end of
+each block of time, the server must become idle with every KV slot free or evictable; its memory is read and its cache
+flushed. A few prompts are sent before and after the run. The last line is JSON; exit status 1 if one of its `checks` is
+false.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import statistics
@@ -32,10 +31,23 @@ import httpx
 
 from whiflash_workloads import server
 from whiflash_workloads.bench import finish
-from whiflash_workloads.pressure import LAUNCHER, MAX_BACKLOG, RETRACT, WINDOW, longest_in, pressed
 from whiflash_workloads.provenance import provenance
+from whiflash_workloads.stress.answers import Heard
+from whiflash_workloads.stress.client import hear
+from whiflash_workloads.stress.requests import FATES, GENERATE, Request
+from whiflash_workloads.stress.servers import (
+    LAUNCHER,
+    MAX_BACKLOG,
+    RETRACT,
+    WINDOW,
+    flush,
+    longest_in,
+    pressed,
+    resident,
+    settled,
+    wait_until_free,
+)
 from whiflash_workloads.tokens import Answers, TokenIds, ask, heldout_histories, totals
-from whiflash_workloads.vitals import flush, resident, settled, wait_until_free
 
 SESSIONS = 300  # in a cycle; far more than the pool can hold
 MAX_TOKENS = 200
@@ -44,14 +56,13 @@ BLOCKS, MIN_BLOCK_S = 30, 10.0
 REQUEST_S = 120.0
 MAX_GROWTH = 0.03
 MAX_FAILURES = 20  # enough to see what is wrong
-FATES = {"finish": 6, "abort": 1, "leave": 1}  # weights
 
 
 @dataclass
 class Tally:
-    """What became of the requests."""
+    """The outcomes of all requests."""
 
-    ended: Counter[str] = field(default_factory=Counter)  # by fate, and by how SGLang says that they ended
+    ended: Counter[str] = field(default_factory=Counter)  # by fate and finish reason
     failures: list[str] = field(default_factory=list)
     sessions: int = 0
     prompt_tokens: int = 0
@@ -59,20 +70,33 @@ class Tally:
     tokens: int = 0
     retractions: int = 0
 
-    def add(self, fate: str, meta: dict[str, Any]) -> None:
-        reason = meta["finish_reason"]
-        self.ended[f"{fate}: {reason['type']}"] += 1
-        if reason["type"] == "abort" and fate == "finish":
-            self.failures.append(f"{meta['id']}: {reason}")
-        if "prompt_tokens" in meta:  # not where it was aborted in the queue
-            self.prompt_tokens += meta["prompt_tokens"]
-            self.cached_tokens += meta["cached_tokens"]
-            self.tokens += meta["completion_tokens"]
-            self.retractions += meta["num_retractions"]
+    def add(self, request: Request, heard: Heard) -> None:
+        """Count an answer."""
+        (end,) = heard.ends
+        if heard.left:
+            self.ended["leave: left"] += 1
+            return
+        if (
+            heard.late
+            or heard.status != 200
+            or heard.error
+            or end is None
+            or (end, request.fate) == ("abort", "finish")
+        ):
+            self.failures.append(
+                f"{request.fate} {request.rid}: {heard.status} {end}, late {heard.late}: {heard.error}"
+            )
+            return
+        self.ended[f"{request.fate}: {end}"] += 1
+        if "prompt_tokens" in heard.meta:  # missing if it was aborted in the queue
+            self.prompt_tokens += heard.meta["prompt_tokens"]
+            self.cached_tokens += heard.meta["cached_tokens"]
+            self.tokens += heard.meta["completion_tokens"]
+            self.retractions += heard.meta["num_retractions"]
 
 
 class Client:
-    """Sends the requests of one run, each to its fate."""
+    """Sends the requests of one run."""
 
     def __init__(self, http: httpx.AsyncClient, seed: int):
         self.http = http
@@ -80,14 +104,15 @@ class Client:
         self.tally = Tally()
 
     async def block(self, sessions: Iterator[list[TokenIds]], concurrency: int, until: float) -> None:
-        """Sessions side by side until the time has come; turns that have begun are ended."""
+        """Run concurrent sessions until the time `until`. Turns that have begun are finished."""
 
         async def talk() -> None:
             while self.goes_on(until):
                 self.tally.sessions += 1
                 for prompt in next(sessions):
                     if self.goes_on(until):
-                        await self.turn(prompt)
+                        request = self.request(prompt)
+                        self.tally.add(request, await hear(self.http, request, REQUEST_S))
 
         await asyncio.gather(*(talk() for _ in range(concurrency)))
 
@@ -95,24 +120,15 @@ class Client:
         """Whether to send another request."""
         return time.monotonic() < until and len(self.tally.failures) < MAX_FAILURES
 
-    async def turn(self, prompt: TokenIds) -> None:
-        """Send a request, and let it finish, abort it, or leave it."""
+    def request(self, prompt: TokenIds) -> Request:
+        """A random request for a prompt. Those that are cut short are streamed."""
         (fate,) = self.random.choices(list(FATES), list(FATES.values()))
-        rid = f"{self.random.getrandbits(64):x}"
+        rid = f"{self.random.getrandbits(64):016x}"
         body = {"rid": rid, "input_ids": prompt, "sampling_params": self.sampling(), "stream": fate != "finish"}
-        try:
-            if fate == "finish":
-                reply = await self.http.post("/generate", json=body)
-                reply.raise_for_status()
-                self.tally.add(fate, reply.json()["meta_info"])
-            else:
-                await self.cut_short(fate, body)
-        except (httpx.HTTPError, KeyError, json.JSONDecodeError) as error:
-            self.tally.failures.append(f"{fate} {rid}: {error!r}")
+        return Request("soak", GENERATE, body, fate=fate, cut_at=self.random.randint(0, 6))
 
     def sampling(self) -> dict[str, Any]:
-        """Greedy or sampled, some not drafted for (penalties), with ends of every kind: the model's own, a stop
-        string, the last allowed token."""
+        """Greedy or sampled, some with penalties; ends of every kind: end token, stop string, maximum length."""
         params: dict[str, Any] = {"max_new_tokens": self.random.randint(1, MAX_TOKENS)}
         params["temperature"] = self.random.choice((0, 0, 0.8))
         if self.random.random() < 0.2:
@@ -121,43 +137,15 @@ class Client:
             params["frequency_penalty"] = 0.2
         return params | {"ignore_eos": self.random.random() < 0.3}
 
-    async def cut_short(self, fate: str, body: dict[str, Any]) -> None:
-        """Abort a stream, or close it, when a few of its pieces have come, or before the first."""
-        cut_at = self.random.randint(0, 6)
-        meta = None
-        async with self.http.stream("POST", "/generate", json=body) as reply:
-            reply.raise_for_status()
-            if cut_at == 0 and await self.cut(fate, body["rid"]):
-                return
-            pieces = 0
-            async for line in reply.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                meta = json.loads(line.removeprefix("data: "))["meta_info"]
-                pieces += 1
-                if pieces == cut_at and await self.cut(fate, body["rid"]):
-                    return
-        if meta is None:
-            raise KeyError("the stream ended without a word")
-        self.tally.add(fate, meta)
-
-    async def cut(self, fate: str, rid: str) -> bool:
-        """Whether the stream is to be closed; a request that was aborted is read to its end."""
-        if fate == "abort":
-            (await self.http.post("/abort_request", json={"rid": rid})).raise_for_status()
-            return False
-        self.tally.ended["leave: left"] += 1
-        return True
-
 
 def growth(sizes: list[float]) -> float:
-    """Share by which the memory has grown since the middle of the run."""
+    """Relative growth of memory since the middle of the run."""
     means = settled(sizes)
-    return 0.0 if means is None else means[1] / means[0] - 1  # None: the run was given up; other checks say why
+    return 0.0 if means is None else means[1] / means[0] - 1  # None: too short; other checks tell why
 
 
 def plan(concurrency: int, window: int = WINDOW) -> tuple[list[list[TokenIds]], int]:
-    """Sessions, and a pool a quarter of what those need that run side by side. No prompt is too long for it."""
+    """Sessions whose prompts fit, and a pool of a quarter of what concurrent sessions need."""
     sessions = heldout_histories(SESSIONS)
     working_set = concurrency * statistics.mean(len(histories[-1]) for histories in sessions)
     pool = int(working_set) // 4
@@ -167,7 +155,7 @@ def plan(concurrency: int, window: int = WINDOW) -> tuple[list[list[TokenIds]], 
 
 
 async def soak(running: server.Server, sessions: list[list[TokenIds]], args: argparse.Namespace) -> dict[str, Any]:
-    """Block after block; the figures of the run."""
+    """Run all blocks. Returns tally, memory and free slots."""
     block_s = max(MIN_BLOCK_S, 60 * args.minutes / BLOCKS)
     end = time.monotonic() + 60 * args.minutes
     memory: list[dict[str, float]] = []
@@ -223,7 +211,7 @@ def main() -> None:
 def judge(
     running: server.Server, sessions: list[list[TokenIds]], pool: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Probe, soak, probe again; the JSON line."""
+    """Probe, soak, probe again. Returns the JSON line."""
     url = running.base_url
     probes = list(chain(*sessions))[:PROBES]
     before = ask(url, probes, MAX_TOKENS)
@@ -241,7 +229,7 @@ def judge(
     checks = {
         "every_slot_free_after_each_block": set(found["free"]) == {free_at_start},
         "free_slots_as_at_start": free_at_end == free_at_start == pool,
-        # What was committed last has reached the drafter that drafted it and the other one alike.
+        # Both drafters have ingested the last committed tokens.
         "no_backlog_left": ingested["df"] == ingested["e3"] and counted["backlog_max"] <= MAX_BACKLOG,
         "no_request_failed": not tally.failures,
         "healthy": healthy,

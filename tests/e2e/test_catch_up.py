@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from whiflash_sglang.core.health import REQUESTS
 from whiflash_sglang.startup.demo import DEMO_MODELS
 from whiflash_workloads.bench import demo_servers
-from whiflash_workloads.chaos.poison import FLAGS, WEIGHTS, with_nan
 from whiflash_workloads.lossless import generate
+from whiflash_workloads.stress.poison import FLAGS, WEIGHTS, with_nan
 from whiflash_workloads.tokens import heldout_histories, totals
 
 pytestmark = pytest.mark.e2e

@@ -20,11 +20,11 @@ import pytest
 pytest.importorskip("sglang")
 
 from whiflash_sglang.startup.demo import DEMO_MODELS
-from whiflash_workloads.fuzz.cases import cases
-from whiflash_workloads.fuzz.drive import Reference, fuzz
 from whiflash_workloads.server import Server, start
+from whiflash_workloads.stress.blame import Reference, fuzz
+from whiflash_workloads.stress.malformed import cases
+from whiflash_workloads.stress.servers import load
 from whiflash_workloads.tokens import heldout_histories
-from whiflash_workloads.vitals import load
 
 pytestmark = pytest.mark.e2e
 

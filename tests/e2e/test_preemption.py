@@ -15,8 +15,8 @@ import pytest
 pytest.importorskip("sglang")
 
 from whiflash_workloads.bench import demo_servers
+from whiflash_workloads.stress.servers import wait_until_free
 from whiflash_workloads.tokens import ask, heldout_histories
-from whiflash_workloads.vitals import wait_until_free
 
 pytestmark = pytest.mark.e2e
 

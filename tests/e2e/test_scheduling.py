@@ -18,8 +18,8 @@ import pytest
 pytest.importorskip("sglang")
 
 from whiflash_workloads.bench import demo_servers
+from whiflash_workloads.stress.servers import flush, load, wait_until_free
 from whiflash_workloads.tokens import ask, heldout_histories, totals
-from whiflash_workloads.vitals import flush, load, wait_until_free
 
 pytestmark = pytest.mark.e2e
 

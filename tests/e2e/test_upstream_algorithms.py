@@ -28,7 +28,7 @@ from whiflash_sglang.training import bundled
 from whiflash_workloads.bench import LAUNCHER, Command
 from whiflash_workloads.bench import servers as side_by_side
 from whiflash_workloads.gpu.judge import UPSTREAM, acceptance_length
-from whiflash_workloads.pressure import WINDOW
+from whiflash_workloads.stress.servers import WINDOW
 from whiflash_workloads.tokens import Streamed, stream
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

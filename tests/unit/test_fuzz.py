@@ -6,21 +6,24 @@ import asyncio
 import json
 import time
 
+import httpx
 import pytest
 
 from tests.stub_server import StubServer
-from whiflash_workloads.fuzz.cases import Case, cases, encoded
-from whiflash_workloads.fuzz.drive import (
+from whiflash_workloads.stress.answers import Heard
+from whiflash_workloads.stress.blame import (
     BROKEN,
+    HUNG,
     LEFT,
     Outcome,
     Reference,
     answered,
     attack,
-    error_in,
     judge,
     last_error,
 )
+from whiflash_workloads.stress.client import hear
+from whiflash_workloads.stress.malformed import Case, cases, encoded
 
 POST = Case("POST", "/generate", b"{}")
 
@@ -46,18 +49,41 @@ def test_bodies_carry_what_json_should_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stream", "code"),
+    ("stream", "status"),
     [
-        ('data: {"text": "a"}\n\ndata: [DONE]\n\n', 0),
+        ('data: {"text": "a"}\n\ndata: [DONE]\n\n', 200),
         ('data: {"error": {"message": "a", "code": 400}}\n\ndata: [DONE]\n\n', 400),
         ('data: {"error": {"message": "a\x85\u2028b", "code": 503}}\n\n', 503),
         ('data: {"error": {"message": "a", "code": null}}\n\n', 500),
-        ('{"error": {"message": "a"}}', 0),
+        ('{"error": {"message": "a"}}', 200),
     ],
 )
-def test_an_error_event_counts_as_its_code(stream: str, code: int) -> None:
-    """A message may hold what Python takes for an end of a line."""
-    assert error_in(stream) == code
+def test_an_error_event_counts_as_its_code(stream: str, status: int) -> None:
+    """A message may hold characters that Python takes for the end of a line."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=stream.encode(), headers={"content-type": "text/event-stream"})
+
+    async def run() -> Heard:
+        async with httpx.AsyncClient(base_url="http://stub", transport=httpx.MockTransport(answer)) as http:
+            return await hear(http, POST.request(), 5.0)
+
+    assert Outcome.of(POST, asyncio.run(run())).status == status
+
+
+@pytest.mark.parametrize(
+    ("heard", "status"),
+    [
+        (Heard(late=True), HUNG),
+        (Heard(error="ReadError: gone"), BROKEN),
+        (Heard(left=True), LEFT),
+        (Heard(200, left=True), LEFT),
+        (Heard(500, left=True), 500),
+        (Heard(200, whole=True), 200),
+    ],
+)
+def test_outcomes_of_answers(heard: Heard, status: int) -> None:
+    assert Outcome.of(POST, heard).status == status
 
 
 def test_a_failure_is_named_by_its_traceback() -> None:

@@ -1,8 +1,8 @@
-"""Clients that put a mix of requests to one server, each with a time limit, and cut short those that are to be.
+"""The stress kit's HTTP client. Sends requests with a time limit, and aborts or leaves those whose fate it is.
 
+heard = await hear(http, request, deadline_s=60)                    one request
 client = Client(http, expected, deadline_s=60)
-await client.load(draw, clients=32, until=time.monotonic() + 60)
-client.tally
+await client.load(draw, clients=32, until=time.monotonic() + 60)    many; `client.tally` has the verdicts
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from whiflash_workloads.chaos.hearing import Ear, Heard
-from whiflash_workloads.chaos.mix import Draw, Request
-from whiflash_workloads.chaos.verdicts import FAULTS, Expected, Tally
+from whiflash_workloads.stress.answers import Ear, Heard
+from whiflash_workloads.stress.requests import Draw, Request
+from whiflash_workloads.stress.verdicts import FAULTS, Expected, Tally
 
 JSON = {"Content-Type": "application/json"}
-MAX_FAULTS = 20  # enough to see what is wrong; a server that is gone is not asked a thousand times
-TENTH = 0.1  # seconds for each step of `cut_at` where there are no pieces to count
+STREAM = "text/event-stream"
+MAX_FAULTS = 20  # enough to see what is wrong; then the load ends
+TENTH = 0.1  # seconds per step of `cut_at` for answers that are not streamed
 
 
 @dataclass
 class Client:
-    """Sends requests and tallies what becomes of them."""
+    """Sends requests and counts the verdicts."""
 
     http: httpx.AsyncClient
     expected: Expected
@@ -35,7 +36,7 @@ class Client:
     tally: Tally = field(default_factory=Tally)
 
     async def load(self, draw: Draw, clients: int, until: float) -> None:
-        """As many requests at a time as there are clients; those that have begun are ended."""
+        """Keep `clients` requests in flight. Requests that have begun are finished."""
 
         async def ask_on() -> None:
             while time.monotonic() < until and self.tally.count(*FAULTS) < MAX_FAULTS:
@@ -44,6 +45,7 @@ class Client:
         await asyncio.gather(*(ask_on() for _ in range(clients)))
 
     async def ask(self, request: Request) -> Heard:
+        """Send one request and count its verdict."""
         heard = await hear(self.http, request, self.deadline_s)
         self.tally.add(request, heard, self.expected)
         return heard
@@ -52,6 +54,7 @@ class Client:
 async def hear_all(
     http: httpx.AsyncClient, requests: Iterable[Request], at_a_time: int, deadline_s: float
 ) -> list[Heard]:
+    """Send all requests, `at_a_time` in flight."""
     turnstile = asyncio.Semaphore(at_a_time)
 
     async def one(request: Request) -> Heard:
@@ -62,7 +65,7 @@ async def hear_all(
 
 
 async def hear(http: httpx.AsyncClient, request: Request, deadline_s: float) -> Heard:
-    """Send one request to its fate. Nothing that a server can do raises here."""
+    """Send one request, and abort or leave it if that is its fate. Whatever the server does is in the result."""
     ear = Ear(request.path, request.replies)
     try:
         async with asyncio.timeout(deadline_s):
@@ -79,7 +82,7 @@ async def _exchange(http: httpx.AsyncClient, request: Request, ear: Ear) -> bool
     """Whether the client left."""
     sending = http.stream(request.method, request.path, content=_content(request), headers=JSON)
     async with _cut_by_the_clock(http, request) as leaving, sending as reply:
-        if reply.status_code != 200 or not request.streamed:
+        if reply.status_code != 200 or not reply.headers.get("content-type", "").startswith(STREAM):
             ear.whole(reply.status_code, await reply.aread())
             return False
         return await _listen(http, request, ear, reply)
@@ -87,10 +90,10 @@ async def _exchange(http: httpx.AsyncClient, request: Request, ear: Ear) -> bool
 
 
 async def _listen(http: httpx.AsyncClient, request: Request, ear: Ear, reply: httpx.Response) -> bool:
-    """Take a stream in, up to the piece at which it is cut. Whether the client left it there."""
+    """Read a stream up to the event at which it is cut. Returns whether the client left."""
     if request.cut_at == 0 and await _cut(http, request):
         return True
-    async for line in reply.aiter_lines():
+    async for line in _lines(reply):
         before = ear.pieces
         ear.line(line)
         if before < request.cut_at == ear.pieces and await _cut(http, request):
@@ -98,8 +101,18 @@ async def _listen(http: httpx.AsyncClient, request: Request, ear: Ear, reply: ht
     return False
 
 
+async def _lines(reply: httpx.Response) -> AsyncIterator[str]:
+    """Lines that end with a line feed. httpx also splits at characters that JSON does not escape, such as U+2028."""
+    rest = b""
+    async for chunk in reply.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace")
+    yield rest.decode(errors="replace")
+
+
 async def _cut(http: httpx.AsyncClient, request: Request) -> bool:
-    """Whether the stream is to be closed; a request that was aborted is read to its end."""
+    """Abort the request if that is its fate. Returns whether to close the stream; an aborted one is read to its end."""
     if request.fate == "abort":
         await _abort(http, request)
     return request.fate == "leave"
@@ -111,7 +124,7 @@ async def _abort(http: httpx.AsyncClient, request: Request) -> None:
 
 @contextlib.asynccontextmanager
 async def _cut_by_the_clock(http: httpx.AsyncClient, request: Request) -> AsyncIterator[asyncio.Timeout]:
-    """What is not streamed shows no pieces: it is aborted, or left, after some tenths of a second."""
+    """Without events to count, abort or leave after some tenths of a second."""
     counted = request.streamed or request.fate == "finish"
     seconds = TENTH * request.cut_at
     aborting = None

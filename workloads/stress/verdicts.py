@@ -1,7 +1,7 @@
-"""Whether what came back is what a healthy server owes: one verdict for each request, and their tally.
+"""Judges answers: one verdict for each request, and their tally.
 
-`judge` is pure: the request, what was heard, and the text that its ask has (`Expected`). A greedy text must be that
-text, and of an answer that was cut short a beginning of it. Every verdict of `FAULTS` is a fault of the server.
+`judge` is pure: it compares a request's answer with the expected text. A greedy text must be equal, and an answer that
+was cut short must be a prefix. Every verdict of `FAULTS` is a fault of the server.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from whiflash_workloads.chaos.hearing import Heard
-from whiflash_workloads.chaos.mix import Request
 from whiflash_workloads.history import Reply
+from whiflash_workloads.stress.answers import Heard
+from whiflash_workloads.stress.requests import Request
 
 Verdict = Literal[
     "right",  # the ask's text
@@ -31,7 +31,7 @@ Verdict = Literal[
 FAULTS: tuple[Verdict, ...] = ("failed", "wrong text", "hung", "silent", "accepted", "crashed")
 WITH_ERROR: tuple[Verdict, ...] = ("refused", "failed", "crashed")
 MAX_EXAMPLES = 10  # enough to see what is wrong
-MAX_BEHIND = 80  # characters that a round may have written behind the end of a text
+MAX_BEHIND = 80  # characters that a round may have added after the end of a text
 
 Replies = tuple[Reply, ...]
 Expected = Mapping[tuple[int, bool], Replies]
@@ -65,10 +65,10 @@ def _judge_bad(heard: Heard) -> Verdict:
 
 
 def _begins(request: Request, heard: Heard, expected: Expected) -> bool:
-    """Whether what came could become the ask's text. Arguments of calls are compared at their end only.
+    """Whether what came is a prefix of the expected text. Of calls, only the names are compared.
 
-    A text that is aborted in the round that ends it is not cut at its end by SGLang: its last token, a stop string and
-    what the round accepted behind them are shown.
+    SGLang does not cut a text that is aborted in its last round. Its end token, a stop string and accepted tokens after
+    them are shown.
     """
     if request.ask is None:
         return True
@@ -84,14 +84,16 @@ def _begins(request: Request, heard: Heard, expected: Expected) -> bool:
 
 
 def is_beginning(part: str, whole: str, behind: int = 0) -> bool:
-    """White space at the edges aside, and a character whose last bytes had not come. `behind`: characters that may
-    follow the whole."""
+    """Whether `part` is a prefix, ignoring white space at the edges and an incomplete last character.
+
+    `behind`: characters that may follow the whole.
+    """
     part, whole = part.strip().rstrip("\N{REPLACEMENT CHARACTER}").rstrip(), whole.strip()
     return whole.startswith(part) or (part.startswith(whole) and len(part) - len(whole) <= behind)
 
 
 def _well_formed(request: Request, heard: Heard) -> bool:
-    """A sampled text is free within the form that was asked for, as far as it was written to its end."""
+    """Whether a sampled text has the requested form, if it was finished."""
     if not request.json_expected or heard.ends != ("stop",):
         return True
     try:
@@ -101,8 +103,8 @@ def _well_formed(request: Request, heard: Heard) -> bool:
 
 
 def _plain(replies: Replies) -> list[tuple[str, ...]]:
-    """Without ids of calls, which are drawn anew, and white space at the edges, which parsers keep or drop by where
-    pieces of a stream end."""
+    """Without call ids, which are random, and without white space at the edges, which depends on the pieces of a
+    stream."""
     return [
         (reply.reasoning.strip(), reply.content.strip(), *(part.strip() for _, *call in reply.calls for part in call))
         for reply in replies
@@ -111,7 +113,7 @@ def _plain(replies: Replies) -> list[tuple[str, ...]]:
 
 @dataclass
 class Tally:
-    """What became of the requests of one phase."""
+    """The verdicts of one phase."""
 
     verdicts: Counter[Verdict] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
@@ -123,7 +125,7 @@ class Tally:
         verdict = judge(request, heard, expected)
         self.verdicts[verdict] += 1
         self.kinds["bad" if request.refused else request.kind] += 1
-        self.retractions += heard.retractions
+        self.retractions += heard.meta.get("num_retractions", 0)  # missing if it was aborted in the queue
         if verdict in FAULTS and len(self.faults) < MAX_EXAMPLES:
             self.faults.append(example(request, heard, expected, verdict))
         return verdict
@@ -138,7 +140,7 @@ class Tally:
 
 
 def example(request: Request, heard: Heard, expected: Expected, verdict: Verdict) -> dict[str, Any]:
-    """A fault as one reads it: what was asked, what came, what should have come."""
+    """A fault for the report: the request, the answer, and the expected one."""
     shown: dict[str, Any] = {"verdict": verdict, "kind": request.kind, "path": request.path, "fate": request.fate}
     shown |= {"status": heard.status, "ends": heard.ends, "error": heard.error}
     if isinstance(request.body, dict):

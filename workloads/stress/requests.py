@@ -1,11 +1,11 @@
-"""What is asked of a server under load: questions in every way that a client may put them, and requests it must refuse.
+"""The requests of a server under load: questions in every form that clients use, and requests it must refuse.
 
     asks = greedy_asks(questions, random)     the same questions greedily, each in one way; their texts can be compared
     draw = Draw(asks, random)
-    draw.request()                            one in ten is bad, of the others some sampled; hints, streams and fates
+    draw.request()                            one in ten is bad; of the others, some are sampled, aborted or left
 
-Hints change who drafts and never the text, so that an ask has one text whatever is drawn for it. Nothing here talks to
-a server.
+Hints change which drafter runs, never the text, so an ask has one text whatever hints are drawn for it. Nothing here
+talks to a server.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LONG = 320  # tokens of the texts that are still being written when a server is 
 
 
 class Question(NamedTuple):
-    """A recorded history up to an assistant's turn, in the forms that the endpoints take."""
+    """A recorded history up to an assistant's turn, as each endpoint takes it."""
 
     ids: list[int]
     text: str
@@ -42,18 +42,18 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """What is sent. `refused`: a healthy server answers it with an error."""
+    """What is sent. `refused`: a healthy server answers with an error."""
 
     kind: str
     path: str
     body: Json | bytes
     method: str = "POST"
     refused: bool = False
-    ask: int | None = None  # number of the greedy ask whose text this one must have
+    ask: int | None = None  # number of the greedy ask whose text is expected
     fate: Fate = "finish"
-    cut_at: int = 0  # pieces after which a stream is cut short; of what is not streamed, tenths of a second
-    replies: int = 1
-    tokens: int = 0  # prompt and the most that it may add to it
+    cut_at: int = 0  # events after which a stream is cut short; tenths of a second if not streamed
+    replies: int = 1  # 0: unknown; only status and errors are read
+    tokens: int = 0  # of the prompt and at most the output
 
     @property
     def streamed(self) -> bool:
@@ -110,11 +110,11 @@ KINDS: dict[str, tuple[str, int, Callable[[Question], Json]]] = {
     "at least": (GENERATE, 64, lambda q: _generate(q, 64, min_new_tokens=40)),
     "grammar": (GENERATE, 48, lambda q: _generate(q, 48, ebnf='root ::= ("order " [0-9]+ "\\n")+ "end"')),
 }
-"""Kind -> where it is asked, the most tokens of each of its replies, and how."""
+"""Kind -> endpoint, maximum tokens of each reply, and body."""
 
 
 def greedy_asks(questions: Sequence[Question]) -> list[Request]:
-    """Every question in one way, the kinds in turn."""
+    """Every question once, in the kinds in turn."""
     asks = []
     for number, question in enumerate(questions):
         kind = list(KINDS)[number % len(KINDS)]
@@ -128,7 +128,7 @@ def greedy_asks(questions: Sequence[Question]) -> list[Request]:
 
 
 def pool_for(asks: Sequence[Request], clients: int) -> int:
-    """KV tokens: a quarter of what as many asks need as there are clients."""
+    """KV tokens: a quarter of what `clients` asks need."""
     return int(clients * statistics.mean(ask.tokens for ask in asks)) // 4
 
 
@@ -138,7 +138,7 @@ def as_stream(ask: Request, streamed: bool = True) -> Request:
 
 
 def with_logprobs(ask: Request) -> Json:
-    """The body that asks for the two best tokens of each position as well."""
+    """The body that also requests the two best tokens of each position."""
     asked: dict[str, Json] = {
         GENERATE: {"return_logprob": True, "top_logprobs_num": 2},
         CHAT: {"logprobs": True, "top_logprobs": 2},
@@ -153,7 +153,7 @@ def _object(request: Request) -> Json:
 
 
 def _sampling(path: str, body: Json) -> Json:
-    """Where sampling parameters stand in a body."""
+    """The part of a body that holds the sampling parameters."""
     found: Json = body["sampling_params"] if path == GENERATE else body
     return found
 
@@ -162,7 +162,7 @@ def _sampling(path: str, body: Json) -> Json:
 
 
 def bad_requests(question: Question, context: int) -> list[Request]:
-    """One of each kind that a server has to refuse. `context`: the most tokens that it takes."""
+    """One of each kind that a server must refuse. `context`: its maximum context length."""
     generate, chat, completion = _generate(question, 8), _chat(question, 8), _completion(question, 8)
     unclosed, colour = "(unclosed", {"type": "colour"}
     colours = {"type": "json_schema", "json_schema": {"name": "colours", "schema": colour}}
@@ -230,7 +230,7 @@ def bad_requests(question: Question, context: int) -> list[Request]:
 
 
 class Draw:
-    """Draws requests: the same seed, the same requests in the same order."""
+    """Draws requests, reproducibly for a seed."""
 
     def __init__(self, asks: Sequence[Request], bad: Sequence[Request], rng: random.Random):
         self.asks = asks
@@ -242,10 +242,10 @@ class Draw:
         return self.rng.choice(self.bad) if self.rng.random() < BAD else self.good(self.rng.choice(self.asks))
 
     def good(self, ask: Request) -> Request:
-        """An ask with all that may change from one time to the next."""
+        """An ask with random hints, sampling, streaming and fate."""
         rng = self.rng
         (fate,) = rng.choices(list(FATES), list(FATES.values()))
-        # Of one length, as SGLang aborts every request whose id begins with the one that it is given.
+        # All of one length: SGLang aborts every request whose id begins with the given one.
         body = {**_object(ask), "rid": f"chaos-{rng.getrandbits(64):016x}", "stream": rng.random() < STREAMED}
         if ask.path == GENERATE:
             body["sampling_params"] = dict(body["sampling_params"])

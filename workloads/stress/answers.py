@@ -1,33 +1,36 @@
-"""What came back: a whole answer or a stream of pieces, of any endpoint, with its ends or its error.
+"""Reads answers of any endpoint, whole or as event streams.
 
 ear = Ear(request.path, request.replies)
-ear.whole(status, body)            or, of a stream, ear.line(line) for each
+ear.whole(status, body)            or, for a stream, ear.line(line) for each line
 heard = ear.heard()
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from whiflash_workloads.chaos.mix import CHAT, GENERATE
 from whiflash_workloads.history import Reply
+from whiflash_workloads.stress.requests import CHAT, GENERATE
 
 DONE = "[DONE]"
 MAX_ERROR = 300  # characters of a message that are kept
 
 
 class Heard(NamedTuple):
-    """All that a client knows of its request at the end."""
+    """What a client knows of its request at the end."""
 
-    status: int | None = None  # None: no response at all
+    status: int | None = None  # None: no response
     replies: tuple[Reply, ...] = ()  # as far as they came
     ends: tuple[str | None, ...] = ()  # finish reasons
-    error: str | None = None  # what the server, or the connection, said
-    whole: bool = False  # everything came: each reply's end and, of a stream, the stream's
-    left: bool = False  # the client has gone before the end
-    late: bool = False  # nothing, or not all, came within the time that a request has
-    retractions: int = 0
+    error: str | None = None  # from the server or the connection
+    code: int = 0  # highest code of the stream's error events, whose status is 200
+    whole: bool = False  # everything came: each reply's end and the stream's
+    left: bool = False  # the client closed the connection
+    late: bool = False  # the time limit passed
+    meta: Mapping[str, Any] = MappingProxyType({})  # `meta_info` of /generate
 
 
 class _Parts:
@@ -49,7 +52,7 @@ class _Parts:
 
 
 class Ear:
-    """Listens to one answer; `pieces` counts what has come of a stream."""
+    """Reads one answer with this number of replies; with 0, only its status and errors. `pieces` counts events."""
 
     def __init__(self, path: str, replies: int):
         self.path = path
@@ -57,11 +60,12 @@ class Ear:
         self.status: int | None = None
         self.error: str | None = None
         self.done = False
+        self.code = 0
         self.pieces = 0
-        self.retractions = 0
+        self.meta: Mapping[str, Any] = {}
 
     def whole(self, status: int, body: bytes) -> None:
-        """A response that is no stream."""
+        """A response that is not a stream."""
         self.status = status
         try:
             content = json.loads(body)
@@ -71,8 +75,10 @@ class Ear:
             self.error = message_of(content)
             return
         self.done = True
+        if not self.parts:
+            return
         if not isinstance(content, dict):
-            self.error = f"no object: {content!r}"[:MAX_ERROR]
+            self.error = f"not an object: {content!r}"[:MAX_ERROR]
             return
         self._take(content)
 
@@ -89,19 +95,24 @@ class Ear:
         try:
             content = json.loads(text)
         except ValueError:
-            self.error = f"a piece that is no JSON: {text}"[:MAX_ERROR]
+            self.error = f"an event that is not JSON: {text}"[:MAX_ERROR]
             return
         self._take(content)
 
     def heard(self, left: bool = False, late: bool = False) -> Heard:
+        """What came so far."""
         replies = tuple(parts.reply() for parts in self.parts)
         ends = tuple(parts.end for parts in self.parts)
         whole = self.done and self.error is None and None not in ends
-        return Heard(self.status, replies, ends, self.error, whole, left, late, self.retractions)
+        return Heard(self.status, replies, ends, self.error, self.code, whole, left, late, self.meta)
 
     def _take(self, content: dict[str, Any]) -> None:
-        if content.get("error"):
+        if error := content.get("error"):
             self.error = message_of(content)
+            code = error.get("code") if isinstance(error, dict) else None
+            self.code = max(self.code, code if isinstance(code, int) else 500)
+        elif not self.parts:
+            return
         elif self.path == GENERATE:
             self._take_generated(content)
         else:
@@ -114,15 +125,14 @@ class Ear:
                     parts.content += choice.get("text") or ""
 
     def _take_generated(self, content: dict[str, Any]) -> None:
-        """SGLang's own endpoint: each piece has all of the text so far."""
+        """SGLang's own endpoint: each event has the whole text so far."""
         (parts,) = self.parts
         parts.content = content["text"]
-        meta = content["meta_info"]
-        self.retractions = meta.get("num_retractions", 0)  # not where it was aborted in the queue
-        if (reason := meta["finish_reason"]) is None:
+        self.meta = content["meta_info"]
+        if (reason := self.meta["finish_reason"]) is None:
             return
         parts.end = reason["type"]
-        # Its client's own abort has no message of what was wrong with it; a refusal does.
+        # A refusal has a status code; an abort by the client has none.
         if reason["type"] == "abort" and reason.get("status_code"):
             self.error = str(reason["message"])[:MAX_ERROR]
 
@@ -136,7 +146,7 @@ class Ear:
 
 
 def message_of(content: Any) -> str | None:
-    """The message of an error's body; None where it has none."""
+    """The message of an error's body, if it has one."""
     if isinstance(content, dict):
         found = content.get("error") or content.get("message") or content.get("detail")
         return message_of(found) if isinstance(found, dict) else message_of(str(found or ""))

@@ -1,7 +1,7 @@
-"""The texts that greedy asks have: those of a server without speculation, streamed and not.
+"""Expected texts of greedy asks: those of a server without speculation, streamed and not.
 
-Left out are asks at whose text two tokens were as good as the best once, where rounding may choose either and both are
-right; and calls of tools that were not written to their end, which a parser shows by where pieces end.
+Left out are asks with a near tie of two tokens, where rounding may choose either, and unfinished tool calls, which a
+parser shows depending on the pieces of the stream.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from whiflash_workloads.chaos.client import hear_all
-from whiflash_workloads.chaos.hearing import Heard
-from whiflash_workloads.chaos.mix import CHAT, GENERATE, Request, as_stream, with_logprobs
-from whiflash_workloads.chaos.verdicts import Replies
+from whiflash_workloads.stress.answers import Heard
+from whiflash_workloads.stress.client import hear_all
+from whiflash_workloads.stress.requests import CHAT, GENERATE, Request, as_stream, with_logprobs
+from whiflash_workloads.stress.verdicts import Replies
 
 NEAR = 1e-4  # gap of the two best logits; rounding moves them in the sixth digit
 
@@ -27,7 +27,7 @@ class Reference(NamedTuple):
 
 
 async def collect(http: httpx.AsyncClient, asks: Sequence[Request], at_a_time: int, deadline_s: float) -> Reference:
-    """Ask the server at `http`; raises ValueError where it does not answer an ask whole."""
+    """Ask the server at `http`. Raises ValueError if it does not answer an ask completely."""
     near = await _near_ties(http, asks, at_a_time)
     heard: dict[bool, list[Heard]] = {}
     for streamed in (False, True):
@@ -62,7 +62,7 @@ async def _near_ties(http: httpx.AsyncClient, asks: Sequence[Request], at_a_time
 
 
 def smallest_gap(path: str, reply: dict[str, Any]) -> float:
-    """Between the two best tokens, over all positions of all replies."""
+    """The smallest gap between the logprobs of the two best tokens, over all positions of all replies."""
     if path == GENERATE:
         best = [[entry[0] for entry in position] for position in reply["meta_info"]["output_top_logprobs"]]
     elif path == CHAT:
@@ -70,6 +70,6 @@ def smallest_gap(path: str, reply: dict[str, Any]) -> float:
         best = [[token["logprob"] for token in position["top_logprobs"]] for position in positions]
     else:
         best = [list(position.values()) for c in reply["choices"] for position in c["logprobs"]["top_logprobs"]]
-    # Text of the two best may be the same, and is then given once.
+    # Two tokens with the same text are one entry.
     gaps = [abs(pair[0] - pair[1]) for pair in best if len(pair) > 1]
     return min(gaps, default=float("inf"))

@@ -18,9 +18,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tests.scripts import load_script
-from whiflash_workloads.chaos.client import MAX_FAULTS, Client, hear
-from whiflash_workloads.chaos.hearing import Ear, Heard, message_of
-from whiflash_workloads.chaos.mix import (
+from whiflash_workloads.history import Reply
+from whiflash_workloads.stress.answers import Ear, Heard, message_of
+from whiflash_workloads.stress.client import MAX_FAULTS, Client, hear
+from whiflash_workloads.stress.reference import collect, smallest_gap
+from whiflash_workloads.stress.requests import (
     BAD,
     CHAT,
     COMPLETIONS,
@@ -36,9 +38,7 @@ from whiflash_workloads.chaos.mix import (
     pool_for,
     with_logprobs,
 )
-from whiflash_workloads.chaos.reference import collect, smallest_gap
-from whiflash_workloads.chaos.verdicts import FAULTS, MAX_BEHIND, Tally, judge
-from whiflash_workloads.history import Reply
+from whiflash_workloads.stress.verdicts import FAULTS, MAX_BEHIND, Tally, judge
 
 TEXT = "Order 1042 is shipped."
 QUESTIONS = [Question([5, 6, 7 + i], f"question {i}", [{"role": "user", "content": f"{i}"}], []) for i in range(12)]
@@ -119,7 +119,13 @@ def call(name: str | None, arguments: str, index: int = 0) -> list[dict[str, Any
 
 def test_a_stream_of_generate_repeats_its_text() -> None:
     found = heard(GENERATE, generated("Order", None), generated(TEXT, {"type": "stop"}), "[DONE]")
-    assert found == Heard(200, (Reply(content=TEXT),), ("stop",), whole=True, retractions=2)
+    assert found == Heard(
+        200,
+        (Reply(content=TEXT),),
+        ("stop",),
+        whole=True,
+        meta={"finish_reason": {"type": "stop"}, "num_retractions": 2},
+    )
 
 
 def test_a_streamed_chat_is_put_together() -> None:
@@ -168,7 +174,7 @@ def test_a_refusal_in_a_stream_is_an_error_and_an_abort_is_none() -> None:
     assert heard(GENERATE, generated("", refused), "[DONE]").error == "Failed to compile"
     assert heard(GENERATE, generated("a", aborted), "[DONE]").error is None
     assert heard(CHAT, {"error": {"message": "a"}}, "[DONE]").error == "a"
-    assert heard(CHAT, "{no json").error == "a piece that is no JSON: {no json"
+    assert heard(CHAT, "{no json").error == "an event that is not JSON: {no json"
 
 
 # ---------------------------------------------------------------------------------------------------------- verdicts

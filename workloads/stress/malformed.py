@@ -1,11 +1,11 @@
-"""Requests as a careless or hostile client would send them, drawn by hypothesis (requirement of the extra `dev`).
+"""Requests of careless or hostile clients, drawn by hypothesis (a dependency of the extra `dev`).
 
-    cases(5000, seed=1)     the same requests for the same seed and the same version of hypothesis
+    cases(5000, seed=1)     the same requests for the same seed and version of hypothesis
 
-A request is a valid body of which a few fields are replaced: by values that the field's type allows, by values at and
-behind its bounds, or by any JSON. A few bodies are no JSON at all. Left out on purpose is what makes SGLang itself
-slow for minutes, with or without WHIFLASH, and cannot be told from honest use by looking at it: regular expressions
-that take exponential time, grammars that repeat thousands of times, `n` above `MAX_N` (docs/security.md).
+A request is a valid body with a few fields replaced: by values that the field's type allows, by values at and beyond
+its bounds, or by any JSON. A few bodies are not JSON. Requests that keep SGLang itself busy for minutes are left out:
+regular expressions with exponential time, grammars with thousands of repetitions, `n` above `MAX_N`
+(docs/security.md).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import hypothesis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
+from whiflash_workloads.stress.requests import Fate, Request
+
 MAX_TOKENS = 6
 MAX_N = 3
 VOCABULARY = 4096  # at least that of the demo models, so that ids around it are tried
@@ -26,15 +28,21 @@ Body = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """One request. A client that leaves closes the connection when the answer begins, or before."""
+    """One request. A client that leaves closes the connection after a tenth of a second."""
 
     method: str
     path: str
     body: bytes
     leaves: bool = False
 
+    def request(self) -> Request:
+        """The request for the client."""
+        fate: Fate = "leave" if self.leaves else "finish"
+        return Request("malformed", self.path, self.body, self.method, fate=fate, cut_at=1, replies=0)
+
 
 def cases(number: int, seed: int) -> list[Case]:
+    """Draw requests."""
     found: list[Case] = []
     while len(found) < number:
 

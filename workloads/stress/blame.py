@@ -1,16 +1,15 @@
-"""What a server made of hostile requests: each one's outcome, and whose doing an outcome of 5xx was.
+"""Sends malformed requests, and finds whose fault each 5xx is.
 
     figures = fuzz(base_url, reference, cases, prompts, in_flight=8, until=deadline)
     all(figures["checks"].values())
 
-The reference is the same server with `--whiflash-router off`. A request that it answers with 5xx too, or dies of, is
-SGLang's own; any other is ours. A stream cannot change its status any more: an error event in it counts as its status.
+The reference is the same server with `--whiflash-router off`. If it answers a request with 5xx too, or ends, the fault
+is SGLang's own; otherwise it is ours.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
 from collections import Counter
@@ -21,25 +20,36 @@ from typing import Any, NamedTuple
 import httpx
 
 from whiflash_workloads import server
-from whiflash_workloads.fuzz.cases import Case
+from whiflash_workloads.stress.answers import Heard
+from whiflash_workloads.stress.client import hear
+from whiflash_workloads.stress.malformed import Case
+from whiflash_workloads.stress.servers import idle_load
 from whiflash_workloads.tokens import TokenIds
 
 REQUEST_S = 120.0
-IDLE_S = 60.0
-BROKEN, HUNG, LEFT = 599, 598, 0  # instead of a status: the connection ended early; no answer in time; the client left
+BROKEN, HUNG, LEFT = 599, 598, 0  # instead of a status: connection lost, no answer in time, the client left
 PROBE_TOKENS = 48
 MAX_SHOWN = 20  # failures: enough to see what is wrong
-HEADERS = {"Content-Type": "application/json"}
 
 
 class Outcome(NamedTuple):
     case: Case
-    status: int
+    status: int  # or BROKEN, HUNG, LEFT
     said: str = ""
 
     @property
     def failed(self) -> bool:
         return self.status >= 500
+
+    @classmethod
+    def of(cls, case: Case, heard: Heard) -> Outcome:
+        """The outcome of an answer. The status of a stream is fixed when it begins; its error events count too."""
+        if heard.late:
+            return cls(case, HUNG, f"no answer in {REQUEST_S:.0f} s")
+        status = BROKEN if heard.status is None else max(heard.status, heard.code)
+        if heard.left and (heard.status is None or status < 500):
+            status = LEFT
+        return cls(case, status, heard.error or "")
 
 
 async def attack(
@@ -48,46 +58,20 @@ async def attack(
     """Send `cases` in order, until the time `until` (monotonic) or the server's end."""
     outcomes: list[Outcome] = []
     waiting = iter(cases)  # shared: each worker takes the next
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # a broken one breaks no other
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # a broken connection is not reused
 
-    async def work(client: httpx.AsyncClient) -> None:
+    async def work(http: httpx.AsyncClient) -> None:
         for case in waiting:
             if time.monotonic() > until:
                 return
-            try:
-                outcomes.append(await send(client, case))
-            except httpx.ConnectError:  # it has ended
+            heard = await hear(http, case.request(), REQUEST_S)
+            if heard.status is None and (heard.error or "").startswith("ConnectError"):  # the server has ended
                 return
+            outcomes.append(Outcome.of(case, heard))
 
-    async with httpx.AsyncClient(base_url=base_url, timeout=REQUEST_S, limits=limits, headers=headers) as client:
-        await asyncio.gather(*(work(client) for _ in range(in_flight)))
+    async with httpx.AsyncClient(base_url=base_url, timeout=None, limits=limits, headers=headers) as http:
+        await asyncio.gather(*(work(http) for _ in range(in_flight)))
     return outcomes
-
-
-async def send(client: httpx.AsyncClient, case: Case) -> Outcome:
-    """Send a case and read the reply. Raises httpx.ConnectError if the server has ended."""
-    try:
-        async with client.stream(case.method, case.path, content=case.body, headers=HEADERS) as reply:
-            if case.leaves:
-                return Outcome(case, reply.status_code if reply.status_code >= 500 else LEFT)
-            said = (await reply.aread()).decode(errors="replace")
-    except httpx.TimeoutException:
-        return Outcome(case, HUNG, f"no answer in {REQUEST_S:.0f} s")
-    except httpx.ConnectError:
-        raise
-    except httpx.TransportError as error:
-        return Outcome(case, BROKEN, repr(error))
-    return Outcome(case, max(reply.status_code, error_in(said)), said)
-
-
-def error_in(stream: str) -> int:
-    """The greatest code of the error events of a stream; 0 without any."""
-    codes = [0]
-    for line in stream.split("\n"):  # of all line ends the one that JSON escapes
-        if line.startswith('data: {"error"'):
-            code = json.loads(line.removeprefix("data: "))["error"].get("code")
-            codes.append(code if isinstance(code, int) else 500)
-    return max(codes)
 
 
 def fuzz(
@@ -99,15 +83,15 @@ def fuzz(
     until: float,
     headers: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Send the cases; whether the server is alive and right afterwards, and who failed which."""
+    """Send the cases, and check that the server is alive and right afterwards. Figures for the JSON line."""
     texts = greedy_texts(reference.url(), prompts)
     before = greedy_texts(base_url, prompts, headers)
     outcomes = asyncio.run(attack(base_url, cases, in_flight, until, headers))
     try:
-        idle = is_idle(base_url, headers)
+        idle, _ = idle_load(base_url, headers)
         after = greedy_texts(base_url, prompts, headers)
     except httpx.HTTPError:
-        # Whichever were last may have ended it; the reference would start anew for each of them.
+        # One of the last cases ended it. The reference would have to restart for each of them.
         return {
             "checks": {"alive": False},
             "cases": len(outcomes),
@@ -132,7 +116,7 @@ def fuzz(
 
 
 def greedy_texts(base_url: str, prompts: Sequence[TokenIds], headers: dict[str, str] | None = None) -> list[list[int]]:
-    """Of prompts one after the other."""
+    """The greedy texts of prompts, one at a time."""
     found = []
     with httpx.Client(base_url=base_url, headers=headers, timeout=REQUEST_S) as client:
         for prompt in prompts:
@@ -143,7 +127,7 @@ def greedy_texts(base_url: str, prompts: Sequence[TokenIds], headers: dict[str, 
 
 
 class Reference:
-    """The server that decides, started when it is first asked, and anew where a request has ended it."""
+    """The server that decides. Started when it is first needed, and again if a request has ended it."""
 
     def __init__(self, module: str, *arguments: str, log: Path):
         self.module, self.arguments, self.log = module, arguments, log
@@ -158,7 +142,7 @@ class Reference:
         return self.running.base_url
 
     def fails(self, case: Case) -> str | None:
-        """How the reference fails a request: the last line of the traceback in its log, or what it said."""
+        """How the reference fails a request: the exception in its log, else its message. None if it does not."""
         url = self.url()
         logged = self.log.stat().st_size
         deadline = time.monotonic() + REQUEST_S
@@ -172,7 +156,7 @@ class Reference:
             file.seek(logged)
             error = last_error(file.read().decode(errors="replace")) or outcome.said[:120]
         if outcome.status in (BROKEN, HUNG) and not is_alive(url):
-            self.stop()  # a server whose scheduler has ended fails whatever comes, until it has ended itself
+            self.stop()  # its scheduler has ended, so every request would fail
         return error
 
     def stop(self) -> None:
@@ -183,13 +167,13 @@ class Reference:
 
 
 def last_error(log: str) -> str | None:
-    """`TypeError: must be real number, not str` of the last traceback, without what differs from case to case."""
+    """The last exception of a log, such as `TypeError: must be real number`, without details of the case."""
     errors = re.findall(r"^(?:\[[^]]*\] )?([A-Za-z_.]*(?:Error|Exception|Exceeded)\b.*)$", log, flags=re.MULTILINE)
     return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "..", errors[-1])[:120] if errors else None
 
 
 def judge(outcomes: Sequence[Outcome], reference: Reference) -> tuple[Counter[str], list[dict[str, Any]]]:
-    """Failed requests that are SGLang's own, by path and error; and those that are ours."""
+    """Failed requests: those that are SGLang's own, by path and error, and those that are ours."""
     own: Counter[str] = Counter()
     ours: list[dict[str, Any]] = []
     for outcome in outcomes:
@@ -211,7 +195,7 @@ def described(outcome: Outcome) -> dict[str, Any]:
 
 
 def answered(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
-    """How many of each path's requests had which status."""
+    """Number of requests by path and status."""
     names = {BROKEN: "broken", HUNG: "hung", LEFT: "left"}
     found: dict[str, Counter[str]] = {}
     for outcome in outcomes:
@@ -226,15 +210,3 @@ def is_alive(base_url: str) -> bool:
         return httpx.get(f"{base_url}/health_generate", timeout=REQUEST_S).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def is_idle(base_url: str, headers: dict[str, str] | None = None) -> bool:
-    """Whether the server comes to rest: no request runs or waits, and no KV slot is held but by the cache."""
-    deadline = time.monotonic() + IDLE_S
-    while time.monotonic() < deadline:
-        reply = httpx.get(f"{base_url}/v1/loads", params={"include": "core"}, headers=headers, timeout=REQUEST_S)
-        now = reply.raise_for_status().json()["loads"][0]
-        if now["num_running_reqs"] + now["num_waiting_reqs"] + now["num_used_tokens"] == 0:
-            return True
-        time.sleep(0.3)
-    return False
