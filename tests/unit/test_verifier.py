@@ -30,10 +30,10 @@ def steps(lengths: dict[int, int], has_grammar: bool = False, return_logprob: bo
     return target.max_steps()
 
 
-def test_steps_end_with_the_first_request_that_ends() -> None:
+def test_steps_end_with_the_last_request_that_ends() -> None:
     assert steps({10: 7}) == 3
-    assert steps({10: 8, 64: 60}) == 2
-    assert steps({10: 10, 64: 60}) == 1
+    assert steps({10: 9, 64: 60}) == 4
+    assert steps({10: 10}) == 1
 
 
 @pytest.mark.parametrize("asked", ["has_grammar", "return_logprob", "penalties", "has_custom_logit_processor"])

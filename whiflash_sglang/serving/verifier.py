@@ -60,8 +60,9 @@ class SGLangTarget:
         return Verified(self.predict(logits, positions, proposal.tokens, tree), logits, features, hidden)
 
     def max_steps(self) -> int:
-        """See `Target.max_steps`. They end with the first request that reaches its maximum length.
+        """See `Target.max_steps`. They end with the last request that reaches its maximum length.
 
+        To end with the first one wastes no step, but was slower with many short requests: it leaves few steps to share.
         One if a step's logits depend on the text before it, or if logprobs are requested.
         """
         batch, sampling = self.batch, self.batch.sampling_info
@@ -69,7 +70,7 @@ class SGLangTarget:
         if penalized or batch.has_grammar or batch.return_logprob or sampling.has_custom_logit_processor:
             return 1
         left = (request.sampling_params.max_new_tokens - len(request.output_ids) for request in batch.reqs)
-        return max(1, min(left))
+        return max(1, *left)
 
     def split(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Split `states` [..., captures * hidden + hidden] into captured features and final hidden states."""
